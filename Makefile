@@ -1,0 +1,32 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer; everything else is installed into .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+.PHONY: demo test check bench static-report clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m perpo.demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+static-report: $(VENV)/ready
+	$(BIN)/python -m benchmarks.static_report
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "perpo needs Python 3.11 or newer; set PYTHON=..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
