@@ -1,0 +1,133 @@
+"""Backends: the row and list primitives, and the choice among their implementations.
+
+A backend is a module with the four functions of `Backend`. Everything above (GEMMs, chunking, autograd, layout) is written once.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "eager", "reference")
+
+
+class LogitMap(NamedTuple):
+    """From what the head's GEMM (or the user) gives to the logits of the softmax.
+
+    z = softcap · tanh(logit_scale · raw / softcap) / temperature, or logit_scale · raw / temperature without a soft-cap.
+    Rows whose label is `ignore_index` are not read.
+    """
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    ignore_index: int = -100
+
+    @property
+    def pre(self) -> float:
+        """What raw values are multiplied with first (before tanh if there is a soft-cap)."""
+        return self.logit_scale / (self.softcap or self.temperature)
+
+    @property
+    def post(self) -> float:
+        """What tanh is multiplied with; 1 and unused without a soft-cap."""
+        return self.softcap / self.temperature if self.softcap else 1.0
+
+
+class ListProblem(NamedTuple):
+    """What the list loss reads. Per token when `cu_seqlens` and `labels` are given, else per candidate."""
+
+    log_probs: Tensor  # [T] or [S]
+    rewards: Tensor  # [S]
+    cu_lists: Tensor  # int32 [G + 1]
+    cu_seqlens: Tensor | None  # int32 [S + 1]
+    labels: Tensor | None  # int64 [T]
+    ref_log_probs: Tensor | None  # [S]
+    valid: Tensor | None  # bool [S]
+    beta: float
+    gamma: float
+    ignore_index: int = -100
+
+
+class ListResult(NamedTuple):
+    """What the list loss writes; fp32, or fp64 for fp64 log-probs."""
+
+    losses: Tensor  # [G]
+    coefficients: Tensor  # [T] or [S]: ∂(Σ losses)/∂log_probs; tokens outside every list keep what they held
+    sequence_log_probs: Tensor  # [S]
+    stats: Tensor  # [4, G]: β·score of best and worst, share of pairs ranked right, 1 if the list has a pair
+
+
+class Backend(Protocol):
+    """The primitives. `logits` are raw [N, V], or [B, N, V] of any row strides; labels int64 [rows]; row results fp32 [rows]."""
+
+    @staticmethod
+    def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
+        """(log softmax(z)[label], log Σ exp z) of each row; 0 where ignored, NaN for a label outside [0, V)."""
+
+    @staticmethod
+    def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
+        """The same, and overwrites each row with D = ∂log_prob/∂raw = (onehot − softmax) · dz/draw; 0 where ignored."""
+
+    @staticmethod
+    def grad_rows_(
+        logits: Tensor, labels: Tensor, lse: Tensor, coefficients: Tensor | None, z: LogitMap, out: Tensor
+    ) -> None:
+        """out = coefficients · D, with lse known; `out` may be `logits` itself. `coefficients` None means 1."""
+
+    @staticmethod
+    def list_loss(problem: ListProblem, result: ListResult) -> None:
+        """The objective, its gradient and the statistics of each list, into `result`."""
+
+
+@functools.cache
+def _triton_problem() -> str | None:
+    """Why Triton can't be used at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken install must not break `import perpo_kernels`
+        return f"importing triton failed: {error!r}"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def triton_problem(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why Triton can't serve tensors of this device and dtype, or None."""
+    if dtype == torch.float64:
+        return "its kernels compute in float32 and the input is float64"
+    if device_type != "cuda" and not (device_type == "cpu" and _interpreting()):
+        return f"it needs a CUDA or ROCm device (or TRITON_INTERPRET=1 on the CPU) and the input is on {device_type!r}"
+    return _triton_problem()
+
+
+def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """`backend`, with "auto" replaced by $PERPO_BACKEND, or else by the fastest that can serve this device and dtype.
+
+    Raises:
+        ValueError: an unknown name, or a backend that can't serve this input (with the reason).
+    """
+    source = "backend"
+    if backend == "auto":
+        backend, source = os.environ.get("PERPO_BACKEND", "auto"), "PERPO_BACKEND"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if device_type == "cuda" and triton_problem(device_type, dtype) is None else "eager"
+    if backend == "triton" and (problem := triton_problem(device_type, dtype)) is not None:
+        raise ValueError(f"{source}='triton' can't be used: {problem}; use 'eager' or 'auto'")
+    return backend
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """The backend's module; imported on first use, so that `import perpo_kernels` does not import triton."""
+    return cast(Backend, importlib.import_module(f"perpo_kernels.backends.{name}"))

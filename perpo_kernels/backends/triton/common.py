@@ -1,0 +1,135 @@
+"""What the row kernels share: how a row of any alignment is walked in 16-byte vectors, and the map from raw values to logits.
+
+A row [V] is cut into a *body* of whole aligned 16-byte vectors and at most VEC − 1 *edge* elements on either side of it. The body is a
+[BLOCK / VEC, VEC] tile a step; its mask depends on the vector and not on the element, so that every load and store
+stays 16 bytes wide for every V and every row start. Without this, a row length that is odd makes each access 2 bytes wide.
+
+A lane (one vector's place in the tile) keeps a running maximum and sum of its own: one rescaling exponential per VEC elements and no
+exchange between threads until the row ends.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VECTOR_BYTES = 16  # the widest load and store of a thread
+BLOCK_BYTES = 16384  # of one step along a row: four vectors in flight for each of 256 threads
+MAX_WARPS = 8
+
+
+@triton.jit
+def row_pointer(row, n_inner, stride_outer, stride_inner):
+    """Offset in elements of a row of a [B, n_inner, V] tensor; 64-bit, since B · n_inner · V passes 2³¹."""
+    outer = (row // n_inner).to(tl.int64)
+    inner = (row % n_inner).to(tl.int64)
+    return outer * stride_outer + inner * stride_inner
+
+
+@triton.jit
+def body_bounds(start, V, VEC: tl.constexpr):
+    """First and last (exclusive) element of the aligned body of the row at `start`. Needs V >= VEC or VEC = 1."""
+    first = (start + VEC - 1) // VEC * VEC
+    last = (start + V) // VEC * VEC
+    return first, last
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """tanh(x) to relative fp32 precision, and 1 − tanh²(x) without cancellation."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    x2 = x * x
+    # near 0 the quotient cancels; the series to x⁹ is exact to fp32 there
+    small = tl.abs(x) * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+    t = tl.where(x2 < 0.0625, small, t)
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return tl.where(x < 0, -t, t), slope
+
+
+@triton.jit
+def to_logits(raw, pre, post, SOFTCAP: tl.constexpr):
+    """z of `LogitMap`, fp32."""
+    z = raw.to(tl.float32) * pre
+    if SOFTCAP:
+        t, _ = tanh_and_slope(z)
+        z = t * post
+    return z
+
+
+@triton.jit
+def lane_update(top, total, z):
+    """Fold z [lanes, VEC] into the running (max, Σ exp(z − max)) of each lane."""
+    new_top = tl.maximum(top, tl.max(z, axis=1))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
+    return new_top, total
+
+
+@triton.jit
+def row_max_and_sum(
+    base, start, V, pre, post, SOFTCAP: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
+):
+    """One read of the row: (m, Σ exp(z − m)) with m its maximum, or 0 if that is −inf."""
+    LANES: tl.constexpr = BLOCK // VEC
+    lane = tl.arange(0, LANES)
+    tile = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    top = tl.full([LANES], -float("inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    first, last = body_bounds(start, V, VEC)
+    whole = first + (last - first) // BLOCK * BLOCK
+    for at in range(first, whole, BLOCK):
+        z = to_logits(tl.load(base + at + tile), pre, post, SOFTCAP)
+        top, total = lane_update(top, total, z)
+    if whole < last:
+        inside = (lane < (last - whole) // VEC)[:, None]
+        raw = tl.load(base + whole + tile, mask=inside, other=0.0)
+        z = tl.where(inside, to_logits(raw, pre, post, SOFTCAP), -float("inf"))
+        top, total = lane_update(top, total, z)
+    row_top = tl.max(top, axis=0)
+    if EDGES:
+        offset, inside = edge_offsets(start, first, last, V, VEC)
+        raw = tl.load(base + offset, mask=inside, other=0.0)
+        z = tl.where(inside, to_logits(raw, pre, post, SOFTCAP), -float("inf"))
+        row_top = tl.maximum(row_top, tl.max(z, axis=0))
+        shift = tl.where(row_top == -float("inf"), 0.0, row_top)
+        row_total = tl.sum(total * tl.exp(top - shift), axis=0) + tl.sum(tl.exp(z - shift), axis=0)
+    else:
+        shift = tl.where(row_top == -float("inf"), 0.0, row_top)
+        row_total = tl.sum(total * tl.exp(top - shift), axis=0)
+    return shift, row_total
+
+
+@triton.jit
+def edge_offsets(start, first, last, V, VEC: tl.constexpr):
+    """The up to 2 (VEC − 1) elements of the row outside its body: offsets [2 VEC] and which of them are there."""
+    i = tl.arange(0, 2 * VEC)
+    head = i < VEC
+    offset = tl.where(head, start + i, last + i - VEC)
+    inside = tl.where(head, offset < first, offset < start + V)
+    return offset, inside
+
+
+class RowLaunch(NamedTuple):
+    """How a tensor of rows is handed to a row kernel."""
+
+    n_rows: int
+    layout: tuple[int, int, int]  # n_inner, stride_outer, stride_inner: arguments of `row_pointer`
+    meta: dict[str, Any]  # EDGES, BLOCK, VEC, num_warps
+
+
+def row_launch(logits: Tensor) -> RowLaunch:
+    """Launch parameters for the rows of `logits` [N, V] or [B, N, V]; the last dimension must be dense."""
+    assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "the vocabulary dimension must be contiguous"
+    n_vocab, itemsize = logits.shape[-1], logits.element_size()
+    n_outer, n_inner = (1, logits.shape[0]) if logits.dim() == 2 else logits.shape[:2]
+    stride_outer, stride_inner = (0, logits.stride(0)) if logits.dim() == 2 else logits.stride()[:2]
+    vec = VECTOR_BYTES // itemsize
+    if n_vocab < 2 * vec:
+        vec = 1
+    edges = any(size % vec for size in (n_vocab, stride_outer, stride_inner))
+    block = min(BLOCK_BYTES // itemsize, triton.next_power_of_2(n_vocab))
+    num_warps = max(1, min(MAX_WARPS, block // (32 * vec)))
+    meta = {"EDGES": edges, "BLOCK": block, "VEC": vec, "num_warps": num_warps}
+    return RowLaunch(n_outer * n_inner, (n_inner, stride_outer, stride_inner), meta)

@@ -1,0 +1,69 @@
+"""log_prob_rows: log softmax(z)[label] and log Σ exp z of each row, in one read.
+
+    m = max_v z_v      lse = m + log Σ_v exp(z_v − m)      log_prob = (z_y − m) − (lse − m)
+
+logits [N, V] or [B, N, V] (any row strides) -> fp32 [rows] twice. Bytes moved: V · itemsize for each valid row, 16 for an ignored
+one. Grid: one program a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from perpo_kernels.backends import LogitMap
+from perpo_kernels.backends.triton.common import row_launch, row_max_and_sum, row_pointer, to_logits
+
+
+@triton.jit
+def log_prob_rows_kernel(
+    logits,
+    labels,
+    log_probs,
+    lse,
+    V,
+    n_inner,
+    stride_outer,
+    stride_inner,
+    pre,
+    post,
+    ignore_index,
+    SOFTCAP: tl.constexpr,
+    EDGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    row = tl.program_id(0)
+    label = tl.load(labels + row)
+    if label == ignore_index:
+        tl.store(log_probs + row, 0.0)
+        tl.store(lse + row, 0.0)
+    else:
+        start = row_pointer(row, n_inner, stride_outer, stride_inner)
+        shift, total = row_max_and_sum(logits, start, V, pre, post, SOFTCAP, EDGES, BLOCK, VEC)
+        known = (label >= 0) & (label < V)
+        target = to_logits(tl.load(logits + start + label, mask=known, other=0.0), pre, post, SOFTCAP)
+        log_total = tl.log(total)
+        tl.store(log_probs + row, tl.where(known, (target - shift) - log_total, float("nan")))
+        tl.store(lse + row, shift + log_total)
+
+
+def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
+    launch = row_launch(logits)
+    log_probs = torch.empty(launch.n_rows, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(log_probs)
+    if launch.n_rows:
+        log_prob_rows_kernel[(launch.n_rows,)](
+            logits,
+            labels,
+            log_probs,
+            lse,
+            logits.shape[-1],
+            *launch.layout,
+            z.pre,
+            z.post,
+            z.ignore_index,
+            SOFTCAP=z.softcap is not None,
+            **launch.meta,
+        )
+    return log_probs, lse

@@ -1,0 +1,163 @@
+"""Argument checks of the public functions: each error names the argument, what was expected and what came.
+
+Only what the host knows is looked at here (types, shapes, dtypes, devices), so a check never waits for a device.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from perpo_kernels.backends import LogitMap
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _shape(x: Tensor) -> str:
+    return f"{list(x.shape)}"
+
+
+def tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def floating(name: str, x: Tensor) -> None:
+    tensor(name, x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a scalar")
+
+
+def positive(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def same_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, where the other tensors are, got {x.device}")
+
+
+def labels(x: Tensor, shape: torch.Size, of: str, device: torch.device) -> None:
+    tensor("labels", x)
+    if x.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {x.dtype}; use labels.long()")
+    if x.shape != shape:
+        raise ValueError(
+            f"labels must have the shape {of} = {list(shape)}, got {_shape(x)}; "
+            "labels[t] is the target of position t, nothing is shifted here"
+        )
+    same_device("labels", x, device)
+
+
+def head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check them against each other and apply autocast, as torch.nn.functional.linear would."""
+    floating("hidden", hidden)
+    floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [V, H], got {_shape(weight)}")
+    if packed and hidden.dim() != 2:
+        raise ValueError(f"hidden must be packed [T, H], got {_shape(hidden)}; gather the response positions first")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight must be [V, H] with H = hidden.shape[-1] = {hidden.shape[-1]}, got {_shape(weight)}")
+    same_device("weight", weight, hidden.device)
+    if bias is not None:
+        floating("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {_shape(bias)}")
+        same_device("bias", bias, hidden.device)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {x.dtype}; cast one of them or use torch.autocast"
+            )
+    return hidden, weight, bias
+
+
+def logit_map(temperature: float, softcap: float | None, logit_scale: float, ignore_index: int) -> LogitMap:
+    positive("temperature", temperature)
+    positive("logit_scale", logit_scale)
+    if softcap is not None:
+        positive("softcap", softcap)
+    return LogitMap(float(temperature), None if softcap is None else float(softcap), float(logit_scale), ignore_index)
+
+
+def chunk_bytes(value: int | None) -> int:
+    """0 stands for the default of the device."""
+    if value is None:
+        return 0
+    if not isinstance(value, int) or value <= 0:
+        raise ValueError(f"max_chunk_bytes must be a positive integer or None, got {value!r}")
+    return value
+
+
+def reduction(value: str) -> None:
+    if value not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {value!r}")
+
+
+def _constant(name: str, x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad: the loss takes it as a constant; pass {name}.detach()")
+
+
+def _cumulative(name: str, x: Tensor) -> None:
+    tensor(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 (or int64), got {x.dtype}")
+    if x.dim() != 1 or x.numel() == 0:
+        raise ValueError(f"{name} must be one-dimensional with at least the element 0, got {_shape(x)}")
+
+
+def lists(
+    log_probs: Tensor, rewards: Tensor, ref_log_probs: Tensor | None, cu_lists: Tensor | None, valid: Tensor | None
+) -> None:
+    if cu_lists is None and log_probs.dim() != 2:
+        raise ValueError(
+            f"log_probs must be [G, k], or [S] together with cu_lists; got {_shape(log_probs)} without cu_lists"
+        )
+    if cu_lists is not None:
+        _cumulative("cu_lists", cu_lists)
+        if log_probs.dim() != 1:
+            raise ValueError(f"log_probs must be packed [S] when cu_lists is given, got {_shape(log_probs)}")
+    for name, x in (("rewards", rewards), ("ref_log_probs", ref_log_probs)):
+        if x is not None:
+            floating(name, x)
+            _constant(name, x)
+    for name, x in (("rewards", rewards), ("ref_log_probs", ref_log_probs), ("valid", valid)):
+        if x is not None:
+            tensor(name, x)
+            if x.shape != log_probs.shape:
+                raise ValueError(f"{name} must have the shape of log_probs, {_shape(log_probs)}, got {_shape(x)}")
+            same_device(name, x, log_probs.device)
+    if valid is not None and valid.dtype != torch.bool:
+        raise TypeError(f"valid must be bool, got {valid.dtype}")
+
+
+def packed(
+    rewards: Tensor, cu_seqlens: Tensor, cu_lists: Tensor, ref_log_probs: Tensor | None, device: torch.device
+) -> None:
+    _cumulative("cu_seqlens", cu_seqlens)
+    _cumulative("cu_lists", cu_lists)
+    n_candidates = cu_seqlens.numel() - 1
+    for name, x in (("rewards", rewards), ("ref_log_probs", ref_log_probs)):
+        if x is None:
+            continue
+        floating(name, x)
+        _constant(name, x)
+        if x.shape != (n_candidates,):
+            raise ValueError(f"{name} must be [S] = [{n_candidates}], as cu_seqlens says, got {_shape(x)}")
+        same_device(name, x, device)
+    for name, x in (("cu_seqlens", cu_seqlens), ("cu_lists", cu_lists)):
+        if x.device.type != "cpu":
+            same_device(name, x, device)

@@ -1,0 +1,330 @@
+"""The public functions: check the arguments, pick the backend, call the operator.
+
+Symbols: T tokens, S candidates, G lists, k candidates a list, V vocabulary, H hidden size. The formulas are in
+`perpo_kernels.objectives` (the loss) and `perpo_kernels.linear` (how gradients come without logits).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perpo_kernels import backends, checks, layout, linear, ops, reference
+from perpo_kernels.objectives import Objective
+
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "lists/active")
+
+
+@torch.compiler.assume_constant_result
+def _backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    return backends.resolve(backend, device_type, dtype)
+
+
+def token_log_probs(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # [...] fp32
+    """log softmax(logits / temperature)[label] of each position: one read forward, one read and one write backward.
+
+    Args:
+        logits: [..., V], fp32, fp16 or bf16 (fp64 on the eager and reference backends). A view such as `logits[:, :-1]`
+            is taken as it is.
+        labels: int64 [...], aligned: labels[t] is the target of logits[t]. Nothing is shifted.
+        temperature: > 0.
+        ignore_index: positions with this label give 0, get no gradient, and are never read.
+        inplace_backward: write the gradient over the logits, which saves [..., V]. Only for logits that nothing reads after
+            the backward pass; a second backward pass through them is an error.
+        backend: "auto", "triton", "eager" or "reference".
+
+    Returns:
+        fp32 (fp64 for fp64 logits) [...], 0 where ignored. A label outside [0, V) gives NaN on a GPU.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, by name; on the CPU, or with PERPO_CHECK=1, also a label out of range.
+    """
+    checks.floating("logits", logits)
+    checks.labels(labels, logits.shape[:-1], "logits.shape[:-1]", logits.device)
+    checks.positive("temperature", temperature)
+    chosen = _backend(backend, logits.device.type, logits.dtype)
+    if chosen == "reference":
+        wide = logits.to(ops.accumulation_dtype(logits.dtype))
+        return reference.token_log_probs(wide, labels, temperature, ignore_index)
+    return ops.token_log_probs(logits, labels, temperature, ignore_index, inplace_backward, chosen)[0]
+
+
+def linear_token_log_probs(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    bias: Tensor | None = None,  # [V]
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [...] fp32
+    """Log-probability of each label under the language head, without the logits [..., V] ever existing.
+
+    logits = softcap · tanh(logit_scale · (hidden weightᵀ + bias) / softcap) / temperature, log-probs as `token_log_probs`. One GEMM
+    under no_grad, two for forward and backward with a frozen head, four with a trainable one. Memory beyond the
+    inputs: one chunk of logits, [..., H] for the gradient of `hidden`, and fp32 [V, H] for that of `weight`.
+
+    Args:
+        hidden: [..., H]: the states that *predict* the labels. Gather response positions first; ignored positions are skipped
+            on the CPU but still multiplied on a GPU, where skipping them would need a synchronisation.
+        weight: [V, H], of the dtype of `hidden` (under autocast both are cast to the autocast dtype).
+        labels: int64 [...], aligned with `hidden`.
+        bias: [V] or None.
+        temperature, softcap, logit_scale: > 0; softcap None means none.
+        ignore_index: positions with this label give 0 and get no gradient.
+        max_chunk_bytes: budget of one chunk of logits; None: 64 MiB on the CPU, 1 GiB elsewhere.
+        backend: "auto", "triton", "eager" or "reference".
+
+    Returns:
+        fp32 (fp64 for fp64 inputs) [...].
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, by name.
+    """
+    hidden, weight, bias = checks.head(hidden, weight, bias)
+    checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
+    z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
+    chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
+    chosen = _backend(backend, hidden.device.type, hidden.dtype)
+    if chosen == "reference":
+        return _reference_linear(hidden, weight, labels, bias, z)
+    rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    keep_derivative = torch.is_grad_enabled() and hidden.requires_grad
+    log_probs, _, _ = linear.linear_log_probs(
+        rows, weight, labels.reshape(-1), bias, *z, chunk_bytes, chosen, keep_derivative
+    )
+    return log_probs.view(labels.shape)
+
+
+def perpo_loss(
+    log_probs: Tensor,  # [G, k] or [S]
+    rewards: Tensor,  # same shape
+    ref_log_probs: Tensor | None = None,  # same shape
+    *,
+    cu_lists: Tensor | None = None,  # int32 [G + 1]
+    valid: Tensor | None = None,  # bool, same shape
+    beta: float = 0.1,
+    gamma: float = 0.5,
+    reduction: str = "mean",
+    objective: Objective | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [] or [G]
+    """The PerPO loss of lists of sequence log-probs (formulas: `perpo_kernels.objectives`).
+
+    Args:
+        log_probs: log π(y_i) of whole responses: [G, k] padded, or [S] packed with `cu_lists`.
+        rewards: same shape. Higher is better; order within a list does not matter. A candidate with a NaN or infinite reward takes
+            part in no pair. A list whose rewards are all equal has loss 0.
+        ref_log_probs: same shape, under the reference model, or None for no reference.
+        cu_lists: candidates of list g are cu_lists[g] .. cu_lists[g + 1]; required exactly when log_probs is [S].
+        valid: False for a candidate that is padding; what stands there is never read.
+        beta, gamma: of `Objective`; ignored if `objective` is given.
+        reduction: "mean" over all lists (inactive ones count, so that accumulation stays exact), "sum", or "none".
+        objective: instead of beta and gamma.
+        backend: "auto", "triton", "eager" or "reference".
+
+    Returns:
+        fp32 (fp64 for fp64 log-probs): a scalar, or [G] for reduction="none".
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, by name.
+
+    Example:
+        >>> import torch, perpo_kernels as pk
+        >>> logp = torch.tensor([[-4.0, -5.0, -3.0]], requires_grad=True)
+        >>> loss = pk.perpo_loss(logp, torch.tensor([[0.9, 0.1, 0.5]]), torch.tensor([[-4.5, -4.5, -4.5]]))
+        >>> loss.backward(); logp.grad.sum().abs() < 1e-7
+        tensor(True)
+    """
+    checks.floating("log_probs", log_probs)
+    checks.lists(log_probs, rewards, ref_log_probs, cu_lists, valid)
+    checks.reduction(reduction)
+    target = objective or Objective(beta, gamma)
+    chosen = _backend(backend, log_probs.device.type, log_probs.dtype)
+    if cu_lists is None:
+        n_lists, k = log_probs.shape
+        cu_lists = layout.equal_lists(n_lists, k, log_probs.device)
+        log_probs, rewards = log_probs.reshape(-1), rewards.reshape(-1)
+        ref_log_probs = None if ref_log_probs is None else ref_log_probs.reshape(-1)
+        valid = None if valid is None else valid.reshape(-1)
+    if chosen == "reference":
+        log_probs = log_probs.to(ops.accumulation_dtype(log_probs.dtype))
+        everyone = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
+        scores = log_probs if ref_log_probs is None else log_probs - ref_log_probs
+        losses = reference.list_losses(scores, rewards, cu_lists, everyone, target.beta, target.gamma)
+        return _reduce(losses.sum(), losses, reduction)
+    total, losses, *_ = ops.list_loss(
+        log_probs, rewards, cu_lists, None, None, ref_log_probs, valid, target.beta, target.gamma, -100, chosen
+    )
+    return _reduce(total, losses, reduction)
+
+
+class LinearPerPOOutput(NamedTuple):
+    """What `linear_perpo_loss` returns."""
+
+    loss: Tensor  # [] or [G]
+    log_probs: Tensor  # [S], Σ_t log π(y_it), detached
+    list_stats: (
+        Tensor  # [4, G], detached: β·score of best and of worst candidate, share of pairs ranked right, is active
+    )
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars under TRL's names, detached and still on the device; computed when asked for.
+
+        rewards/chosen, rewards/rejected: β·(log π − log π_ref) of the best and the worst candidate, mean over active lists;
+        rewards/margins: their difference; rewards/accuracies: share of preferred pairs that the scores rank right, mean over
+        active lists; lists/active: share of lists that have a preferred pair at all.
+        """
+        active = self.list_stats[3]
+        chosen, rejected, right = self.list_stats[:3].sum(-1) / active.sum().clamp(min=1)
+        share = active.sum() / max(active.numel(), 1)
+        return dict(zip(METRICS, (chosen, rejected, chosen - rejected, right, share), strict=True))
+
+
+def linear_perpo_loss(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [T]
+    rewards: Tensor,  # [S]
+    *,
+    cu_seqlens: Tensor,  # int32 [S + 1]
+    cu_lists: Tensor,  # int32 [G + 1]
+    ref_log_probs: Tensor | None = None,  # [S]
+    bias: Tensor | None = None,  # [V]
+    beta: float = 0.1,
+    gamma: float = 0.5,
+    reduction: str = "mean",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    max_chunk_bytes: int | None = None,
+    objective: Objective | None = None,
+    backend: str = "auto",
+) -> LinearPerPOOutput:
+    """The PerPO loss from the hidden states of packed response tokens: no logits, no host synchronisation.
+
+    GEMMs of T × V × H: one under no_grad, two with a frozen head (forward and backward together), three with a trainable one
+    when each list fits `max_chunk_bytes` and the layout is on the CPU or all tokens fit at once, otherwise four.
+
+    Args:
+        hidden: [T, H], the states that predict the labels: response positions only, all candidates of all lists one after another.
+        weight, bias, temperature, softcap, logit_scale, ignore_index, max_chunk_bytes: as `linear_token_log_probs`.
+        labels: int64 [T].
+        rewards: [S], as `perpo_loss`.
+        cu_seqlens: int32 [S + 1], tokens of candidate i are cu_seqlens[i] .. cu_seqlens[i + 1]. A candidate without a valid token
+            takes part in no pair.
+        cu_lists: int32 [G + 1], candidates of list g are cu_lists[g] .. cu_lists[g + 1]. Both layouts may live on the CPU
+            while the rest is on a GPU: then they are checked for free, and chunks can follow the lists.
+        ref_log_probs: [S], Σ_t log π_ref(y_it), or None for no reference.
+        beta, gamma, reduction, objective: as `perpo_loss`.
+        backend: "auto", "triton", "eager" or "reference".
+
+    Returns:
+        LinearPerPOOutput: loss (differentiable in hidden, weight and bias), log_probs [S] and metrics (detached).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, by name.
+    """
+    hidden, weight, bias = checks.head(hidden, weight, bias, packed=True)
+    checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
+    checks.packed(rewards, cu_seqlens, cu_lists, ref_log_probs, hidden.device)
+    checks.reduction(reduction)
+    z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
+    chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
+    target = objective or Objective(beta, gamma)
+    chosen = _backend(backend, hidden.device.type, hidden.dtype)
+    if chosen == "reference":
+        return _reference_linear_perpo(
+            hidden, weight, labels, rewards, cu_seqlens, cu_lists, ref_log_probs, bias, target, reduction, z
+        )
+    hidden = hidden.contiguous()
+    grad = torch.is_grad_enabled()
+    need_hidden, need_weight = grad and hidden.requires_grad, grad and weight.requires_grad
+    need_bias = grad and bias is not None and bias.requires_grad
+    if (need_weight or need_bias) and reduction != "none":
+        total, _, log_probs, stats, *_ = linear.linear_list_loss(
+            hidden,
+            weight,
+            labels,
+            bias,
+            rewards,
+            cu_seqlens,
+            cu_lists,
+            ref_log_probs,
+            *z,
+            chunk_bytes,
+            chosen,
+            target.beta,
+            target.gamma,
+            need_hidden,
+            need_weight,
+            need_bias,
+        )
+        loss = _reduce(total, stats[3], reduction)
+    else:
+        tokens, _, _ = linear.linear_log_probs(hidden, weight, labels, bias, *z, chunk_bytes, chosen, need_hidden)
+        total, losses, _, log_probs, stats = ops.list_loss(
+            tokens,
+            rewards,
+            cu_lists,
+            cu_seqlens,
+            labels,
+            ref_log_probs,
+            None,
+            target.beta,
+            target.gamma,
+            ignore_index,
+            chosen,
+        )
+        loss = _reduce(total, losses, reduction)
+    return LinearPerPOOutput(loss, log_probs.detach(), stats.detach())
+
+
+def _reduce(total: Tensor, losses: Tensor, reduction: str) -> Tensor:
+    """The scalar or [G] asked for; a batch without lists has mean 0, attached to the graph."""
+    if reduction == "none":
+        return losses
+    return total if reduction == "sum" else total / max(losses.shape[0], 1)
+
+
+def _reference_linear(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z: backends.LogitMap
+) -> Tensor:
+    logits = reference.head_logits(hidden, weight, bias, z.softcap, z.logit_scale)
+    wide = logits.to(ops.accumulation_dtype(logits.dtype))
+    return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)
+
+
+def _reference_linear_perpo(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    cu_seqlens: Tensor,
+    cu_lists: Tensor,
+    ref_log_probs: Tensor | None,
+    bias: Tensor | None,
+    target: Objective,
+    reduction: str,
+    z: backends.LogitMap,
+) -> LinearPerPOOutput:
+    tokens = _reference_linear(hidden, weight, labels, bias, z)
+    log_probs, valid = reference.sequence_log_probs(tokens, labels, cu_seqlens, z.ignore_index)
+    scores = log_probs if ref_log_probs is None else log_probs - ref_log_probs
+    losses = reference.list_losses(scores, rewards, cu_lists, valid, target.beta, target.gamma)
+    stats = reference.list_stats(scores.detach(), rewards, cu_lists, valid, target.beta)
+    return LinearPerPOOutput(_reduce(losses.sum(), losses, reduction), log_probs.detach(), stats)

@@ -1,0 +1,286 @@
+"""The differentiable operators on logits and on lists, registered with torch (`torch.ops.perpo_kernels.*`).
+
+A torch operator keeps torch.compile from looking inside, gives it shapes through a fake implementation, and carries the derivative. The
+operators take plain values; names are checked and defaults filled in by `perpo_kernels.functional`. Value checks
+that need the data (a label out of range) are made here, where the data is.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from perpo_kernels import backends, layout
+from perpo_kernels.backends import ListProblem, ListResult, LogitMap
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_ONCE = "perpo_kernels gives first derivatives only; {} was differentiated twice"
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are made in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(fn: Callable[P, R]) -> Callable[P, R]:
+    """Run an operator in the dtypes it was given: autocast was applied to its inputs, and must not touch what is inside."""
+
+    @functools.wraps(fn)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return fn(*args, **kwargs)
+
+    return wrapped
+
+
+def values_are_checked(x: Tensor) -> bool:
+    """Whether the values of x may be looked at: on the CPU always; on a device it would cost a synchronisation, so on request."""
+    return x.device.type == "cpu" or os.environ.get("PERPO_CHECK", "0") not in ("", "0")
+
+
+def check_labels(labels: Tensor, n_vocab: int, ignore_index: int) -> None:
+    if not values_are_checked(labels):
+        return
+    wrong = ((labels < 0) | (labels >= n_vocab)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels must lie in [0, {n_vocab}) or be ignore_index={ignore_index}; "
+            f"{int(wrong.sum())} do not, the first is {int(labels[tuple(at)])} at {at}"
+        )
+
+
+def check_cumulative(name: str, counts: Tensor, total: int, of: str) -> None:
+    if not values_are_checked(counts):
+        return
+    if int(counts[0]) != 0 or int(counts[-1]) != total or bool((counts.diff() < 0).any()):
+        raise ValueError(
+            f"{name} must start at 0, never decrease and end at the number of {of}, {total}; got "
+            f"{counts.tolist() if counts.numel() <= 16 else f'{counts[:8].tolist()} … {counts[-4:].tolist()}'}"
+        )
+
+
+def _first_derivative_only(op: str, *grads: Tensor | None) -> None:
+    if any(g is not None for g in grads):
+        raise RuntimeError(_ONCE.format(op))
+
+
+# ----------------------------------------------------------------------------------------------- log-probs from logits
+
+
+def _rows_of(logits: Tensor) -> Tensor:
+    """[..., V] -> [B, N, V]; a view for everything a trainer makes, such as logits[:, :-1]."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    if logits.dim() <= 2:
+        return logits.reshape(1, -1, logits.shape[-1]) if logits.dim() < 2 else logits.unsqueeze(0)
+    return logits.reshape(-1, *logits.shape[-2:])
+
+
+@torch.library.custom_op("perpo_kernels::token_log_probs", mutates_args=())
+@no_autocast
+def token_log_probs(
+    logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, inplace_backward: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """logits [..., V], labels [...] -> (log_probs [...], lse [...])."""
+    check_labels(labels, logits.shape[-1], ignore_index)
+    kernels = backends.load(backends.resolve(backend, logits.device.type, logits.dtype))
+    z = LogitMap(temperature, ignore_index=ignore_index)
+    log_probs, lse = kernels.log_prob_rows(_rows_of(logits), labels.reshape(-1), z)
+    return log_probs.view(labels.shape), lse.view(labels.shape)
+
+
+@token_log_probs.register_fake
+def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty(labels.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    return out, torch.empty_like(out)
+
+
+@torch.library.custom_op("perpo_kernels::token_log_probs_backward", mutates_args=())
+@no_autocast
+def token_log_probs_backward(
+    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, temperature: float, ignore_index: int, backend: str
+) -> Tensor:
+    out = torch.empty_like(logits)
+    _write_gradient(out, grad, logits, labels, lse, temperature, ignore_index, backend)
+    return out
+
+
+@token_log_probs_backward.register_fake
+def _(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("perpo_kernels::token_log_probs_backward_", mutates_args={"logits"})
+@no_autocast
+def token_log_probs_backward_(
+    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, temperature: float, ignore_index: int, backend: str
+) -> None:
+    """The gradient overwrites the logits."""
+    _write_gradient(logits, grad, logits, labels, lse, temperature, ignore_index, backend)
+
+
+@token_log_probs_backward_.register_fake
+def _(*args: Any) -> None:
+    return None
+
+
+def _write_gradient(
+    out: Tensor,
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+) -> None:
+    kernels = backends.load(backends.resolve(backend, logits.device.type, logits.dtype))
+    z = LogitMap(temperature, ignore_index=ignore_index)
+    coefficients = grad.to(lse.dtype).reshape(-1).contiguous()
+    kernels.grad_rows_(_rows_of(logits), labels.reshape(-1), lse.reshape(-1), coefficients, z, _rows_of(out))
+
+
+def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, ctx.temperature, ctx.ignore_index, ctx.inplace, ctx.backend = inputs
+    ctx.save_for_backward(logits, labels, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _token_backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    _first_derivative_only("token_log_probs", grad_lse)
+    if grad is None:
+        return (None,) * 6
+    logits, labels, lse = ctx.saved_tensors
+    args = (grad, logits, labels, lse, ctx.temperature, ctx.ignore_index, ctx.backend)
+    dense = logits.stride(-1) == 1 or logits.shape[-1] == 1
+    if ctx.inplace and dense and not torch.compiler.is_compiling():
+        with torch.no_grad():
+            token_log_probs_backward_(*args)
+        return logits.detach(), None, None, None, None, None
+    return token_log_probs_backward(*args), None, None, None, None, None
+
+
+token_log_probs.register_autograd(_token_backward, setup_context=_token_setup)
+
+
+# ------------------------------------------------------------------------------------------------------- the list loss
+
+
+def run_list_loss(problem: ListProblem, backend: str, result: ListResult) -> None:
+    dtype = result.losses.dtype
+    kernels = backends.load(backends.resolve(backend, problem.log_probs.device.type, dtype))
+    kernels.list_loss(problem, result)
+
+
+def new_list_result(problem: ListProblem) -> ListResult:
+    n_lists = problem.cu_lists.numel() - 1
+    dtype = accumulation_dtype(problem.log_probs.dtype)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=problem.log_probs.device)
+
+    return ListResult(
+        losses=zeros(n_lists),
+        coefficients=zeros(problem.log_probs.numel()),
+        sequence_log_probs=zeros(problem.rewards.numel()),
+        stats=zeros(4, n_lists),
+    )
+
+
+@torch.library.custom_op("perpo_kernels::list_loss", mutates_args=())
+@no_autocast
+def list_loss(
+    log_probs: Tensor,
+    rewards: Tensor,
+    cu_lists: Tensor,
+    cu_seqlens: Tensor | None,
+    labels: Tensor | None,
+    ref_log_probs: Tensor | None,
+    valid: Tensor | None,
+    beta: float,
+    gamma: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> (Σ losses [], losses [G], coefficients [T or S], sequence_log_probs [S], stats [4, G])."""
+    check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
+    if cu_seqlens is not None:
+        check_cumulative("cu_seqlens", cu_seqlens, log_probs.numel(), "tokens")
+    device = log_probs.device
+    problem = ListProblem(
+        log_probs.contiguous(),
+        rewards.contiguous(),
+        cu_lists.to(device),
+        None if cu_seqlens is None else cu_seqlens.to(device),
+        labels,
+        None if ref_log_probs is None else ref_log_probs.contiguous(),
+        None if valid is None else valid.contiguous(),
+        beta,
+        gamma,
+        ignore_index,
+    )
+    result = new_list_result(problem)
+    run_list_loss(problem, backend, result)
+    return (result.losses.sum(), *result)
+
+
+@list_loss.register_fake
+def _(
+    log_probs: Tensor, rewards: Tensor, cu_lists: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n_lists = cu_lists.shape[0] - 1
+    dtype = accumulation_dtype(log_probs.dtype)
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=log_probs.device)
+
+    return new(), new(n_lists), new(log_probs.shape[0]), new(rewards.shape[0]), new(4, n_lists)
+
+
+def _list_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    log_probs, _, cu_lists, cu_seqlens, *_ = inputs
+    ctx.save_for_backward(output[2], cu_lists, cu_seqlens)
+    ctx.dtype = log_probs.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _list_backward(
+    ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    _first_derivative_only("list_loss", *others)
+    coefficients, cu_lists, cu_seqlens = ctx.saved_tensors
+    return (coefficient_gradient(coefficients, grad_total, grad_losses, cu_lists, cu_seqlens, ctx.dtype), *(None,) * 10)
+
+
+def coefficient_gradient(
+    coefficients: Tensor,  # [T] or [S]
+    grad_total: Tensor | None,  # []
+    grad_losses: Tensor | None,  # [G]
+    cu_lists: Tensor,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """coefficients · (∂/∂Σ losses + ∂/∂losses of the list that each belongs to)."""
+    if grad_total is None and grad_losses is None:
+        return None
+    scale = grad_total
+    if grad_losses is not None:
+        device = coefficients.device
+        n_candidates = coefficients.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        lists = layout.owner(cu_lists.to(device), n_candidates)
+        if cu_seqlens is not None:
+            lists = lists[layout.owner(cu_seqlens.to(device), coefficients.shape[0])]
+        per_item = grad_losses[lists]
+        scale = per_item if scale is None else scale + per_item
+    assert scale is not None
+    return (coefficients * scale).to(dtype)
+
+
+list_loss.register_autograd(_list_backward, setup_context=_list_setup)
