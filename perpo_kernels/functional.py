@@ -166,7 +166,7 @@ def perpo_loss(
         losses = reference.list_losses(scores, rewards, cu_lists, everyone, target.beta, target.gamma)
         return _reduce(losses.sum(), losses, reduction)
     total, losses, *_ = ops.list_loss(
-        log_probs, rewards, cu_lists, None, None, ref_log_probs, valid, target.beta, target.gamma, -100, chosen
+        log_probs, rewards, cu_lists, None, None, ref_log_probs, valid, target.numbers(), -100, chosen
     )
     return _reduce(total, losses, reduction)
 
@@ -268,8 +268,7 @@ def linear_perpo_loss(
             *z,
             chunk_bytes,
             chosen,
-            target.beta,
-            target.gamma,
+            target.numbers(),
             need_hidden,
             need_weight,
             need_bias,
@@ -285,8 +284,7 @@ def linear_perpo_loss(
             labels,
             ref_log_probs,
             None,
-            target.beta,
-            target.gamma,
+            target.numbers(),
             ignore_index,
             chosen,
         )

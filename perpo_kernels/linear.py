@@ -14,7 +14,7 @@ forward and backward. A trainable head needs dW = Dᵀ (g ⊙ X):
 dW is summed in fp32. Under no_grad there is one GEMM and D is never formed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from perpo_kernels import backends
 from perpo_kernels.backends import ListProblem, LogitMap
 from perpo_kernels.layout import Segment, list_segments
+from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import (
     _first_derivative_only,
     accumulation_dtype,
@@ -293,8 +294,7 @@ def linear_list_loss(
     ignore_index: int,
     chunk_bytes: int,
     backend: str,
-    beta: float,
-    gamma: float,
+    objective: Sequence[float],
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -319,8 +319,7 @@ def linear_list_loss(
         labels,
         None if ref_log_probs is None else ref_log_probs.contiguous(),
         None,
-        beta,
-        gamma,
+        Objective(*objective),
         ignore_index,
     )
     result = new_list_result(problem)
@@ -329,7 +328,7 @@ def linear_list_loss(
     rows = head.chunk_rows(n_tokens)
     buffer = head.buffer(rows)
     # |c| is at most β and about β / k: near 1 once divided by this, so that g ⊙ X keeps fp16's range.
-    unit = beta / max(1, rewards.numel() // max(1, cu_lists.numel() - 1))
+    unit = problem.objective.beta / max(1, rewards.numel() // max(1, cu_lists.numel() - 1))
 
     def close_lists(segment: Segment) -> None:
         lists = slice(segment.first_list, segment.last_list)
@@ -419,7 +418,7 @@ def _linear_list_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _linear_list_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     _first_derivative_only("linear_perpo_loss", *others)
     if grad is None:
-        return (None,) * 19
+        return (None,) * 18
     coefficients, derivative, d_weight, d_bias = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     return (
@@ -427,7 +426,7 @@ def _linear_list_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None)
         (d_weight * grad).to(ctx.weight_dtype) if need_weight else None,
         None,
         (d_bias * grad).to(ctx.weight_dtype) if need_bias else None,
-        *(None,) * 15,
+        *(None,) * 14,
     )
 
 

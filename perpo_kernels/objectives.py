@@ -36,6 +36,10 @@ class Objective:
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
             raise ValueError(f"gamma must be a finite number >= 0, got {self.gamma!r}")
 
+    def numbers(self) -> list[float]:
+        """What the operators and kernels are given; `Objective(*numbers)` gives the objective back."""
+        return [float(self.beta), float(self.gamma)]
+
 
 def perpo(beta: float = 0.1, gamma: float = 0.5) -> Objective:
     """PerPO (arXiv 2502.04371): all pairs of a list, weighted by (r_i − r_j)^γ, normalised per list."""

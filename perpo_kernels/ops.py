@@ -7,7 +7,7 @@ that need the data (a label out of range) are made here, where the data is.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perpo_kernels import backends, layout
 from perpo_kernels.backends import ListProblem, ListResult, LogitMap
+from perpo_kernels.objectives import Objective
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -204,8 +205,7 @@ def list_loss(
     labels: Tensor | None,
     ref_log_probs: Tensor | None,
     valid: Tensor | None,
-    beta: float,
-    gamma: float,
+    objective: Sequence[float],
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -222,8 +222,7 @@ def list_loss(
         labels,
         None if ref_log_probs is None else ref_log_probs.contiguous(),
         None if valid is None else valid.contiguous(),
-        beta,
-        gamma,
+        Objective(*objective),
         ignore_index,
     )
     result = new_list_result(problem)
@@ -256,7 +255,7 @@ def _list_backward(
 ) -> tuple[Tensor | None, ...]:
     _first_derivative_only("list_loss", *others)
     coefficients, cu_lists, cu_seqlens = ctx.saved_tensors
-    return (coefficient_gradient(coefficients, grad_total, grad_losses, cu_lists, cu_seqlens, ctx.dtype), *(None,) * 10)
+    return (coefficient_gradient(coefficients, grad_total, grad_losses, cu_lists, cu_seqlens, ctx.dtype), *(None,) * 9)
 
 
 def coefficient_gradient(

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from perpo_kernels.objectives import Objective
+
 BACKENDS = ("auto", "triton", "eager", "reference")
 
 
@@ -48,8 +50,7 @@ class ListProblem(NamedTuple):
     labels: Tensor | None  # int64 [T]
     ref_log_probs: Tensor | None  # [S]
     valid: Tensor | None  # bool [S]
-    beta: float
-    gamma: float
+    objective: Objective
     ignore_index: int = -100
 
 

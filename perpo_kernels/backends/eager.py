@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perpo_kernels.backends import ListProblem, ListResult, LogitMap
+from perpo_kernels.objectives import Objective
 
 _CPU_BLOCK_BYTES = 1 << 20  # the L2 of two cores: each block is passed over five times
 _DEVICE_BLOCK_BYTES = 256 << 20  # a device wants few, large launches
@@ -143,7 +144,7 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         inside = slot < lengths[block, None]
         member = torch.where(inside, p.cu_lists[block, None] + slot, 0).long()
         keys = key[member].masked_fill(~inside, torch.nan)  # [lists, k]
-        loss, grad, stats = _pairs(score[member], keys, p.beta, p.gamma)
+        loss, grad, stats = _pairs(score[member], keys, p.objective)
         result.losses[block] = loss
         result.stats[:, block] = stats
         gradient[member[inside]] = grad[inside]
@@ -183,8 +184,9 @@ def _scores(p: ListProblem, result: ListResult) -> tuple[Tensor, Tensor]:
     return score, key
 
 
-def _pairs(s: Tensor, r: Tensor, beta: float, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+def _pairs(s: Tensor, r: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and rewards [n, k], NaN reward = no candidate -> loss [n], ∂loss/∂s [n, k], statistics [4, n]."""
+    beta, gamma = objective.beta, objective.gamma
     better = r.unsqueeze(-1) > r.unsqueeze(-2)  # [n, i, j]: r_i > r_j; false for NaN
     active = better.any(-1).any(-1)
     best = r.nan_to_num(nan=-torch.inf).argmax(-1, keepdim=True)

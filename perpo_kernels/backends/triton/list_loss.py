@@ -185,7 +185,7 @@ def list_loss_kernel(
     tl.store(stats + g, beta * chosen)
     tl.store(stats + stats_stride + g, beta * rejected)
     tl.store(stats + 2 * stats_stride + g, right / tl.maximum(pairs, 1))
-    tl.store(stats + 3 * stats_stride + g, active.to(tl.float32))
+    tl.store(stats + 3 * stats_stride + g, tl.where(active, 1.0, 0.0))
     for start in range(begin, end, K):
         i = start + slot
         here = i < end
@@ -227,8 +227,8 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         n_lists,
         n_candidates,
         result.stats.stride(0),
-        p.beta,
-        p.gamma,
+        p.objective.beta,
+        p.objective.gamma,
         p.ignore_index,
         TOKENS=tokens,
         HAS_REF=p.ref_log_probs is not None,
