@@ -79,7 +79,8 @@ def head(
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
-                f"{name} must have the dtype of hidden, {hidden.dtype}, got {x.dtype}; cast one of them or use torch.autocast"
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {x.dtype}; "
+                "cast one of them or use torch.autocast"
             )
     return hidden, weight, bias
 

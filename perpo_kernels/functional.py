@@ -37,15 +37,16 @@ def token_log_probs(
         labels: int64 [...], aligned: labels[t] is the target of logits[t]. Nothing is shifted.
         temperature: > 0.
         ignore_index: positions with this label give 0, get no gradient, and are never read.
-        inplace_backward: write the gradient over the logits, which saves [..., V]. Only for logits that nothing reads after
-            the backward pass; a second backward pass through them is an error.
+        inplace_backward: write the gradient over the logits, which saves [..., V]. Only for logits that nothing reads
+            after the backward pass; a second backward pass through them is an error.
         backend: "auto", "triton", "eager" or "reference".
 
     Returns:
         fp32 (fp64 for fp64 logits) [...], 0 where ignored. A label outside [0, V) gives NaN on a GPU.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, by name; on the CPU, or with PERPO_CHECK=1, also a label out of range.
+        ValueError, TypeError: arguments that do not fit, by name; on the CPU, or with PERPO_CHECK=1, also a label out
+        of range.
     """
     checks.floating("logits", logits)
     checks.labels(labels, logits.shape[:-1], "logits.shape[:-1]", logits.device)
@@ -72,13 +73,14 @@ def linear_token_log_probs(
 ) -> Tensor:  # [...] fp32
     """Log-probability of each label under the language head, without the logits [..., V] ever existing.
 
-    logits = softcap · tanh(logit_scale · (hidden weightᵀ + bias) / softcap) / temperature, log-probs as `token_log_probs`. One GEMM
-    under no_grad, two for forward and backward with a frozen head, four with a trainable one. Memory beyond the
+    logits = softcap · tanh(logit_scale · (hidden weightᵀ + bias) / softcap) / temperature, log-probs as
+    `token_log_probs`. One GEMM under no_grad, two for forward and backward with a frozen head, four with a trainable
+    one. Memory beyond the
     inputs: one chunk of logits, [..., H] for the gradient of `hidden`, and fp32 [V, H] for that of `weight`.
 
     Args:
-        hidden: [..., H]: the states that *predict* the labels. Gather response positions first; ignored positions are skipped
-            on the CPU but still multiplied on a GPU, where skipping them would need a synchronisation.
+        hidden: [..., H]: the states that *predict* the labels. Gather response positions first; ignored positions are
+            skipped on the CPU but still multiplied on a GPU, where skipping them would need a synchronisation.
         weight: [V, H], of the dtype of `hidden` (under autocast both are cast to the autocast dtype).
         labels: int64 [...], aligned with `hidden`.
         bias: [V] or None.
@@ -125,8 +127,8 @@ def perpo_loss(
 
     Args:
         log_probs: log π(y_i) of whole responses: [G, k] padded, or [S] packed with `cu_lists`.
-        rewards: same shape. Higher is better; order within a list does not matter. A candidate with a NaN or infinite reward takes
-            part in no pair. A list whose rewards are all equal has loss 0.
+        rewards: same shape. Higher is better; order within a list does not matter. A candidate with a NaN or infinite
+            reward takes part in no pair. A list whose rewards are all equal has loss 0.
         ref_log_probs: same shape, under the reference model, or None for no reference.
         cu_lists: candidates of list g are cu_lists[g] .. cu_lists[g + 1]; required exactly when log_probs is [S].
         valid: False for a candidate that is padding; what stands there is never read.
@@ -184,9 +186,9 @@ class LinearPerPOOutput(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """Scalars under TRL's names, detached and still on the device; computed when asked for.
 
-        rewards/chosen, rewards/rejected: β·(log π − log π_ref) of the best and the worst candidate, mean over active lists;
-        rewards/margins: their difference; rewards/accuracies: share of preferred pairs that the scores rank right, mean over
-        active lists; lists/active: share of lists that have a preferred pair at all.
+        rewards/chosen, rewards/rejected: β·(log π − log π_ref) of the best and the worst candidate, mean over active
+        lists; rewards/margins: their difference; rewards/accuracies: share of preferred pairs that the scores rank
+        right, mean over active lists; lists/active: share of lists that have a preferred pair at all.
         """
         active = self.list_stats[3]
         chosen, rejected, right = self.list_stats[:3].sum(-1) / active.sum().clamp(min=1)
@@ -217,18 +219,20 @@ def linear_perpo_loss(
 ) -> LinearPerPOOutput:
     """The PerPO loss from the hidden states of packed response tokens: no logits, no host synchronisation.
 
-    GEMMs of T × V × H: one under no_grad, two with a frozen head (forward and backward together), three with a trainable one
-    when each list fits `max_chunk_bytes` and the layout is on the CPU or all tokens fit at once, otherwise four.
+    GEMMs of T × V × H: one under no_grad, two with a frozen head (forward and backward together), three with a
+    trainable one when each list fits `max_chunk_bytes` and the layout is on the CPU or all tokens fit at once,
+    otherwise four.
 
     Args:
-        hidden: [T, H], the states that predict the labels: response positions only, all candidates of all lists one after another.
+        hidden: [T, H], the states that predict the labels: response positions only, all candidates of all lists one
+            after another.
         weight, bias, temperature, softcap, logit_scale, ignore_index, max_chunk_bytes: as `linear_token_log_probs`.
         labels: int64 [T].
         rewards: [S], as `perpo_loss`.
-        cu_seqlens: int32 [S + 1], tokens of candidate i are cu_seqlens[i] .. cu_seqlens[i + 1]. A candidate without a valid token
-            takes part in no pair.
-        cu_lists: int32 [G + 1], candidates of list g are cu_lists[g] .. cu_lists[g + 1]. Both layouts may live on the CPU
-            while the rest is on a GPU: then they are checked for free, and chunks can follow the lists.
+        cu_seqlens: int32 [S + 1], tokens of candidate i are cu_seqlens[i] .. cu_seqlens[i + 1]. A candidate without a
+            valid token takes part in no pair.
+        cu_lists: int32 [G + 1], candidates of list g are cu_lists[g] .. cu_lists[g + 1]. Both layouts may live on the
+            CPU while the rest is on a GPU: then they are checked for free, and chunks can follow the lists.
         ref_log_probs: [S], Σ_t log π_ref(y_it), or None for no reference.
         beta, gamma, reduction, objective: as `perpo_loss`.
         backend: "auto", "triton", "eager" or "reference".

@@ -1,8 +1,8 @@
 """Packed and padded layouts: which tokens belong to which candidate, which candidates to which list.
 
-Packed is the native form. `cu_seqlens` [S + 1] and `cu_lists` [G + 1] are cumulative int32 counts that start at 0: candidate i
-owns tokens cu_seqlens[i] .. cu_seqlens[i + 1], list g owns candidates cu_lists[g] .. cu_lists[g + 1]. Padded [G, k]
-tensors are the same numbers with equally long lists and a mask, so they need no copy to become packed.
+Packed is the native form. `cu_seqlens` [S + 1] and `cu_lists` [G + 1] are cumulative int32 counts that start at 0:
+candidate i owns tokens cu_seqlens[i] .. cu_seqlens[i + 1], list g owns candidates cu_lists[g] .. cu_lists[g + 1].
+Padded [G, k] tensors are the same numbers with equally long lists and a mask, so they need no copy to become packed.
 """
 
 from collections.abc import Sequence

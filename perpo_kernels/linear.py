@@ -1,14 +1,15 @@
 """From hidden states to log-probs and list losses without holding the logits: chunking, GEMMs and their autograd.
 
-∂log_prob_t/∂logits_t = onehot(y_t) − softmax_t does not depend on the loss. So the forward pass takes T tokens a chunk at a time:
+∂log_prob_t/∂logits_t = onehot(y_t) − softmax_t does not depend on the loss. So the forward pass takes T tokens a
+chunk at a time:
 
     Z = X_c Wᵀ (GEMM)      log_prob, and Z overwritten by D = onehot − softmax (row kernel)      U_c = D W (GEMM)
 
-and keeps U [T, H]. The backward pass is a row scale, dX = g ⊙ U, for any loss above. A frozen head is done with that: two GEMMs for
-forward and backward. A trainable head needs dW = Dᵀ (g ⊙ X):
+and keeps U [T, H]. The backward pass is a row scale, dX = g ⊙ U, for any loss above. A frozen head is done with that:
+two GEMMs for forward and backward. A trainable head needs dW = Dᵀ (g ⊙ X):
 
-- under a list loss, g is known once a whole list has been seen, so chunks of whole lists add their share while D is still in
-  memory: three GEMMs. A list that does not fit the budget is swept twice, four GEMMs.
+- under a list loss, g is known once a whole list has been seen, so chunks of whole lists add their share while D is
+  still in memory: three GEMMs. A list that does not fit the budget is swept twice, four GEMMs.
 - under an unknown loss, D is made again in the backward pass: four GEMMs.
 
 dW is summed in fp32. Under no_grad there is one GEMM and D is never formed.
@@ -25,10 +26,10 @@ from perpo_kernels.backends import ListProblem, LogitMap
 from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import (
-    _first_derivative_only,
     accumulation_dtype,
     check_cumulative,
     check_labels,
+    first_derivative_only,
     new_list_result,
     no_autocast,
     run_list_loss,
@@ -245,13 +246,12 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     # A frozen head needs U alone: hidden states and lse are let go.
     saved = (hidden, weight, labels, lse, bias) if need_head else (None,) * 5
     ctx.save_for_backward(derivative, *saved)
+    ctx.mark_non_differentiable(lse, derivative)
     ctx.set_materialize_grads(False)
 
 
-def _linear_backward(
-    ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, grad_derivative: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    _first_derivative_only("linear_token_log_probs", grad_lse, grad_derivative)
+def _linear_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    first_derivative_only("linear_token_log_probs")
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     if grad is None:
         return (None,) * 11
@@ -372,7 +372,7 @@ def linear_list_loss(
 
 
 def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) -> list[Segment]:
-    """Runs of whole lists of at most `rows` tokens; one run of everything if it fits, or if only the device knows the bounds."""
+    """Runs of whole lists of at most `rows` tokens; a single run if all fit or only the device knows the bounds."""
     n_lists = cu_lists.numel() - 1
     on_host = cu_seqlens.device.type == "cpu" and cu_lists.device.type == "cpu"
     if n_tokens <= rows or not on_host:
@@ -411,12 +411,13 @@ def _(
 def _linear_list_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, coefficients, _, _, derivative, d_weight, d_bias = output
     ctx.save_for_backward(coefficients, derivative, d_weight, d_bias)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.weight_dtype = inputs[1].dtype
     ctx.set_materialize_grads(False)
 
 
-def _linear_list_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    _first_derivative_only("linear_perpo_loss", *others)
+def _linear_list_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    first_derivative_only("linear_perpo_loss")
     if grad is None:
         return (None,) * 18
     coefficients, derivative, d_weight, d_bias = ctx.saved_tensors

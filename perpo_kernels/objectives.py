@@ -7,8 +7,8 @@ rewards r_i, the objective implemented here is the reward-weighted pairwise logi
     L    = Σ_{i,j: r_i > r_j} w_ij · softplus(−β (s_i − s_j))
     ∂L/∂s_i = β (Σ_j G_ij − Σ_j G_ji),   G_ij = −w_ij · σ(−β (s_i − s_j))
 
-PerPO (arXiv 2502.04371, section 3) is γ = 0.5. At k = 2 it is DPO (arXiv 2305.18290) for every γ; γ = 0 is the plain mean over
-pairs; γ → ∞ leaves the best against the worst.
+PerPO (arXiv 2502.04371, section 3) is γ = 0.5. At k = 2 it is DPO (arXiv 2305.18290) for every γ; γ = 0 is the plain
+mean over pairs; γ → ∞ leaves the best against the worst.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The differentiable operators on logits and on lists, registered with torch (`torch.ops.perpo_kernels.*`).
 
-A torch operator keeps torch.compile from looking inside, gives it shapes through a fake implementation, and carries the derivative. The
-operators take plain values; names are checked and defaults filled in by `perpo_kernels.functional`. Value checks
-that need the data (a label out of range) are made here, where the data is.
+A torch operator keeps torch.compile from looking inside, gives it shapes through a fake implementation, and carries
+the derivative. The operators take plain values; names are checked and defaults filled in by
+`perpo_kernels.functional`. Value checks that need the data (a label out of range) are made here, where the data is.
 """
 
 import functools
@@ -20,8 +20,6 @@ from perpo_kernels.objectives import Objective
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_ONCE = "perpo_kernels gives first derivatives only; {} was differentiated twice"
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums are made in: fp32, or fp64 for fp64."""
@@ -29,7 +27,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def no_autocast(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run an operator in the dtypes it was given: autocast was applied to its inputs, and must not touch what is inside."""
+    """Run an operator in the dtypes it was given: autocast was applied to its inputs and must not act inside."""
 
     @functools.wraps(fn)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -41,7 +39,7 @@ def no_autocast(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def values_are_checked(x: Tensor) -> bool:
-    """Whether the values of x may be looked at: on the CPU always; on a device it would cost a synchronisation, so on request."""
+    """Whether the values of x may be looked at: on the CPU always; on a device, which it would stall, on request."""
     return x.device.type == "cpu" or os.environ.get("PERPO_CHECK", "0") not in ("", "0")
 
 
@@ -67,9 +65,13 @@ def check_cumulative(name: str, counts: Tensor, total: int, of: str) -> None:
         )
 
 
-def _first_derivative_only(op: str, *grads: Tensor | None) -> None:
-    if any(g is not None for g in grads):
-        raise RuntimeError(_ONCE.format(op))
+def first_derivative_only(op: str) -> None:
+    """Called in each backward: what it reads was saved as a constant, and differentiating it would be silently wrong."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} has first derivatives only, and its backward pass was run with create_graph=True; "
+            'use backend="reference" for higher derivatives'
+        )
 
 
 # ----------------------------------------------------------------------------------------------- log-probs from logits
@@ -151,11 +153,12 @@ def _write_gradient(
 def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, labels, ctx.temperature, ctx.ignore_index, ctx.inplace, ctx.backend = inputs
     ctx.save_for_backward(logits, labels, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _token_backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    _first_derivative_only("token_log_probs", grad_lse)
+def _token_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    first_derivative_only("token_log_probs")
     if grad is None:
         return (None,) * 6
     logits, labels, lse = ctx.saved_tensors
@@ -246,14 +249,15 @@ def _(
 def _list_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     log_probs, _, cu_lists, cu_seqlens, *_ = inputs
     ctx.save_for_backward(output[2], cu_lists, cu_seqlens)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.dtype = log_probs.dtype
     ctx.set_materialize_grads(False)
 
 
 def _list_backward(
-    ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, *others: Tensor | None
+    ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    _first_derivative_only("list_loss", *others)
+    first_derivative_only("list_loss")
     coefficients, cu_lists, cu_seqlens = ctx.saved_tensors
     return (coefficient_gradient(coefficients, grad_total, grad_losses, cu_lists, cu_seqlens, ctx.dtype), *(None,) * 9)
 

@@ -1,6 +1,7 @@
 """The definition: plain PyTorch, differentiable by autograd, one loop a sum, nothing fused. The oracle of every test.
 
-Works in the dtype that it is given, so float64 in means float64 throughout. Slow on purpose: read it to learn what is computed.
+Works in the dtype that it is given, so float64 in means float64 throughout. Slow on purpose: read it to learn what is
+computed.
 """
 
 from itertools import pairwise

@@ -1,6 +1,7 @@
 """Backends: the row and list primitives, and the choice among their implementations.
 
-A backend is a module with the four functions of `Backend`. Everything above (GEMMs, chunking, autograd, layout) is written once.
+A backend is a module with the four functions of `Backend`. Everything above (GEMMs, chunking, autograd, layout) is
+written once.
 """
 
 import functools
@@ -20,8 +21,8 @@ BACKENDS = ("auto", "triton", "eager", "reference")
 class LogitMap(NamedTuple):
     """From what the head's GEMM (or the user) gives to the logits of the softmax.
 
-    z = softcap · tanh(logit_scale · raw / softcap) / temperature, or logit_scale · raw / temperature without a soft-cap.
-    Rows whose label is `ignore_index` are not read.
+    z = softcap · tanh(logit_scale · raw / softcap) / temperature, or logit_scale · raw / temperature without a
+    soft-cap. Rows whose label is `ignore_index` are not read.
     """
 
     temperature: float = 1.0
@@ -64,7 +65,7 @@ class ListResult(NamedTuple):
 
 
 class Backend(Protocol):
-    """The primitives. `logits` are raw [N, V], or [B, N, V] of any row strides; labels int64 [rows]; row results fp32 [rows]."""
+    """The primitives. logits: raw [N, V], or [B, N, V] of any row strides; labels int64 [rows]; results fp32 [rows]."""
 
     @staticmethod
     def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The primitives in plain PyTorch: any device, fp64 too, and the fast path on CPU.
 
-Rows are taken a few at a time, so that the passes over them hit the cache and fp32 copies of low-precision rows stay small.
+Rows are taken a few at a time, so that the passes over them hit the cache and fp32 copies of low-precision rows stay
+small.
 """
 
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def _row_blocks(logits: Tensor) -> Iterator[tuple[Tensor, slice]]:
 
 
 class _Rows:
-    """A block of rows in accumulation precision. `logits` and what is made of it share one buffer: the rows' own if `reuse`.
+    """A block of rows in accumulation precision; all that is made of it shares one buffer, the rows' own if `reuse`.
 
     An ignored row may hold anything, NaN too. On the CPU it is left out; on a device, where leaving it out would need a
     synchronisation, it is replaced by zeros. It is never multiplied by a zero.
