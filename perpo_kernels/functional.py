@@ -75,8 +75,8 @@ def linear_token_log_probs(
 
     logits = softcap · tanh(logit_scale · (hidden weightᵀ + bias) / softcap) / temperature, log-probs as
     `token_log_probs`. One GEMM under no_grad, two for forward and backward with a frozen head, four with a trainable
-    one. Memory beyond the
-    inputs: one chunk of logits, [..., H] for the gradient of `hidden`, and fp32 [V, H] for that of `weight`.
+    one. Memory beyond the inputs: one chunk of logits, [..., H] for the gradient of `hidden`, and fp32 [V, H] for that
+    of `weight`.
 
     Args:
         hidden: [..., H]: the states that *predict* the labels. Gather response positions first; ignored positions are
@@ -105,7 +105,7 @@ def linear_token_log_probs(
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     keep_derivative = torch.is_grad_enabled() and hidden.requires_grad
     log_probs, _, _ = linear.linear_log_probs(
-        rows, weight, labels.reshape(-1), bias, *z, chunk_bytes, chosen, keep_derivative
+        rows, weight, labels.reshape(-1).contiguous(), bias, *z, chunk_bytes, chosen, keep_derivative
     )
     return log_probs.view(labels.shape)
 
@@ -255,7 +255,7 @@ def linear_perpo_loss(
         return _reference_linear_perpo(
             hidden, weight, labels, rewards, cu_seqlens, cu_lists, ref_log_probs, bias, target, reduction, z
         )
-    hidden = hidden.contiguous()
+    hidden, labels = hidden.contiguous(), labels.contiguous()
     grad = torch.is_grad_enabled()
     need_hidden, need_weight = grad and hidden.requires_grad, grad and weight.requires_grad
     need_bias = grad and bias is not None and bias.requires_grad

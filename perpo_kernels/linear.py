@@ -50,11 +50,14 @@ class Head(NamedTuple):
     kernels: backends.Backend
     chunk_bytes: int  # 0: by device
 
+    def max_rows(self) -> int:
+        """Rows of logits that the memory budget allows."""
+        device = self.weight.device.type
+        return max(1, (self.chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)) // self._row_bytes())
+
     def chunk_rows(self, n_tokens: int) -> int:
         """Tokens a chunk: equal chunks within the budget, whole GEMM tiles where that many fit."""
-        device = self.weight.device.type
-        budget = self.chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)
-        rows = max(1, budget // self._row_bytes())
+        rows = self.max_rows()
         if n_tokens <= rows:
             return max(n_tokens, 1)
         n_chunks = -(-n_tokens // rows)
@@ -116,10 +119,14 @@ class HeadGradient:
     def add(self, derivative: Tensor, x: Tensor, g: Tensor) -> None:
         """derivative D [n, V], x [n, H], g [n]."""
         if self.need_bias:
-            self.bias.addmv_(derivative.to(g.dtype).t(), g)
+            _add_product(self.bias.unsqueeze(1), derivative.t(), g.to(x.dtype).unsqueeze(1))
         if self.need_weight:
-            scaled = (x * g.unsqueeze(1)).to(x.dtype)
-            _add_product(self.weight, derivative.t(), scaled)
+            _add_product(self.weight, derivative.t(), _scaled_rows(x, g))
+
+
+def _scaled_rows(x: Tensor, g: Tensor) -> Tensor:
+    """g ⊙ x in the dtype of x: multiplied in the precision of g, rounded once, without a copy in between."""
+    return torch.mul(x, g.unsqueeze(1), out=torch.empty_like(x))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -230,8 +237,8 @@ def _(grad: Tensor, hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tens
 @torch.library.custom_op("perpo_kernels::scale_rows", mutates_args=())
 @no_autocast
 def scale_rows(x: Tensor, g: Tensor) -> Tensor:
-    """g ⊙ x: x [T, H], g [T] in higher precision -> [T, H] in the dtype of x, rounded once."""
-    return torch.mul(x, g.unsqueeze(1), out=torch.empty_like(x))
+    """dX = g ⊙ U: x [T, H], g [T] in accumulation precision -> [T, H] in the dtype of x."""
+    return _scaled_rows(x, g)
 
 
 @scale_rows.register_fake
@@ -314,8 +321,8 @@ def linear_list_loss(
     problem = ListProblem(
         log_probs,
         rewards.contiguous(),
-        cu_lists.to(device),
-        cu_seqlens.to(device),
+        cu_lists.to(device).contiguous(),
+        cu_seqlens.to(device).contiguous(),
         labels,
         None if ref_log_probs is None else ref_log_probs.contiguous(),
         None,
@@ -325,8 +332,8 @@ def linear_list_loss(
     result = new_list_result(problem)
     derivative = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0, n_hidden)
     gradient = HeadGradient(head, need_weight, need_bias)
-    rows = head.chunk_rows(n_tokens)
-    buffer = head.buffer(rows)
+    rows = head.max_rows()
+    buffer = head.buffer(min(rows, n_tokens))
     # |c| is at most β and about β / k: near 1 once divided by this, so that g ⊙ X keeps fp16's range.
     unit = problem.objective.beta / max(1, rewards.numel() // max(1, cu_lists.numel() - 1))
 

@@ -66,7 +66,7 @@ def check_cumulative(name: str, counts: Tensor, total: int, of: str) -> None:
 
 
 def first_derivative_only(op: str) -> None:
-    """Called in each backward: what it reads was saved as a constant, and differentiating it would be silently wrong."""
+    """Called in each backward: what it reads was saved as a constant; differentiating it would be silently wrong."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{op} has first derivatives only, and its backward pass was run with create_graph=True; "
@@ -95,7 +95,7 @@ def token_log_probs(
     check_labels(labels, logits.shape[-1], ignore_index)
     kernels = backends.load(backends.resolve(backend, logits.device.type, logits.dtype))
     z = LogitMap(temperature, ignore_index=ignore_index)
-    log_probs, lse = kernels.log_prob_rows(_rows_of(logits), labels.reshape(-1), z)
+    log_probs, lse = kernels.log_prob_rows(_rows_of(logits), labels.reshape(-1).contiguous(), z)
     return log_probs.view(labels.shape), lse.view(labels.shape)
 
 
@@ -147,7 +147,9 @@ def _write_gradient(
     kernels = backends.load(backends.resolve(backend, logits.device.type, logits.dtype))
     z = LogitMap(temperature, ignore_index=ignore_index)
     coefficients = grad.to(lse.dtype).reshape(-1).contiguous()
-    kernels.grad_rows_(_rows_of(logits), labels.reshape(-1), lse.reshape(-1), coefficients, z, _rows_of(out))
+    kernels.grad_rows_(
+        _rows_of(logits), labels.reshape(-1).contiguous(), lse.reshape(-1), coefficients, z, _rows_of(out)
+    )
 
 
 def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -220,9 +222,9 @@ def list_loss(
     problem = ListProblem(
         log_probs.contiguous(),
         rewards.contiguous(),
-        cu_lists.to(device),
-        None if cu_seqlens is None else cu_seqlens.to(device),
-        labels,
+        cu_lists.to(device).contiguous(),
+        None if cu_seqlens is None else cu_seqlens.to(device).contiguous(),
+        None if labels is None else labels.contiguous(),
         None if ref_log_probs is None else ref_log_probs.contiguous(),
         None if valid is None else valid.contiguous(),
         Objective(*objective),

@@ -17,6 +17,8 @@ from torch import Tensor
 VECTOR_BYTES = 16  # the widest load and store of a thread
 BLOCK_BYTES = 16384  # of one step along a row: four vectors in flight for each of 256 threads
 MAX_WARPS = 8
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
 
 
 @triton.jit
@@ -38,7 +40,7 @@ def body_bounds(start, V, VEC: tl.constexpr):
 @triton.jit
 def tanh_and_slope(x):
     """tanh(x) to relative fp32 precision, and 1 − tanh²(x) without cancellation."""
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     t = (1.0 - e) / (1.0 + e)
     x2 = x * x
     # near 0 the quotient cancels; the series to x⁹ is exact to fp32 there
@@ -49,56 +51,65 @@ def tanh_and_slope(x):
 
 
 @triton.jit
-def to_logits(raw, pre, post, SOFTCAP: tl.constexpr):
-    """z of `LogitMap`, fp32."""
-    z = raw.to(tl.float32) * pre
+def to_unit(raw, pre, SOFTCAP: tl.constexpr):
+    """u with z = u · scale for the z of `LogitMap`: raw, or tanh(pre · raw) with a soft-cap. fp32."""
+    u = raw.to(tl.float32)
     if SOFTCAP:
-        t, _ = tanh_and_slope(z)
-        z = t * post
-    return z
+        u, _ = tanh_and_slope(u * pre)
+    return u
 
 
 @triton.jit
-def lane_update(top, total, z):
-    """Fold z [lanes, VEC] into the running (max, Σ exp(z − max)) of each lane."""
-    new_top = tl.maximum(top, tl.max(z, axis=1))
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-    total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
+def exp_unit(u, scale, shift):
+    """exp(u · scale − shift) in three instructions. tl.exp would take four more to keep results below 2⁻¹²⁶, which no sum can see."""
+    return tl.exp2(tl.fma(u, scale, -shift) * LOG2E)
+
+
+@triton.jit
+def lane_update(top, total, u, scale):
+    """Fold u [lanes, VEC] into the running (max z, Σ exp(z − max z)) of each lane."""
+    new_top = tl.maximum(top, tl.max(u, axis=1) * scale)  # scale > 0
+    total = total * tl.exp2((top - new_top) * LOG2E) + tl.sum(exp_unit(u, scale, new_top[:, None]), axis=1)
     return new_top, total
 
 
 @triton.jit
 def row_max_and_sum(
-    base, start, V, pre, post, SOFTCAP: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
+    base, start, V, pre, scale, SOFTCAP: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
 ):
     """One read of the row: (m, Σ exp(z − m)) with m its maximum, or 0 if that is −inf."""
     LANES: tl.constexpr = BLOCK // VEC
     lane = tl.arange(0, LANES)
     tile = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    top = tl.full([LANES], -float("inf"), tl.float32)
+    top = tl.full([LANES], LOWEST, tl.float32)  # finite, so that −inf − top is never NaN
     total = tl.zeros([LANES], tl.float32)
     first, last = body_bounds(start, V, VEC)
     whole = first + (last - first) // BLOCK * BLOCK
     for at in range(first, whole, BLOCK):
-        z = to_logits(tl.load(base + at + tile), pre, post, SOFTCAP)
-        top, total = lane_update(top, total, z)
+        top, total = lane_update(top, total, to_unit(tl.load(base + at + tile), pre, SOFTCAP), scale)
     if whole < last:
-        inside = (lane < (last - whole) // VEC)[:, None]
+        inside = lane_mask(lane, whole, last, VEC)
         raw = tl.load(base + whole + tile, mask=inside, other=0.0)
-        z = tl.where(inside, to_logits(raw, pre, post, SOFTCAP), -float("inf"))
-        top, total = lane_update(top, total, z)
+        u = tl.where(inside, to_unit(raw, pre, SOFTCAP), -float("inf"))
+        top, total = lane_update(top, total, u, scale)
     row_top = tl.max(top, axis=0)
     if EDGES:
         offset, inside = edge_offsets(start, first, last, V, VEC)
         raw = tl.load(base + offset, mask=inside, other=0.0)
-        z = tl.where(inside, to_logits(raw, pre, post, SOFTCAP), -float("inf"))
-        row_top = tl.maximum(row_top, tl.max(z, axis=0))
-        shift = tl.where(row_top == -float("inf"), 0.0, row_top)
-        row_total = tl.sum(total * tl.exp(top - shift), axis=0) + tl.sum(tl.exp(z - shift), axis=0)
+        u = tl.where(inside, to_unit(raw, pre, SOFTCAP), -float("inf"))
+        row_top = tl.maximum(row_top, tl.max(u, axis=0) * scale)
+        row_total = tl.sum(total * tl.exp2((top - row_top) * LOG2E), axis=0) + tl.sum(
+            exp_unit(u, scale, row_top), axis=0
+        )
     else:
-        shift = tl.where(row_top == -float("inf"), 0.0, row_top)
-        row_total = tl.sum(total * tl.exp(top - shift), axis=0)
-    return shift, row_total
+        row_total = tl.sum(total * tl.exp2((top - row_top) * LOG2E), axis=0)
+    return tl.where(row_top == LOWEST, 0.0, row_top), row_total
+
+
+@triton.jit
+def lane_mask(lane, at, last, VEC: tl.constexpr):
+    """[lanes, 1]: the vectors of the tile at `at` that lie before `last`; in 32 bits, and the same for all of a vector."""
+    return (lane < ((last - at) // VEC).to(tl.int32))[:, None]
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perpo_kernels.backends import LogitMap
-from perpo_kernels.backends.triton.common import row_launch, row_max_and_sum, row_pointer, to_logits
+from perpo_kernels.backends.triton.common import row_launch, row_max_and_sum, row_pointer, to_unit
 
 
 @triton.jit
@@ -40,9 +40,10 @@ def log_prob_rows_kernel(
         tl.store(lse + row, 0.0)
     else:
         start = row_pointer(row, n_inner, stride_outer, stride_inner)
-        shift, total = row_max_and_sum(logits, start, V, pre, post, SOFTCAP, EDGES, BLOCK, VEC)
+        scale = post if SOFTCAP else pre
+        shift, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC)
         known = (label >= 0) & (label < V)
-        target = to_logits(tl.load(logits + start + label, mask=known, other=0.0), pre, post, SOFTCAP)
+        target = to_unit(tl.load(logits + start + label, mask=known, other=0.0), pre, SOFTCAP) * scale
         log_total = tl.log(total)
         tl.store(log_probs + row, tl.where(known, (target - shift) - log_total, float("nan")))
         tl.store(lse + row, shift + log_total)
