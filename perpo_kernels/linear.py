@@ -15,14 +15,14 @@ two GEMMs for forward and backward. A trainable head needs dW = Dᵀ (g ⊙ X):
 dW is summed in fp32. Under no_grad there is one GEMM and D is never formed.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from perpo_kernels import backends
-from perpo_kernels.backends import ListProblem, LogitMap
+from perpo_kernels.backends import ListProblem
+from perpo_kernels.head import HeadGradient, bind_head, chunks, kept_rows, scaled_rows
 from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import (
@@ -34,111 +34,6 @@ from perpo_kernels.ops import (
     no_autocast,
     run_list_loss,
 )
-
-CHUNK_BYTES = {"cpu": 64 << 20}  # a third of the logits of 1600 tokens at V = 32000: GEMMs lose 4 % to one chunk
-CHUNK_BYTES_ELSEWHERE = 1 << 30  # 3500 rows at V = 152064 in bf16: GEMMs at full rate
-ROW_MULTIPLE = 128  # rows of a GEMM tile
-ALIGNMENT = 64  # bytes; the row stride of Z, so that every row starts on a cache line and a 16-byte vector
-
-
-class Head(NamedTuple):
-    """The language head and what maps its outputs to logits."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    z: LogitMap
-    kernels: backends.Backend
-    chunk_bytes: int  # 0: by device
-
-    def max_rows(self) -> int:
-        """Rows of logits that the memory budget allows."""
-        device = self.weight.device.type
-        return max(1, (self.chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)) // self._row_bytes())
-
-    def chunk_rows(self, n_tokens: int) -> int:
-        """Tokens a chunk: equal chunks within the budget, whole GEMM tiles where that many fit."""
-        rows = self.max_rows()
-        if n_tokens <= rows:
-            return max(n_tokens, 1)
-        n_chunks = -(-n_tokens // rows)
-        even = -(-n_tokens // n_chunks)
-        tiled = -(-even // ROW_MULTIPLE) * ROW_MULTIPLE
-        return tiled if tiled <= rows else even
-
-    def _row_bytes(self) -> int:
-        return -(-self.weight.shape[0] * self.weight.element_size() // ALIGNMENT) * ALIGNMENT
-
-    def buffer(self, rows: int) -> Tensor:
-        """Z [rows, V] with aligned rows; reused by every chunk."""
-        stride = self._row_bytes() // self.weight.element_size()
-        return self.weight.new_empty(rows, stride)[:, : self.weight.shape[0]]
-
-    def project(self, x: Tensor, buffer: Tensor) -> Tensor:
-        """Z = x Wᵀ + bias, into the head of the buffer."""
-        out = buffer[: x.shape[0]]
-        if self.bias is None:
-            return torch.mm(x, self.weight.t(), out=out)
-        return torch.addmm(self.bias, x, self.weight.t(), out=out)
-
-
-def _head(
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    chunk_bytes: int,
-    backend: str,
-) -> Head:
-    kernels = backends.load(backends.resolve(backend, weight.device.type, weight.dtype))
-    return Head(weight, bias, LogitMap(temperature, softcap, logit_scale, ignore_index), kernels, chunk_bytes)
-
-
-def _kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Rows that are not ignored, if some are and leaving them out of the GEMMs costs no synchronisation; else None."""
-    ignored = labels == ignore_index
-    return (~ignored).nonzero().squeeze(1) if labels.device.type == "cpu" and bool(ignored.any()) else None
-
-
-def _chunks(n_tokens: int, rows: int) -> Iterator[slice]:
-    for start in range(0, n_tokens, rows):
-        yield slice(start, min(start + rows, n_tokens))
-
-
-class HeadGradient:
-    """dW = Σ Dᵀ (g ⊙ X) and db = Σ Dᵀ g, summed over chunks in accumulation precision."""
-
-    def __init__(self, head: Head, need_weight: bool, need_bias: bool) -> None:
-        dtype = accumulation_dtype(head.weight.dtype)
-        n_vocab, n_hidden = head.weight.shape
-        self.need_weight, self.need_bias = need_weight, need_bias
-        self.weight = head.weight.new_zeros((n_vocab, n_hidden) if need_weight else (0, 0), dtype=dtype)
-        self.bias = head.weight.new_zeros(n_vocab if need_bias else 0, dtype=dtype)
-
-    def add(self, derivative: Tensor, x: Tensor, g: Tensor) -> None:
-        """derivative D [n, V], x [n, H], g [n]."""
-        if self.need_bias:
-            _add_product(self.bias.unsqueeze(1), derivative.t(), g.to(x.dtype).unsqueeze(1))
-        if self.need_weight:
-            _add_product(self.weight, derivative.t(), _scaled_rows(x, g))
-
-
-def _scaled_rows(x: Tensor, g: Tensor) -> Tensor:
-    """g ⊙ x in the dtype of x: multiplied in the precision of g, rounded once, without a copy in between."""
-    return torch.mul(x, g.unsqueeze(1), out=torch.empty_like(x))
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b. Low-precision factors are multiplied into an fp32 sum, never rounded in between."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    elif out.device.type == "cuda":
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        for rows, part in zip(out.split(4096), a.split(4096), strict=True):  # bounds the fp32 copies
-            rows.addmm_(part.to(out.dtype), b.to(out.dtype))
-
 
 # ------------------------------------------------------------------------------------------------ log-probs of tokens
 
@@ -160,7 +55,7 @@ def linear_log_probs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [T, H], labels [T] -> log_probs [T], lse [T], U = ∂log_prob/∂hidden [T, H] (or [0, H])."""
     check_labels(labels, weight.shape[0], ignore_index)
-    kept = _kept_rows(labels, ignore_index)
+    kept = kept_rows(labels, ignore_index)
     if kept is not None:
         options = (bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend, keep_derivative)
         results = linear_log_probs(hidden[kept], weight, labels[kept], *options)
@@ -169,7 +64,7 @@ def linear_log_probs(
             x.new_zeros(n, *x.shape[1:]).index_copy_(0, kept, x) if n else x
             for x, n in zip(results, (len(labels), len(labels), n_derivatives), strict=True)
         )
-    head = _head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
+    head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
     n_tokens, n_hidden = hidden.shape
     log_probs = hidden.new_empty(n_tokens, dtype=accumulation_dtype(hidden.dtype))
     lse = torch.empty_like(log_probs)
@@ -177,7 +72,7 @@ def linear_log_probs(
     rows = head.chunk_rows(n_tokens)
     buffer = head.buffer(rows)
     step = head.kernels.fused_rows_ if keep_derivative else head.kernels.log_prob_rows
-    for c in _chunks(n_tokens, rows):
+    for c in chunks(0, n_tokens, rows):
         z = head.project(hidden[c], buffer)
         log_probs[c], lse[c] = step(z, labels[c], head.z)
         if keep_derivative:
@@ -212,14 +107,14 @@ def linear_log_probs_head_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> dW [V, H] and db [V], or empty; the logits are made again, a chunk at a time."""
-    kept = _kept_rows(labels, ignore_index)
+    kept = kept_rows(labels, ignore_index)
     if kept is not None:
         grad, hidden, labels, lse = (x[kept] for x in (grad, hidden, labels, lse))
-    head = _head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
+    head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
     total = HeadGradient(head, need_weight, need_bias)
     rows = head.chunk_rows(hidden.shape[0])
     buffer = head.buffer(rows)
-    for c in _chunks(hidden.shape[0], rows):
+    for c in chunks(0, hidden.shape[0], rows):
         z = head.project(hidden[c], buffer)
         head.kernels.grad_rows_(z, labels[c], lse[c], None, head.z, z)
         total.add(z, hidden[c], grad[c])
@@ -238,7 +133,7 @@ def _(grad: Tensor, hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tens
 @no_autocast
 def scale_rows(x: Tensor, g: Tensor) -> Tensor:
     """dX = g ⊙ U: x [T, H], g [T] in accumulation precision -> [T, H] in the dtype of x."""
-    return _scaled_rows(x, g)
+    return scaled_rows(x, g)
 
 
 @scale_rows.register_fake
@@ -314,7 +209,7 @@ def linear_list_loss(
     check_labels(labels, weight.shape[0], ignore_index)
     check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
     check_cumulative("cu_seqlens", cu_seqlens, hidden.shape[0], "tokens")
-    head = _head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
+    head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
     n_tokens, n_hidden = hidden.shape
     device = hidden.device
     log_probs = hidden.new_zeros(n_tokens, dtype=accumulation_dtype(hidden.dtype))
@@ -356,14 +251,11 @@ def linear_list_loss(
             add_chunk(z, tokens)
             continue
         lse = torch.empty_like(log_probs)
-        chunks = [
-            slice(segment.first_token + c.start, segment.first_token + c.stop)
-            for c in _chunks(segment.last_token - segment.first_token, rows)
-        ]
-        for c in chunks:
+        pieces = list(chunks(segment.first_token, segment.last_token, rows))
+        for c in pieces:
             log_probs[c], lse[c] = head.kernels.log_prob_rows(head.project(hidden[c], buffer), labels[c], head.z)
         close_lists(segment)
-        for c in chunks:
+        for c in pieces:
             z = head.project(hidden[c], buffer)
             head.kernels.grad_rows_(z, labels[c], lse[c], None, head.z, z)
             add_chunk(z, c)

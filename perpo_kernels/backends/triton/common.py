@@ -85,8 +85,11 @@ def row_max_and_sum(
     total = tl.zeros([LANES], tl.float32)
     first, last = body_bounds(start, V, VEC)
     whole = first + (last - first) // BLOCK * BLOCK
-    for at in range(first, whole, BLOCK):
-        top, total = lane_update(top, total, to_unit(tl.load(base + at + tile), pre, SOFTCAP), scale)
+    raw = tl.load(base + first + tile, mask=first < whole)
+    for at in range(first + BLOCK, whole + BLOCK, BLOCK):
+        ahead = tl.load(base + at + tile, mask=at < whole)
+        top, total = lane_update(top, total, to_unit(raw, pre, SOFTCAP), scale)
+        raw = ahead
     if whole < last:
         inside = lane_mask(lane, whole, last, VEC)
         raw = tl.load(base + whole + tile, mask=inside, other=0.0)
