@@ -1,0 +1,224 @@
+"""Apply a reward function to the candidates of every record, and notice when the answers cannot be read.
+
+A reward is named by task, "grounding" or "grounding/qwen3-vl" (task / box format), or by import path,
+"package.module:function". An answer that cannot be read scores 0, like a wrong one. That is right for one answer and
+ruinous for all of them: lists of zeros hold no preference, and a run on them trains nothing. So a `Tally` counts, and
+warns loudly past one half.
+"""
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from perpo.data import ListRecord
+from perpo.rewards.boxes import FORMATS, box_format, box_reward, parse_boxes, scaled_giou
+from perpo.rewards.completions import RewardFunction
+from perpo.rewards.counting import counting_reward, exact_match_reward, numeric_reward, read_count, read_number
+from perpo.rewards.grounding import box_iou
+from perpo.rewards.ocr import ocr_reward, word_f1_reward
+
+_EARLY = 200  # answers after which a run that cannot read its answers is told so, rather than at its end
+
+
+class UnreadableAnswers(UserWarning):
+    """More than half of the answers of a run could not be read."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A reward function and what it takes for an answer to be readable.
+
+    Attributes:
+        name: as asked for.
+        reward: in the signature of TRL's GRPO. None in its result marks an answer as unreadable.
+        expected: what an answer should look like, for people.
+        readable: says of a text (and the record's columns) whether it can be read; None leaves it to the reward.
+    """
+
+    name: str
+    reward: RewardFunction
+    expected: str
+    readable: Callable[[str, Mapping[str, Any]], bool] | None = None
+
+
+def _box_task(name: str, measure: Callable[..., float], form: str) -> Task:
+    def readable(text: str, columns: Mapping[str, Any]) -> bool:
+        return bool(parse_boxes(text, form, columns.get("image_size")))
+
+    return Task(
+        name, box_reward(form, measure), f"a box as {form} models write it: {box_format(form).example}", readable
+    )
+
+
+def _text(text: str, columns: Mapping[str, Any]) -> bool:
+    return bool(text.strip())
+
+
+_MEASURES: dict[str, Callable[..., float]] = {"grounding": box_iou, "grounding-giou": scaled_giou}
+_PLAIN: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("ocr", ocr_reward, "the text in the image", _text),
+        Task("ocr-words", word_f1_reward, "the text in the image", _text),
+        Task("counting", counting_reward, "a count: 3, or three", lambda text, _: read_count(text) is not None),
+        Task("numeric", numeric_reward, "a number: 3.5", lambda text, _: read_number(text) is not None),
+        Task("exact", exact_match_reward, "the answer and nothing else", _text),
+    )
+}
+
+
+def find_task(name: str | RewardFunction) -> Task:
+    """The task of that name, or the reward function at that import path, or that function.
+
+    Raises:
+        ValueError: no such task, module or function; the message says what there is.
+    """
+    if callable(name):
+        return _own_task(getattr(name, "__name__", type(name).__name__), name)
+    if name in _PLAIN:
+        return _PLAIN[name]
+    task, _, form = name.partition("/")
+    if task in _MEASURES:
+        return _box_task(name, _MEASURES[task], form or "llava")
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(
+            f"reward {name!r} is not known: name a task ({', '.join([*_MEASURES, *_PLAIN])}; a grounding task may name "
+            f"a box format, as grounding/qwen3-vl: {', '.join(FORMATS)}) or your function as package.module:function"
+        )
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # importing runs the module, and anything may go wrong in it
+        raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(
+            f"reward {name!r} must be a function f(prompts, completions, **columns), got {type(found).__name__}"
+        )
+    return _own_task(name, found)
+
+
+def _own_task(name: str, reward: RewardFunction) -> Task:
+    first_line = (getattr(reward, "__doc__", None) or "").strip().partition("\n")[0]
+    return Task(name, reward, first_line or "whatever the reward function reads (it has no docstring)")
+
+
+@dataclass
+class Tally:
+    """Answers scored so far, how many of them could not be read, and the first few of those."""
+
+    total: int = 0
+    unreadable: int = 0
+    expected: str = ""
+    examples: list[str] = field(default_factory=list)
+    warned: bool = False
+
+    @property
+    def share(self) -> float:
+        return self.unreadable / self.total if self.total else 0.0
+
+    def add(self, text: str, readable: bool, expected: str) -> None:
+        self.total += 1
+        if not readable:
+            self.unreadable += 1
+            if len(self.examples) < 3:
+                self.examples.append(text if len(text) <= 160 else text[:160] + "…")
+                self.expected = expected
+
+    def summary(self) -> str:
+        return f"{self.unreadable} of {self.total} answers could not be read ({self.share:.1%})"
+
+    def check(self, finished: bool = True) -> None:
+        """Warn, once, where more than half of the answers could not be read; before the end only after enough."""
+        if self.warned or self.share <= 0.5 or not (finished or self.total >= _EARLY):
+            return
+        self.warned = True
+        lines = "\n".join(f"    {example!r}" for example in self.examples)
+        rule = "!" * 100
+        warnings.warn(
+            f"\n{rule}\n{self.summary()}. They score 0, so most lists hold no preference and training on them teaches "
+            f"nothing.\nExpected: {self.expected}\nFound, for example:\n{lines}\n"
+            f"Name the format that this model writes, or ask for the format in the prompt.\n{rule}",
+            UnreadableAnswers,
+            stacklevel=3,
+        )
+
+
+def score_record(
+    record: ListRecord,
+    reward: str | RewardFunction | Task | None,
+    tally: Tally,
+    columns: Mapping[str, Any] | None = None,
+) -> ListRecord:
+    """The record with the rewards of its responses; what could not be read is counted in `tally`.
+
+    Args:
+        reward: a task, name, import path or function; None takes the name in `record.task`.
+        columns: further columns for the reward function, one value for the whole record: {"image_size": (1024, 768)}.
+
+    Raises:
+        ValueError: the reward is not known, fails, or gives anything but one finite number or None a response; the
+            message names the record.
+    """
+    if reward is None and not record.task:
+        raise ValueError(f"record {record.id!r} names no task: give its task, or a reward for the whole run")
+    task = reward if isinstance(reward, Task) else find_task(record.task if reward is None else reward)
+    k = len(record.responses)
+    values = {"id": record.id, "answer": record.answer, "task": record.task, **(columns or {})}
+    try:
+        results = task.reward(
+            prompts=[record.prompt] * k,
+            completions=list(record.responses),
+            **{name: [value] * k for name, value in values.items()},
+        )
+    except Exception as error:
+        raise ValueError(
+            f"reward {task.name!r} failed on record {record.id!r}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(results, Iterable) or len(results := list(results)) != k:
+        raise ValueError(
+            f"reward {task.name!r} must give one number a response: record {record.id!r} has {k}, got {results!r:.200}"
+        )
+    rewards = []
+    for text, result in zip(record.responses, results, strict=True):
+        try:
+            value = 0.0 if result is None else float(result)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(
+                f"reward {task.name!r} gave {result!r:.80} for {text!r:.160} of record {record.id!r}: a reward must be "
+                "a finite number, or None where the answer cannot be read"
+            )
+        tally.add(text, result is not None and (task.readable is None or task.readable(text, values)), task.expected)
+        rewards.append(value)
+    return replace(record, rewards=tuple(rewards))
+
+
+def score_records(
+    records: Iterable[ListRecord],
+    reward: str | RewardFunction | None = None,
+    *,
+    columns: Callable[[ListRecord], Mapping[str, Any]] | None = None,
+    tally: Tally | None = None,
+) -> Iterator[ListRecord]:
+    """`score_record` for every record in turn, warning (`UnreadableAnswers`) when most answers cannot be read.
+
+    Args:
+        columns: further columns of a record, as in `score_record`.
+        tally: to read the counts from, or to go on counting after a resume.
+    """
+    tally = Tally() if tally is None else tally
+    tasks: dict[Any, Task] = {}
+    for record in records:
+        name = reward or record.task
+        if name and name not in tasks:
+            tasks[name] = find_task(name)
+        scored = score_record(record, tasks.get(name), tally, columns(record) if columns else None)
+        tally.check(finished=False)
+        yield scored
+    tally.check()

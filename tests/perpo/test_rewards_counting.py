@@ -1,0 +1,132 @@
+"""Numbers are found where answers state them, and wrong counts still differ in reward."""
+
+import math
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perpo.rewards.counting import (
+    closeness,
+    counting_reward,
+    exact_match_reward,
+    numeric_reward,
+    read_count,
+    read_number,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3", 3),
+        ("There are 3 dogs.", 3),
+        ("2 on the left and 3 on the right, so 5.", 5),
+        ("1,234 people", 1234),
+        ("12,345,678.5", 12345678.5),
+        ("about -2.5e3°", -2500),
+        ("−4", -4),
+        (".5", 0.5),
+        ("$19.99", 19.99),
+        ("2-3", 3),
+        ("three", 3),
+        ("Twenty-one birds", 21),
+        ("sixteen", 16),
+        ("seventy seven", 77),
+        ("one of them, then eleven", 11),
+        ("3 dogs, one of which is black", 3),  # digits before words
+        ("٣", 3),
+        ("", None),
+        ("many", None),
+        ("someone", None),
+        ("B2", None),
+        ("1.2.3", None),
+        ("3,5", None),
+        ("1,2345", None),
+        ("1e999", None),
+        ("9" * 400, None),
+        ("²", None),
+    ],
+)
+def test_the_number_that_a_text_states(text: str, number: float | None) -> None:
+    assert read_number(text) == number
+
+
+@pytest.mark.parametrize(("text", "count"), [("5.0", 5), ("no dogs", 0), ("None.", 0), ("No, there are 3", 3)])
+def test_counts(text: str, count: int) -> None:
+    assert read_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["-2", "2.5", "nobody knows 1e999", "many", ""])
+def test_a_count_is_whole_and_not_negative(text: str) -> None:
+    assert read_count(text) is None
+
+
+@given(st.floats(-1e200, 1e200), st.sampled_from(["", "it is ", "roughly, "]), st.sampled_from(["", ".", " cm", "!"]))
+def test_every_number_is_read_back(number: float, before: str, after: str) -> None:
+    assert read_number(f"{before}{number!r}{after}") == number
+
+
+@given(st.integers(0, 10**15))
+def test_thousands_may_be_separated(number: int) -> None:
+    assert read_count(f"{number:,}") == number
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+def test_closeness_is_symmetric_in_0_and_1_and_1_only_for_equals(a: float, b: float) -> None:
+    value = closeness(a, b)
+    assert value == closeness(b, a)
+    assert 0 <= value <= 1
+    assert value == 1 if a == b else value < 1 or math.isclose(a, b)
+
+
+@given(st.integers(1, 50), st.integers(1, 50))
+def test_a_count_nearer_the_truth_on_the_same_side_is_worth_more(truth: int, step: int) -> None:
+    above = counting_reward(["?"] * 3, [str(truth), str(truth + step), str(truth + step + 1)], answer=[truth] * 3)
+    assert above[0] == 1 > above[1] > above[2] > 0
+
+
+def test_counting_and_numeric_rewards_by_hand() -> None:
+    answers = ["8", "two", "-8", "no idea", [{"role": "assistant", "content": "I count 4"}]]
+    assert counting_reward(["?"] * 5, answers, answer=[4, "4", 4.0, 4, "four"]) == [0.5, 0.5, 0, 0, 1]
+    assert numeric_reward(["?"] * 3, ["-8", "0.5 m", "none"], answer=[-4, "0.25", 0]) == [0.5, 0.5, 0]
+
+
+def test_exact_match_ignores_case_space_and_outer_punctuation_and_takes_several_truths() -> None:
+    completions = ["  The  Cat. ", "cat!", "a cat", "7", "?"]
+    rewards = exact_match_reward(["?"] * 5, completions, answer=["the cat", ["dog", "CAT"], "cat", 7, "?"])
+    assert rewards == [1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "message"),
+    [
+        (counting_reward, "many", "finite number"),
+        (counting_reward, 2.5, "whole number of at least 0"),
+        (counting_reward, -1, "whole number of at least 0"),
+        (counting_reward, None, "finite number"),
+        (numeric_reward, math.nan, "finite number"),
+        (numeric_reward, math.inf, "finite number"),
+        (numeric_reward, [1], "finite number"),
+        (exact_match_reward, "", "non-empty list"),
+        (exact_match_reward, [], "non-empty list"),
+        (exact_match_reward, {"a": 1}, "non-empty list"),
+    ],
+)
+def test_a_broken_ground_truth_is_an_error_that_shows_it(reward, answer: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"answer must be .*{message}"):
+        reward(["?"], ["3"], answer=[answer])
+
+
+@given(st.text())
+def test_no_text_whatever_raises(text: str) -> None:
+    assert read_number(text) is None or math.isfinite(read_number(text))
+    assert read_count(text) is None or read_count(text) >= 0
+
+
+@pytest.mark.parametrize("unit", ["1", "1,", "111,", "1.", "-", "1e", "twenty ", "twenty-", "no ", " ", ",111", "one"])
+def test_reading_is_linear_in_the_answer(unit: str) -> None:
+    start = time.perf_counter()
+    read_count(unit * (300_000 // len(unit)) + "x")
+    assert time.perf_counter() - start < 2
