@@ -1,22 +1,29 @@
-"""What the row kernels share: how a row of any alignment is walked in 16-byte vectors, and the map from raw values to logits.
+"""What the row kernels share: a walk along a row of any alignment in 16-byte vectors, and the map from raw to logits.
 
-A row [V] is cut into a *body* of whole aligned 16-byte vectors and at most VEC − 1 *edge* elements on either side of it. The body is a
-[BLOCK / VEC, VEC] tile a step; its mask depends on the vector and not on the element, so that every load and store
-stays 16 bytes wide for every V and every row start. Without this, a row length that is odd makes each access 2 bytes wide.
+A row [V] is cut into a *body* of whole aligned 16-byte vectors and at most VEC − 1 *edge* elements on either
+side of it. The body is a [BLOCK / VEC, VEC] tile a step; its mask depends on the vector and not on the element,
+so that every load and store stays 16 bytes wide for every V and every row start. Without this, a row length
+that is odd makes each access 2 bytes wide.
 
-A lane (one vector's place in the tile) keeps a running maximum and sum of its own: one rescaling exponential per VEC elements and no
-exchange between threads until the row ends.
+A lane (one vector's place in the tile) keeps a running maximum and sum of its own: one rescaling exponential
+per VEC elements and no exchange between threads until the row ends. Each step's loads are issued in the step
+before: left to itself, the assembler puts off all but one or two of a step's loads to save registers, and waits
+for memory several times a step.
 """
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 VECTOR_BYTES = 16  # the widest load and store of a thread
-BLOCK_BYTES = 16384  # of one step along a row: four vectors in flight for each of 256 threads
-MAX_WARPS = 8
+VECTORS = 4  # of each thread in a step along a row, all in flight at once
+THREADS = 256  # of a program
+CACHED_ROW_BYTES = 256  # of a row swept twice, for each thread: see row_launch
+MAX_THREADS = 1024
+WARP_SIZE = 64 if torch.version.hip else 32
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
 
@@ -61,7 +68,7 @@ def to_unit(raw, pre, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def exp_unit(u, scale, shift):
-    """exp(u · scale − shift) in three instructions. tl.exp would take four more to keep results below 2⁻¹²⁶, which no sum can see."""
+    """exp(u · scale − shift) in three instructions; tl.exp takes three more, for results too small to matter."""
     return tl.exp2(tl.fma(u, scale, -shift) * LOG2E)
 
 
@@ -85,9 +92,9 @@ def row_max_and_sum(
     total = tl.zeros([LANES], tl.float32)
     first, last = body_bounds(start, V, VEC)
     whole = first + (last - first) // BLOCK * BLOCK
-    raw = tl.load(base + first + tile, mask=first < whole)
+    raw = tl.load(base + first + tile, mask=all_lanes(first < whole, LANES))
     for at in range(first + BLOCK, whole + BLOCK, BLOCK):
-        ahead = tl.load(base + at + tile, mask=at < whole)
+        ahead = tl.load(base + at + tile, mask=all_lanes(at < whole, LANES))
         top, total = lane_update(top, total, to_unit(raw, pre, SOFTCAP), scale)
         raw = ahead
     if whole < last:
@@ -106,12 +113,18 @@ def row_max_and_sum(
         )
     else:
         row_total = tl.sum(total * tl.exp2((top - row_top) * LOG2E), axis=0)
-    return tl.where(row_top == LOWEST, 0.0, row_top), row_total
+    return tl.where(row_total == 0.0, 0.0, row_top), row_total
+
+
+@triton.jit
+def all_lanes(condition, LANES: tl.constexpr):
+    """[lanes, 1]: all or none. (The interpreter does not take a scalar as the mask of a block.)"""
+    return tl.zeros([LANES, 1], tl.int32) < condition.to(tl.int32)
 
 
 @triton.jit
 def lane_mask(lane, at, last, VEC: tl.constexpr):
-    """[lanes, 1]: the vectors of the tile at `at` that lie before `last`; in 32 bits, and the same for all of a vector."""
+    """[lanes, 1]: the vectors of the tile at `at` that lie before `last`. In 32 bits; V has no more."""
     return (lane < ((last - at) // VEC).to(tl.int32))[:, None]
 
 
@@ -133,8 +146,13 @@ class RowLaunch(NamedTuple):
     meta: dict[str, Any]  # EDGES, BLOCK, VEC, num_warps
 
 
-def row_launch(logits: Tensor) -> RowLaunch:
-    """Launch parameters for the rows of `logits` [N, V] or [B, N, V]; the last dimension must be dense."""
+def row_launch(logits: Tensor, sweeps: int = 1, max_threads: int = MAX_THREADS) -> RowLaunch:
+    """Launch parameters for the rows of `logits` [N, V] or [B, N, V]; the last dimension must be dense.
+
+    Rows swept twice are to be found in L2 the second time. All programs that run at once work on a row each, so
+    the longer the row, the more threads it gets and the fewer run: at 64 registers a thread, 132
+    multiprocessors hold 35 MB.
+    """
     assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "the vocabulary dimension must be contiguous"
     n_vocab, itemsize = logits.shape[-1], logits.element_size()
     n_outer, n_inner = (1, logits.shape[0]) if logits.dim() == 2 else logits.shape[:2]
@@ -143,7 +161,10 @@ def row_launch(logits: Tensor) -> RowLaunch:
     if n_vocab < 2 * vec:
         vec = 1
     edges = any(size % vec for size in (n_vocab, stride_outer, stride_inner))
-    block = min(BLOCK_BYTES // itemsize, triton.next_power_of_2(n_vocab))
-    num_warps = max(1, min(MAX_WARPS, block // (32 * vec)))
+    threads = THREADS
+    if sweeps > 1:
+        threads = min(max_threads, max(threads, triton.next_power_of_2(n_vocab * itemsize // CACHED_ROW_BYTES)))
+    block = min(threads * VECTORS * vec, triton.next_power_of_2(n_vocab))
+    num_warps = max(1, min(threads, block // vec) // WARP_SIZE)
     meta = {"EDGES": edges, "BLOCK": block, "VEC": vec, "num_warps": num_warps}
     return RowLaunch(n_outer * n_inner, (n_inner, stride_outer, stride_inner), meta)

@@ -2,9 +2,9 @@
 
     D_v = c · (1[v = y] − exp(z_v − lse)) · dz/draw,      dz/draw = pre, or pre · post · (1 − tanh²) with a soft-cap
 
-`grad_rows_` knows lse: one read and one write of each valid row. `fused_rows_` finds log_prob and lse first: it reads the row twice,
-the second time from L2 (a row is at most a few hundred kB, and one streaming multiprocessor finishes it before the
-next), and writes it once. Ignored rows are not read; they are written with zeros, so that a GEMM over D needs no mask.
+`grad_rows_` knows lse: one read and one write of each valid row. `fused_rows_` finds log_prob and lse first: it
+reads the row twice, the second time from L2, and writes it once. Ignored rows are not read; they are written
+with zeros, so that a GEMM over D needs no mask.
 
 logits [N, V] or [B, N, V]; labels int64 [rows]; c fp32 [rows] or None for 1. Grid: one program a row.
 """
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from perpo_kernels.backends import LogitMap
 from perpo_kernels.backends.triton.common import (
+    MAX_THREADS,
+    all_lanes,
     body_bounds,
     edge_offsets,
     exp_unit,
@@ -30,13 +32,13 @@ from perpo_kernels.backends.triton.common import (
 
 @triton.jit
 def softmax_term(raw, shift, weight, pre, scale, SOFTCAP: tl.constexpr):
-    """weight · exp(z − shift) · dz/draw / scale / (pre or 1), fp32; the factors that are the same for the whole row are in weight."""
+    """weight · exp(z − shift), times 1 − tanh² with a soft-cap; fp32."""
     u = raw.to(tl.float32)
+    w = weight
     if SOFTCAP:
-        u, slope = tanh_and_slope(u * pre)
-        return exp_unit(u, scale, shift) * (slope * weight)
-    else:
-        return exp_unit(u, scale, shift) * weight
+        u, sech2 = tanh_and_slope(u * pre)
+        w = sech2 * weight
+    return exp_unit(u, scale, shift) * w
 
 
 @triton.jit
@@ -57,11 +59,12 @@ def write_row(
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """D of the row: −c · p · dz/draw everywhere, then the target's own element again with its 1.
+    """D of the row: −c · p · dz/draw everywhere, then the target's element once more, with its 1.
 
-    One extra store replaces a comparison and a selection for each element. From the end of the row to its start: what
-    the sweep before this one read last is what the L2 cache still holds.
+    That one extra store saves a comparison and a selection for each element of the row. From the row's end to
+    its start: what the sweep before this one read last is what L2 still holds.
     """
+    LANES: tl.constexpr = BLOCK // VEC
     scale = post if SOFTCAP else pre
     slope = pre * post if SOFTCAP else pre
     weight = -coefficient * inverse * slope
@@ -69,7 +72,7 @@ def write_row(
     raw_target = tl.load(logits + start + label, mask=known, other=0.0)
     tl.debug_barrier()  # every thread has read the target's logit before one of them overwrites it
 
-    lane = tl.arange(0, BLOCK // VEC)
+    lane = tl.arange(0, LANES)
     tile = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
     first, last = body_bounds(start, V, VEC)
     whole = first + (last - first) // BLOCK * BLOCK
@@ -79,24 +82,25 @@ def write_row(
         raw = tl.load(logits + whole + tile, mask=inside, other=0.0)
         d = softmax_term(raw, shift, weight, pre, scale, SOFTCAP)
         tl.store(out + (whole + to_out) + tile, d.to(out.dtype.element_ty), mask=inside)
+    raw = tl.load(logits + (whole - BLOCK) + tile, mask=all_lanes(first < whole, LANES))
     for back in range(BLOCK, whole - first + BLOCK, BLOCK):
         at = whole - back
-        raw = tl.load(logits + at + tile)
+        ahead = tl.load(logits + (at - BLOCK) + tile, mask=all_lanes(first < at, LANES))
         d = softmax_term(raw, shift, weight, pre, scale, SOFTCAP)
         tl.store(out + (at + to_out) + tile, d.to(out.dtype.element_ty))
+        raw = ahead
     if EDGES:
         offset, inside = edge_offsets(start, first, last, V, VEC)
         raw = tl.load(logits + offset, mask=inside, other=0.0)
         d = softmax_term(raw, shift, weight, pre, scale, SOFTCAP)
         tl.store(out + offset + to_out, d.to(out.dtype.element_ty), mask=inside)
 
-    tl.debug_barrier()  # the target's element is stored twice; this store is the later one
-    slope_target = slope
+    tl.debug_barrier()  # of the two stores to the target's element, this is the later
     u = raw_target.to(tl.float32)
     if SOFTCAP:
         u, sech2 = tanh_and_slope(u * pre)
-        slope_target = slope * sech2
-    d = (1.0 - exp_unit(u, scale, shift) * inverse) * (coefficient * slope_target)
+        slope *= sech2
+    d = coefficient * slope * (1.0 - exp_unit(u, scale, shift) * inverse)
     tl.store(out + out_start + label, d.to(out.dtype.element_ty), mask=known)
 
 
@@ -178,10 +182,7 @@ def grad_rows_kernel(
     row = tl.program_id(0)
     label = tl.load(labels + row)
     start = row_pointer(row, n_inner, stride_outer, stride_inner)
-    if SAME_LAYOUT:
-        out_start = start
-    else:
-        out_start = row_pointer(row, n_inner, out_stride_outer, out_stride_inner)
+    out_start = start if SAME_LAYOUT else row_pointer(row, n_inner, out_stride_outer, out_stride_inner)
     if label == ignore_index:
         zero_row(out, out_start, V, EDGES, BLOCK, VEC)
     else:
@@ -210,7 +211,8 @@ def grad_rows_kernel(
 
 
 def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
-    launch = row_launch(logits)
+    # of 64 registers, all that 1024 threads leave each, tanh spills
+    launch = row_launch(logits, sweeps=2, max_threads=MAX_THREADS // 2 if z.softcap else MAX_THREADS)
     log_probs = torch.empty(launch.n_rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(log_probs)
     if launch.n_rows:

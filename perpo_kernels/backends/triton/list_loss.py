@@ -1,16 +1,19 @@
 """list_loss: from token log-probs and rewards to the loss of each list and its gradient on each token, in one launch.
 
-For the candidates i of list g, with key_i = r_i, or NaN (which no comparison finds larger or smaller) for an invalid candidate:
+For the candidates i of list g, with key_i = r_i, or NaN (which no comparison finds larger or smaller) for an
+invalid candidate:
 
     s_i  = Σ_t log_prob_it − ref_i
     p_ij = ((r_i − r_j) / (max r − min r))^γ                       where r_i > r_j, else 0
     L    = Σ_ij p_ij softplus(−β (s_i − s_j)) / Σ_ij p_ij
     c_i  = β (Σ_j p_ji σ(−β (s_j − s_i)) − Σ_j p_ij σ(−β (s_i − s_j))) / Σ_ij p_ij,     written to every token of i
 
-Each list is one program and goes through three stages, with a barrier between: scores (segment sums, [K, R] tiles), pairs ([K, K] tiles, every
-pair seen once from either side, the normaliser summed along), coefficients (spread over the tokens). Lists of any length
-are looped over in tiles of K candidates; what one stage leaves for the next goes through `scratch` [3, S], which stays in L1.
-Nothing depends on a length that only the device knows, so there is no synchronisation, and no atomics. Bytes moved: 16 a token.
+Each list is one program and goes through three stages, with a barrier between: scores (segment sums, [K, R]
+tiles), pairs ([K, J] tiles, every pair seen once from either side, the normaliser summed along), coefficients
+(spread over the tokens). Lists of any length are looped over in tiles of K candidates; what one stage leaves
+for the next goes through `scratch` [3, S], which stays in L1. Sums are kept a lane each while a loop runs;
+threads exchange them once, when it ends. Nothing depends on a length that only the device knows, so there is no
+synchronisation, and no atomics. Bytes moved: 16 a token.
 """
 
 import torch
@@ -20,8 +23,10 @@ from torch import Tensor
 
 from perpo_kernels.backends import ListProblem, ListResult
 
-MAX_TILE = 64  # candidates a tile
-TOKEN_TILE = 64  # tokens of each candidate a step
+MAX_TILE = 64  # candidates a step
+PAIR_TILE = 1024  # pairs a step: four a thread; with eight, registers spill
+TOKEN_TILE = 2048  # tokens a step, of all its candidates together
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -103,6 +108,7 @@ def list_loss_kernel(
     HAS_REF: tl.constexpr,
     HAS_VALID: tl.constexpr,
     K: tl.constexpr,
+    J: tl.constexpr,
     R: tl.constexpr,
 ):
     g = tl.program_id(0)
@@ -144,10 +150,10 @@ def list_loss_kernel(
 
     active = highest > lowest
     inverse_range = 1.0 / tl.where(active, highest - lowest, 1.0)
-    norm = 0.0
-    loss = 0.0
-    pairs = 0
-    right = 0
+    norms = tl.zeros([K, J], tl.float32)
+    link_sums = tl.zeros([K, J], tl.float32)
+    pairs = tl.zeros([K, J], tl.int32)
+    right = tl.zeros([K, J], tl.int32)
     best = end
     worst = end
     for start in range(begin, end, K):
@@ -156,9 +162,9 @@ def list_loss_kernel(
         score_i = tl.load(scores + i, mask=i < end, other=0.0)
         best = tl.minimum(best, tl.min(tl.where(key_i == highest, i, end), axis=0))
         worst = tl.minimum(worst, tl.min(tl.where(key_i == lowest, i, end), axis=0))
-        slope = tl.zeros([K], tl.float32)
-        for other in range(begin, end, K):
-            j = other + slot
+        slope = tl.zeros([K, J], tl.float32)
+        for other in range(begin, end, J):
+            j = other + tl.arange(0, J)
             key_j = tl.load(keys + j, mask=j < end, other=float("nan"))
             score_j = tl.load(scores + j, mask=j < end, other=0.0)
             better = key_i[:, None] > key_j[None, :]
@@ -170,12 +176,16 @@ def list_loss_kernel(
             margin = tl.where(better, margin, tl.where(worse, -margin, 0.0))  # the better minus the worse
             link, pull = softplus_and_sigmoid(-beta * margin)
             weighted = tl.where(better, power, 0.0)
-            norm += tl.sum(tl.sum(weighted, axis=1), axis=0)
-            loss += tl.sum(tl.sum(weighted * link, axis=1), axis=0)
-            slope += tl.sum(tl.where(worse, power, -power) * pull, axis=1)
-            pairs += tl.sum(tl.sum(better.to(tl.int32), axis=1), axis=0)
-            right += tl.sum(tl.sum((better & (margin > 0)).to(tl.int32), axis=1), axis=0)
-        tl.store(slopes + i, slope, mask=i < end)
+            norms += weighted
+            link_sums += weighted * link
+            slope += tl.where(worse, power, -power) * pull
+            pairs += better.to(tl.int32)
+            right += (better & (margin > 0)).to(tl.int32)
+        tl.store(slopes + i, tl.sum(slope, axis=1), mask=i < end)
+    norm = tl.sum(tl.sum(norms, axis=1), axis=0)
+    loss = tl.sum(tl.sum(link_sums, axis=1), axis=0)
+    n_pairs = tl.sum(tl.sum(pairs, axis=1), axis=0)
+    n_right = tl.sum(tl.sum(right, axis=1), axis=0)
     tl.debug_barrier()
 
     inverse_norm = tl.where(active, 1.0 / tl.where(active, norm, 1.0), 0.0)
@@ -184,7 +194,7 @@ def list_loss_kernel(
     rejected = tl.load(scores + worst, mask=active, other=0.0)
     tl.store(stats + g, beta * chosen)
     tl.store(stats + stats_stride + g, beta * rejected)
-    tl.store(stats + 2 * stats_stride + g, right / tl.maximum(pairs, 1))
+    tl.store(stats + 2 * stats_stride + g, n_right / tl.maximum(n_pairs, 1))
     tl.store(stats + 3 * stats_stride + g, tl.where(active, 1.0, 0.0))
     for start in range(begin, end, K):
         i = start + slot
@@ -234,6 +244,7 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         HAS_REF=p.ref_log_probs is not None,
         HAS_VALID=p.valid is not None,
         K=tile,
-        R=TOKEN_TILE if tokens else 1,
-        num_warps=4,
+        J=min(tile, PAIR_TILE // tile),
+        R=TOKEN_TILE // tile if tokens else 1,
+        num_warps=NUM_WARPS,
     )

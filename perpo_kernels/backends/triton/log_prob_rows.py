@@ -2,8 +2,8 @@
 
     m = max_v z_v      lse = m + log Σ_v exp(z_v − m)      log_prob = (z_y − m) − (lse − m)
 
-logits [N, V] or [B, N, V] (any row strides) -> fp32 [rows] twice. Bytes moved: V · itemsize for each valid row, 16 for an ignored
-one. Grid: one program a row.
+logits [N, V] or [B, N, V] (any row strides) -> fp32 [rows] twice. Bytes moved: V · itemsize for each valid row,
+16 for an ignored one. Grid: one program a row.
 """
 
 import torch

@@ -1,0 +1,128 @@
+"""What a measurement is written down as: one dict a case, with the machine, the versions and the date it was taken on.
+
+    {question, case, peer, time_ms: {median, min, max, quartiles, n} | None, ratio_to_floor, ratio_to_ours,
+     peak_extra_bytes, shapes, dtype, clock, device, torch, triton, python, date, ok, reason,
+     extra}
+
+Ratios are medians of ratios of neighbours in time (the same round of an interleaved run), so that a machine that slows
+down halfway slows both sides. A case that could not run is a row too: ok is false and `reason` says why.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the CPU's model with its cores (as the number of threads that PyTorch may use)."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+@cache
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: str) -> Row:
+    """What every row says about where and when it was taken."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+
+
+def read(path: str | Path) -> list[Row]:
+    """The rows of a file; none if it is not there yet."""
+    path = Path(path)
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def append(path: str | Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file. A crash leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    everything: Sequence[Row] = [*read(path), *rows]
+    text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in everything) + "\n]\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as scratch:
+        scratch.write(text)
+        scratch.flush()
+        os.fsync(scratch.fileno())
+    os.chmod(scratch.name, 0o644)
+    os.replace(scratch.name, path)
+
+
+def default_path(device: str) -> Path:
+    """benchmarks/results/<date>-<gpu or cpu>.json"""
+    name = torch.cuda.get_device_name().lower().replace(" ", "-") if device == "cuda" else "cpu"
+    return RESULTS / f"{datetime.date.today().isoformat()}-{name}.json"
+
+
+def stage(name: str, seconds: float, status: int, log: Path) -> Row:
+    """The row of one stage of benchmarks/gpu.sh: how it ended, and the lines of its log that say why."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    told = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  ")) or "Error" in line][-12:]
+    summary = next((line for line in reversed(lines) if line.strip()), "")
+    reason = "out of time" if status in (124, 137) else f"exit status {status}"
+    return {
+        "question": "stage",
+        "case": name,
+        "peer": "perpo_kernels",
+        "time_ms": None,
+        "ratio_to_floor": None,
+        "ratio_to_ours": None,
+        "peak_extra_bytes": None,
+        "shapes": {},
+        "dtype": "",
+        "clock": "wall",
+        **machine("cuda" if torch.cuda.is_available() else "cpu"),
+        "ok": status == 0,
+        "reason": None if status == 0 else "\n".join([reason, *told, summary]),
+        "extra": {"seconds": seconds, "summary": summary},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="the path of this machine's results, or with --stage a row added to it"
+    )
+    parser.add_argument("--file", type=Path)
+    parser.add_argument("--stage")
+    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--status", type=int, default=0)
+    parser.add_argument("--log", type=Path, default=Path(os.devnull))
+    args = parser.parse_args()
+    path = args.file or default_path("cuda" if torch.cuda.is_available() else "cpu")
+    if args.stage:
+        append(path, [stage(args.stage, args.seconds, args.status, args.log)])
+    else:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,480 @@
+"""python -m benchmarks.static_report: what the compilers make of every kernel, for GPUs that are not there.
+
+Hypothesis. At every configuration that the launchers choose, no kernel spills or touches local memory, its
+shared memory fits, and whatever streams through a loop does so in 16-byte loads and stores, however a row is
+aligned.
+
+How. The launchers run on tensors of the `meta` device (shapes, strides and types without storage), so the
+constexprs, the number of warps and the argument specialisations are those of a real launch. In place of a GPU's
+driver stands one that knows only the target; Triton's own JIT then compiles for it and stops before the launch.
+Registers, stack, local memory and machine code are read from the cubin with the cuobjdump inside Triton, and
+from the assembly for AMD.
+
+Columns. regs: a thread's (AMD: VGPRs). spill, stack, local: bytes a thread. shared: bytes a program. load,
+store: bits of the narrowest and widest global access inside loops. The last columns are of the hot loop (the
+innermost loop with the most exponentials): instructions, global loads, exponentials, shuffles, shared-memory
+accesses and barriers; ex2/el and ins/el are per element that its loads bring in.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from perpo_kernels import objectives
+from perpo_kernels.backends import ListProblem, ListResult, LogitMap
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Target(NamedTuple):
+    """A GPU to compile for."""
+
+    gpu: GPUTarget
+    shared_limit: int  # bytes of shared memory that one program may ask for
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+
+
+def available(target: str) -> bool:
+    """Whether this Triton brings the assembler for the target."""
+    return target != "sm_100" or (NVIDIA_TOOLS / "ptxas-blackwell").exists()
+
+
+# ---- what is compiled ------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """One launch of one kernel."""
+
+    kernel: str
+    case: str
+    call: Callable[[], Any]  # runs the launcher on meta tensors
+    itemsize: int = 4  # bytes of what streams through the hot loop
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def row_cases(name: str, n_vocab: int, dtype: torch.dtype, z: LogitMap) -> Iterator[Case]:
+    from perpo_kernels.backends import triton as kernels
+
+    n_rows = 4096
+    logits = meta(n_rows, n_vocab, dtype=dtype)
+    labels, lse = meta(n_rows, dtype=torch.int64), meta(n_rows)
+    size = dtype.itemsize
+    yield Case("log_prob_rows", name, lambda: kernels.log_prob_rows(logits, labels, z), size)
+    yield Case("fused_rows_", name, lambda: kernels.fused_rows_(logits, labels, z), size)
+    yield Case("grad_rows_", name, lambda: kernels.grad_rows_(logits, labels, lse, lse, z, logits), size)
+    out = torch.empty_like(logits)
+    yield Case("grad_rows_ (out)", name, lambda: kernels.grad_rows_(logits, labels, lse, lse, z, out), size)
+
+
+def list_cases(k: int) -> Iterator[Case]:
+    from perpo_kernels.backends import triton as kernels
+
+    n_lists, n_tokens = 64, 64 * k * 40
+
+    def call(tokens: bool) -> None:
+        size = n_tokens if tokens else n_lists * k
+        problem = ListProblem(
+            log_probs=meta(size),
+            rewards=meta(n_lists * k),
+            cu_lists=meta(n_lists + 1, dtype=torch.int32),
+            cu_seqlens=meta(n_lists * k + 1, dtype=torch.int32) if tokens else None,
+            labels=meta(n_tokens, dtype=torch.int64) if tokens else None,
+            ref_log_probs=meta(n_lists * k),
+            valid=None if tokens else meta(n_lists * k, dtype=torch.bool),
+            objective=objectives.perpo(),
+        )
+        result = ListResult(meta(n_lists), meta(size), meta(n_lists * k), meta(4, n_lists))
+        kernels.list_loss(problem, result)
+
+    yield Case("list_loss (tokens)", f"k {k}", lambda: call(True))
+    yield Case("list_loss (sequences)", f"k {k}", lambda: call(False))
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at the shapes of real models, and at the row lengths that alignment makes hard."""
+    bf16, plain = torch.bfloat16, LogitMap()
+    for n_vocab in (32000, 152064, 262208):
+        yield from row_cases(f"bf16 {n_vocab}", n_vocab, bf16, plain)
+    for n_vocab in (32001, 32004, 32008):  # odd, divisible by 4, divisible by 8 and not by 16
+        yield from row_cases(f"bf16 {n_vocab}", n_vocab, bf16, plain)
+    yield from row_cases("fp16 32000", 32000, torch.float16, plain)
+    yield from row_cases("fp32 32000", 32000, torch.float32, plain)
+    yield from row_cases("bf16 262208 capped", 262208, bf16, LogitMap(softcap=30.0))
+    for k in (2, 20, 64, 1024):
+        yield from list_cases(k)
+
+
+# ---- compilation without a GPU ---------------------------------------------------------------------------------------
+
+
+class NoDevice:
+    """What Triton's JIT asks a driver before it launches."""
+
+    def __init__(self, gpu: GPUTarget) -> None:
+        self.gpu = gpu
+
+    def get_current_target(self) -> GPUTarget:
+        return self.gpu
+
+    def get_current_device(self) -> str:
+        return str(self.gpu)  # the JIT's key for what it compiled already
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def kernel_objects() -> list[Any]:
+    where = {
+        "log_prob_rows": ["log_prob_rows_kernel"],
+        "grad_rows": ["fused_rows_kernel", "grad_rows_kernel"],
+        "list_loss": ["list_loss_kernel"],
+    }
+    return [
+        getattr(importlib.import_module(f"perpo_kernels.backends.triton.{module}"), name)
+        for module, names in where.items()
+        for name in names
+    ]
+
+
+def compile_for(gpu: GPUTarget, call: Callable[[], Any]) -> Any:
+    """The kernel that `call` would launch on such a GPU: the same arguments through the same JIT, up to the launch."""
+    from perpo_kernels.backends.triton import common
+
+    compiled = []
+
+    def instead(kernel: Any) -> Callable[..., None]:
+        run = kernel.run
+
+        def compile_only(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            compiled.append(run(*args, grid=grid, warmup=True, **kwargs))
+
+        return compile_only
+
+    driver.set_active(NoDevice(gpu))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(common, "WARP_SIZE", gpu.warp_size))
+        for kernel in kernel_objects():
+            stack.enter_context(mock.patch.object(kernel, "run", instead(kernel)))
+        call()
+    (kernel,) = compiled
+    return kernel
+
+
+# ---- reading machine code --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Instruction:
+    text: str
+    next: list[int] = field(default_factory=list)  # indices of what may run after it
+
+
+def sass_instructions(cubin: bytes) -> list[Instruction]:
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", nvidia("cuobjdump", "-sass", cubin))
+    index = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    code = [Instruction(text) for _, text in lines]
+    joins: dict[str, int] = {}
+    for i, ins in enumerate(code):
+        predicated = ins.text.startswith("@")
+        words = ins.text.split()[predicated:]
+        op = words[0]
+        jump = [index[int(x, 16)] for x in re.findall(r"0x([0-9a-f]+)", ins.text)[-1:] if int(x, 16) in index]
+        if op.startswith("BSSY"):
+            joins[words[1].strip(",")] = jump[0]
+        if op.startswith("BRA"):
+            ins.next = jump + ([i + 1] if predicated or len(words) > 2 else [])
+        elif op.startswith(("EXIT", "RET")):
+            ins.next = [i + 1] if predicated else []
+        elif op.startswith("BSYNC"):
+            ins.next = [i + 1] + [joins[w] for w in words[1:] if w in joins]
+        else:
+            ins.next = [i + 1]
+    return closed(code)
+
+
+def gcn_instructions(assembly: str) -> list[Instruction]:
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    body = assembly.split(".Lfunc_begin0:", 1)[1].split(".Lfunc_end", 1)[0]
+    for line in body.splitlines():
+        text = line.split(";")[0].strip()
+        if label := re.match(r"(\.LBB\w+):", text):
+            labels[label[1]] = len(code)
+        elif text and not text.startswith("."):
+            code.append(Instruction(text))
+    for i, ins in enumerate(code):
+        jump = [labels[x] for x in re.findall(r"\.LBB\w+", ins.text) if x in labels]
+        if ins.text.startswith("s_branch"):
+            ins.next = jump
+        elif ins.text.startswith("s_cbranch"):
+            ins.next = [*jump, i + 1]
+        elif not ins.text.startswith("s_endpgm"):
+            ins.next = [i + 1]
+    return closed(code)
+
+
+def closed(code: list[Instruction]) -> list[Instruction]:
+    for ins in code:
+        ins.next = [i for i in ins.next if i < len(code)]
+    return code
+
+
+def loops(code: list[Instruction], nodes: Iterable[int] | None = None) -> list[set[int]]:
+    """The strongly connected parts of the control flow, as indices: each is a loop with the loops inside it."""
+    inside = set(range(len(code)) if nodes is None else nodes)
+    order: dict[int, int] = {}
+    low: dict[int, int] = {}
+    path: list[int] = []
+    on_path: set[int] = set()
+    found: list[set[int]] = []
+    for root in sorted(inside):  # Tarjan, without recursion
+        work = [(root, 0)] if root not in order else []
+        while work:
+            node, edge = work.pop()
+            if edge == 0:
+                order[node] = low[node] = len(order)
+                path.append(node)
+                on_path.add(node)
+            successors = [n for n in code[node].next if n in inside]
+            if edge < len(successors):
+                work.append((node, edge + 1))
+                after = successors[edge]
+                if after not in order:
+                    work.append((after, 0))
+                elif after in on_path:
+                    low[node] = min(low[node], order[after])
+                continue
+            if low[node] == order[node]:
+                part = set(path[path.index(node) :])
+                del path[path.index(node) :]
+                on_path -= part
+                if len(part) > 1:
+                    found.append(part)
+            if work:
+                low[work[-1][0]] = min(low[work[-1][0]], low[node])
+    return found
+
+
+def innermost(code: list[Instruction], loop: set[int]) -> list[set[int]]:
+    """The loops inside `loop` that hold no other: its entry is taken out until nothing goes round any more."""
+    entries = {i for j in set(range(len(code))) - loop for i in code[j].next if i in loop}
+    inner = loops(code, loop - (entries or {min(loop)}))
+    return [leaf for part in inner for leaf in innermost(code, part)] or [loop]
+
+
+ACCESS = {  # what an instruction does -> (NVIDIA, AMD)
+    "load": (r"\bLDG\b", r"(global|buffer|flat)_load"),
+    "store": (r"\bSTG\b", r"(global|buffer|flat)_store"),
+    "ex2": (r"MUFU\.EX2", r"v_exp_f32"),
+    "shuffle": (r"\bSHFL\b", r"ds_(bpermute|permute|swizzle)|v_permlane|_dpp\b|row_|quad_perm"),
+    "shared": (r"\b(LDS|STS|LDSM|STSM)\b", r"ds_(read|write|load|store)"),
+    "barrier": (r"\bBAR\b", r"s_barrier"),
+    "fp64": (r"\b(DADD|DMUL|DFMA|DSETP)\b", r"v_(add|mul|fma)_f64"),
+    "rcp": (r"MUFU\.RCP|I2F", r"v_rcp|v_cvt_f32_u32"),
+}
+
+
+def kind(name: str, code: Iterable[str], amd: bool) -> list[str]:
+    pattern = re.compile(ACCESS[name][amd])
+    return [text for text in code if pattern.search(text)]
+
+
+def bits(text: str) -> int:
+    """Width of a global access of one thread."""
+    if found := re.search(r"dwordx?(\d*)|_b(\d+)", text):
+        return int(found[2]) if found[2] else 32 * int(found[1] or 1)
+    if found := re.search(r"\.(?:[US])?(8|16|64|128|256)\b", text.split("[")[0]):
+        return int(found[1])
+    if found := re.search(r"_(load|store)_[us]?(byte|short)", text):
+        return 8 if found[2] == "byte" else 16
+    return 32
+
+
+def nvidia(tool: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [str(NVIDIA_TOOLS / tool), option, file.name], check=True, capture_output=True, text=True
+        ).stdout
+
+
+@dataclass
+class Row:
+    """One compiled kernel. Bytes are per thread, shared memory's per program; of loads and stores, bits."""
+
+    kernel: str
+    case: str
+    target: str
+    meta: dict[str, Any]
+    registers: int
+    spilled: int
+    stack: int
+    local: int
+    shared: int
+    shared_limit: int
+    loads: tuple[int, int] | None  # narrowest and widest inside loops
+    stores: tuple[int, int] | None
+    hot_loads: list[int]
+    hot_stores: list[int]
+    hot: dict[str, int]  # instructions and counts of ACCESS
+    elements: int  # that the hot loop's loads bring to a thread in one turn
+    fp64: int
+    wide_offsets: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}/{self.case}/{self.target}"
+
+
+def offsets_are_64_bit(ttir: str) -> bool:
+    """No scalar product is taken in 32 bits, and what is added to the pointers of a matrix has 64."""
+    narrow = re.search(r"arith\.muli .*: i32( |$)", ttir, re.MULTILINE)
+    rows = re.findall(r"tt\.addptr %(?:logits|out)\b[^:\n]*: [^,\n]*, (\w+)", ttir)
+    return narrow is None and all(width == "i64" for width in rows) and ("%stride" not in ttir or bool(rows))
+
+
+def read(case: Case, target: str) -> Row:
+    gpu, limit = TARGETS[target]
+    kernel = compile_for(gpu, case.call)
+    amd = gpu.backend == "hip"
+    if amd:
+        assembly = kernel.asm["amdgcn"]
+        code = gcn_instructions(assembly)
+
+        def number(key: str) -> int:
+            return int(re.findall(rf"\.{key}:\s+(\d+)", assembly)[0])
+
+        registers, stack = number("vgpr_count"), number("private_segment_fixed_size")
+        spilled, local = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")), stack
+    else:
+        cubin = kernel.asm["cubin"]
+        code = sass_instructions(cubin)
+        usage = nvidia("cuobjdump", "--dump-resource-usage", cubin)
+        registers, stack, local = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL"))
+        spilled = sum(bits(x.text) // 8 for x in code if re.search(r"\bSTL\b", x.text))
+
+    whole = loops(code)
+    leaves = [leaf for loop in whole for leaf in innermost(code, loop)]
+    looping = [code[i].text for i in sorted(set().union(*whole))]
+    bodies = [[code[i].text for i in sorted(leaf)] for leaf in leaves]
+    hot = max(bodies, key=lambda body: (len(kind("ex2", body, amd)), len(body)), default=[])
+    hot_loads = [bits(x) for x in kind("load", hot, amd)]
+
+    def span(name: str) -> tuple[int, int] | None:
+        widths = [bits(x) for x in kind(name, looping, amd)]
+        return (min(widths), max(widths)) if widths else None
+
+    constants = {k: v for k, v in kernel.metadata._asdict().items() if k in ("num_warps", "num_stages")}
+    return Row(
+        kernel=case.kernel,
+        case=case.case,
+        target=target,
+        meta=constants,
+        registers=registers,
+        spilled=spilled,
+        stack=stack,
+        local=local,
+        shared=kernel.metadata.shared,
+        shared_limit=limit,
+        loads=span("load"),
+        stores=span("store"),
+        hot_loads=hot_loads,
+        hot_stores=[bits(x) for x in kind("store", hot, amd)],
+        hot={"instructions": len(hot)} | {name: len(kind(name, hot, amd)) for name in ACCESS},
+        elements=sum(hot_loads) // (8 * case.itemsize),
+        fp64=len(kind("fp64", (x.text for x in code), amd)),
+        wide_offsets=offsets_are_64_bit(kernel.asm["ttir"]),
+    )
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def line(row: Row) -> list[str]:
+    def width(span: tuple[int, int] | None) -> str:
+        return "-" if span is None else str(span[0]) if span[0] == span[1] else f"{span[0]}..{span[1]}"
+
+    per = (lambda n: f"{n / row.elements:.2f}") if "rows" in row.kernel and row.elements else lambda n: ""
+    hot = row.hot
+    numbers = [row.meta["num_warps"], row.registers, row.spilled, row.stack, row.local, row.shared]
+    return [
+        row.kernel,
+        row.case,
+        row.target,
+        *map(str, numbers),
+        width(row.loads),
+        width(row.stores),
+        *(str(hot[x]) for x in ("instructions", "load", "ex2", "shuffle", "shared", "barrier")),
+        per(hot["ex2"]),
+        per(hot["instructions"]),
+    ]
+
+
+HEADER = "kernel,case,target,warps,regs,spill,stack,local,shared,load,store,hot:ins,load,ex2,shfl,shm,bar,ex2/el,ins/el"
+
+
+def table(rows: Iterable[Row]) -> str:
+    lines = [HEADER.split(","), *map(line, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(cells, widths, strict=True)).rstrip() for cells in lines)
+
+
+def read_named(name: str) -> Row:
+    """A worker's job: cases hold closures, so it is their name that travels."""
+    kernel, case, target = name.split("/")
+    return read(next(c for c in cases() if (c.kernel, c.case) == (kernel, case)), target)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of kernel/case/target, * and ?")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compile in so many processes")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set: the kernels are Python functions then. Unset it, or set it to 0.")
+
+    targets = [t for t in TARGETS if available(t)]
+    for missing in TARGETS.keys() - set(targets):
+        print(f"{missing}: left out, this Triton has no assembler for it", file=sys.stderr)
+    names = [f"{c.kernel}/{c.case}/{t}" for t in targets for c in cases()]
+    names = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in options.only)]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(read_named, names))
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()

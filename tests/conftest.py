@@ -1,0 +1,48 @@
+"""Where tests run: on the first CUDA device if there is one, otherwise on the CPU with Triton's interpreter."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: must come before any import of the kernels
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one thread a worker: the workers share the cores
+for variable in ("PERPO_BACKEND", "PERPO_CHECK"):  # the shell's settings are not the suite's
+    os.environ.pop(variable, None)
+
+settings.register_profile(
+    "perpo",
+    deadline=None,  # the first example compiles kernels
+    derandomize=True,
+    database=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("perpo")
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton has no package for this platform"
+)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device that the kernels run on; every tensor of a test lives there."""
+    return DEVICE
+
+
+@pytest.fixture(params=["eager", pytest.param("triton", marks=needs_triton)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each implementation of the primitives; Triton runs in its interpreter where there is no GPU."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
