@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from perpo_kernels.backends import LogitMap
+from perpo_kernels.backends import BACKENDS, LogitMap
+from perpo_kernels.objectives import Objective
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -33,8 +34,18 @@ def floating(name: str, x: Tensor) -> None:
 def positive(name: str, value: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def index(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
+def backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 def same_device(name: str, x: Tensor, device: torch.device) -> None:
@@ -90,6 +101,7 @@ def logit_map(temperature: float, softcap: float | None, logit_scale: float, ign
     positive("logit_scale", logit_scale)
     if softcap is not None:
         positive("softcap", softcap)
+    index("ignore_index", ignore_index)
     return LogitMap(float(temperature), None if softcap is None else float(softcap), float(logit_scale), ignore_index)
 
 
@@ -107,6 +119,50 @@ def reduction(value: str) -> None:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {value!r}")
 
 
+def objective(given: Objective | None, beta: float, gamma: float) -> Objective:
+    """The objective that a call asks for."""
+    if given is None:
+        return Objective(beta, gamma)
+    if not isinstance(given, Objective):
+        raise TypeError(f"objective must be a perpo_kernels.objectives.Objective, got {type(given).__name__}")
+    return given
+
+
+def needs(
+    target: Objective, ref_log_probs: Tensor | None, pair_weights: Tensor | None, flip_probs: Tensor | None
+) -> None:
+    """What the objective takes and what was given fit together."""
+    if ref_log_probs is not None and not target.reference:
+        raise ValueError("ref_log_probs must be None: this objective is defined without a reference model")
+    if (target.pairs == "given") != (pair_weights is not None):
+        raise ValueError(
+            f"pair_weights go with pairs='given' and nothing else; the objective has pairs={target.pairs!r} and "
+            f"pair_weights {'is None' if pair_weights is None else 'were given'}"
+        )
+    if flip_probs is not None and (target.link != "logistic" or target.pairs == "none"):
+        raise ValueError("flip_probs soften the logistic link of pairs, which this objective does not have")
+
+
+def pair_weights(x: Tensor | None, cu_lists: Tensor) -> None:
+    if x is None:
+        return
+    floating("pair_weights", x)
+    _constant("pair_weights", x)
+    n_lists = cu_lists.numel() - 1
+    if x.dim() != 3 or x.shape[0] != n_lists or x.shape[1] != x.shape[2]:
+        raise ValueError(f"pair_weights must be [G, k, k] with G = {n_lists} lists, got {_shape(x)}")
+
+
+def token_weights(x: Tensor | None, labels: Tensor) -> None:
+    if x is None:
+        return
+    floating("token_weights", x)
+    _constant("token_weights", x)
+    if x.shape != labels.shape:
+        raise ValueError(f"token_weights must have the shape of labels, {_shape(labels)}, got {_shape(x)}")
+    same_device("token_weights", x, labels.device)
+
+
 def _constant(name: str, x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad: the loss takes it as a constant; pass {name}.detach()")
@@ -121,7 +177,13 @@ def _cumulative(name: str, x: Tensor) -> None:
 
 
 def lists(
-    log_probs: Tensor, rewards: Tensor, ref_log_probs: Tensor | None, cu_lists: Tensor | None, valid: Tensor | None
+    log_probs: Tensor,
+    rewards: Tensor,
+    ref_log_probs: Tensor | None,
+    cu_lists: Tensor | None,
+    valid: Tensor | None,
+    lengths: Tensor | None,
+    flip_probs: Tensor | None,
 ) -> None:
     if cu_lists is None and log_probs.dim() != 2:
         raise ValueError(
@@ -131,11 +193,12 @@ def lists(
         _cumulative("cu_lists", cu_lists)
         if log_probs.dim() != 1:
             raise ValueError(f"log_probs must be packed [S] when cu_lists is given, got {_shape(log_probs)}")
-    for name, x in (("rewards", rewards), ("ref_log_probs", ref_log_probs)):
+    constants = {"rewards": rewards, "ref_log_probs": ref_log_probs, "flip_probs": flip_probs}
+    for name, x in constants.items():
         if x is not None:
             floating(name, x)
             _constant(name, x)
-    for name, x in (("rewards", rewards), ("ref_log_probs", ref_log_probs), ("valid", valid)):
+    for name, x in {**constants, "valid": valid, "lengths": lengths}.items():
         if x is not None:
             tensor(name, x)
             if x.shape != log_probs.shape:
@@ -146,12 +209,17 @@ def lists(
 
 
 def packed(
-    rewards: Tensor, cu_seqlens: Tensor, cu_lists: Tensor, ref_log_probs: Tensor | None, device: torch.device
+    rewards: Tensor,
+    cu_seqlens: Tensor,
+    cu_lists: Tensor,
+    ref_log_probs: Tensor | None,
+    flip_probs: Tensor | None,
+    device: torch.device,
 ) -> None:
     _cumulative("cu_seqlens", cu_seqlens)
     _cumulative("cu_lists", cu_lists)
     n_candidates = cu_seqlens.numel() - 1
-    for name, x in (("rewards", rewards), ("ref_log_probs", ref_log_probs)):
+    for name, x in (("rewards", rewards), ("ref_log_probs", ref_log_probs), ("flip_probs", flip_probs)):
         if x is None:
             continue
         floating(name, x)

@@ -4,6 +4,7 @@ Symbols: T tokens, S candidates, G lists, k candidates a list, V vocabulary, H h
 `perpo_kernels.objectives` (the loss) and `perpo_kernels.linear` (how gradients come without logits).
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from perpo_kernels.objectives import Objective
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "lists/active")
 
 
-@torch.compiler.assume_constant_result
-def _backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    return backends.resolve(backend, device_type, dtype)
+def _is_reference(backend: str) -> bool:
+    """Whether the call is for the definition itself, which is no operator; the operators resolve the other names."""
+    checks.backend(backend)
+    return (os.environ.get("PERPO_BACKEND", "auto") if backend == "auto" else backend) == "reference"
 
 
 def token_log_probs(
@@ -51,11 +53,11 @@ def token_log_probs(
     checks.floating("logits", logits)
     checks.labels(labels, logits.shape[:-1], "logits.shape[:-1]", logits.device)
     checks.positive("temperature", temperature)
-    chosen = _backend(backend, logits.device.type, logits.dtype)
-    if chosen == "reference":
+    if _is_reference(backend):
+        ops.check_labels(labels, logits.shape[-1], ignore_index)
         wide = logits.to(ops.accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, temperature, ignore_index)
-    return ops.token_log_probs(logits, labels, temperature, ignore_index, inplace_backward, chosen)[0]
+    return ops.token_log_probs(logits, labels, temperature, ignore_index, inplace_backward, backend)[0]
 
 
 def linear_token_log_probs(
@@ -99,13 +101,12 @@ def linear_token_log_probs(
     checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
     chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
-    chosen = _backend(backend, hidden.device.type, hidden.dtype)
-    if chosen == "reference":
+    if _is_reference(backend):
         return _reference_linear(hidden, weight, labels, bias, z)
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     keep_derivative = torch.is_grad_enabled() and hidden.requires_grad
     log_probs, _, _ = linear.linear_log_probs(
-        rows, weight, labels.reshape(-1).contiguous(), bias, *z, chunk_bytes, chosen, keep_derivative
+        rows, weight, labels.reshape(-1).contiguous(), bias, *z, chunk_bytes, backend, keep_derivative
     )
     return log_probs.view(labels.shape)
 
@@ -117,6 +118,9 @@ def perpo_loss(
     *,
     cu_lists: Tensor | None = None,  # int32 [G + 1]
     valid: Tensor | None = None,  # bool, same shape
+    lengths: Tensor | None = None,  # same shape
+    pair_weights: Tensor | None = None,  # [G, k, k]
+    flip_probs: Tensor | None = None,  # same shape
     beta: float = 0.1,
     gamma: float = 0.5,
     reduction: str = "mean",
@@ -132,9 +136,13 @@ def perpo_loss(
         ref_log_probs: same shape, under the reference model, or None for no reference.
         cu_lists: candidates of list g are cu_lists[g] .. cu_lists[g + 1]; required exactly when log_probs is [S].
         valid: False for a candidate that is padding; what stands there is never read.
-        beta, gamma: of `Objective`; ignored if `objective` is given.
+        lengths: numbers of response tokens, needed by length-normalised objectives only.
+        pair_weights: [G, k, k] with k at least the longest list, needed by objectives with pairs="given": entry [g,
+            i, j] is the weight with which candidate i of list g is preferred to candidate j; 0 for no preference.
+        flip_probs: probability that a preference over this candidate is wrong (RosePO); 1 − soft_target if not given.
+        beta, gamma: of PerPO; `objective` takes their place.
         reduction: "mean" over all lists (inactive ones count, so that accumulation stays exact), "sum", or "none".
-        objective: instead of beta and gamma.
+        objective: any of `perpo_kernels.objectives`, for example `objectives.plackett_luce()`.
         backend: "auto", "triton", "eager" or "reference".
 
     Returns:
@@ -151,24 +159,40 @@ def perpo_loss(
         tensor(True)
     """
     checks.floating("log_probs", log_probs)
-    checks.lists(log_probs, rewards, ref_log_probs, cu_lists, valid)
+    target = checks.objective(objective, beta, gamma)
+    checks.lists(log_probs, rewards, ref_log_probs, cu_lists, valid, lengths, flip_probs)
+    checks.needs(target, ref_log_probs, pair_weights, flip_probs)
+    if target.length_normalized and lengths is None:
+        raise ValueError("lengths must be given: this objective divides log-probs by the number of tokens")
     checks.reduction(reduction)
-    target = objective or Objective(beta, gamma)
-    chosen = _backend(backend, log_probs.device.type, log_probs.dtype)
     if cu_lists is None:
         n_lists, k = log_probs.shape
         cu_lists = layout.equal_lists(n_lists, k, log_probs.device)
         log_probs, rewards = log_probs.reshape(-1), rewards.reshape(-1)
-        ref_log_probs = None if ref_log_probs is None else ref_log_probs.reshape(-1)
-        valid = None if valid is None else valid.reshape(-1)
-    if chosen == "reference":
-        log_probs = log_probs.to(ops.accumulation_dtype(log_probs.dtype))
-        everyone = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
-        scores = log_probs if ref_log_probs is None else log_probs - ref_log_probs
-        losses = reference.list_losses(scores, rewards, cu_lists, everyone, target.beta, target.gamma)
+        ref_log_probs, valid, lengths, flip_probs = (
+            None if x is None else x.reshape(-1) for x in (ref_log_probs, valid, lengths, flip_probs)
+        )
+    checks.pair_weights(pair_weights, cu_lists)
+    if _is_reference(backend):
+        ops.check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
+        lists = _reference_lists(log_probs, rewards, cu_lists, ref_log_probs, valid, lengths, pair_weights, flip_probs)
+        losses = reference.list_losses(lists, target)
         return _reduce(losses.sum(), losses, reduction)
     total, losses, *_ = ops.list_loss(
-        log_probs, rewards, cu_lists, None, None, ref_log_probs, valid, target.numbers(), -100, chosen
+        log_probs,
+        rewards,
+        cu_lists,
+        target.numbers(),
+        None,
+        None,
+        -100,
+        ref_log_probs,
+        valid,
+        lengths,
+        None,
+        pair_weights,
+        flip_probs,
+        backend,
     )
     return _reduce(total, losses, reduction)
 
@@ -186,7 +210,7 @@ class LinearPerPOOutput(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """Scalars under TRL's names, detached and still on the device; computed when asked for.
 
-        rewards/chosen, rewards/rejected: β·(log π − log π_ref) of the best and the worst candidate, mean over active
+        rewards/backend, rewards/rejected: β·(log π − log π_ref) of the best and the worst candidate, mean over active
         lists; rewards/margins: their difference; rewards/accuracies: share of preferred pairs that the scores rank
         right, mean over active lists; lists/active: share of lists that have a preferred pair at all.
         """
@@ -206,6 +230,9 @@ def linear_perpo_loss(
     cu_lists: Tensor,  # int32 [G + 1]
     ref_log_probs: Tensor | None = None,  # [S]
     bias: Tensor | None = None,  # [V]
+    token_weights: Tensor | None = None,  # [T]
+    pair_weights: Tensor | None = None,  # [G, k, k]
+    flip_probs: Tensor | None = None,  # [S]
     beta: float = 0.1,
     gamma: float = 0.5,
     reduction: str = "mean",
@@ -234,6 +261,9 @@ def linear_perpo_loss(
         cu_lists: int32 [G + 1], candidates of list g are cu_lists[g] .. cu_lists[g + 1]. Both layouts may live on the
             CPU while the rest is on a GPU: then they are checked for free, and chunks can follow the lists.
         ref_log_probs: [S], Σ_t log π_ref(y_it), or None for no reference.
+        token_weights: [T], ω_t of each token in Σ_t ω_t log π(y_it) (TIS-DPO, arXiv 2410.04350); constants. The
+            reference log-probs must then be sums with the same weights.
+        pair_weights, flip_probs: as `perpo_loss`; the objective says whether they are needed.
         beta, gamma, reduction, objective: as `perpo_loss`.
         backend: "auto", "triton", "eager" or "reference".
 
@@ -245,16 +275,25 @@ def linear_perpo_loss(
     """
     hidden, weight, bias = checks.head(hidden, weight, bias, packed=True)
     checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
-    checks.packed(rewards, cu_seqlens, cu_lists, ref_log_probs, hidden.device)
+    target = checks.objective(objective, beta, gamma)
+    checks.packed(rewards, cu_seqlens, cu_lists, ref_log_probs, flip_probs, hidden.device)
+    checks.needs(target, ref_log_probs, pair_weights, flip_probs)
+    checks.pair_weights(pair_weights, cu_lists)
+    checks.token_weights(token_weights, labels)
     checks.reduction(reduction)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
     chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
-    target = objective or Objective(beta, gamma)
-    chosen = _backend(backend, hidden.device.type, hidden.dtype)
-    if chosen == "reference":
-        return _reference_linear_perpo(
-            hidden, weight, labels, rewards, cu_seqlens, cu_lists, ref_log_probs, bias, target, reduction, z
+    if _is_reference(backend):
+        ops.check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
+        ops.check_cumulative("cu_seqlens", cu_seqlens, hidden.shape[0], "tokens")
+        tokens = _reference_linear(hidden, weight, labels, bias, z)
+        log_probs, lengths = reference.sequence_log_probs(tokens, labels, cu_seqlens, ignore_index, token_weights)
+        lists = _reference_lists(
+            log_probs, rewards, cu_lists, ref_log_probs, lengths > 0, lengths, pair_weights, flip_probs
         )
+        losses = reference.list_losses(lists, target)
+        loss = _reduce(losses.sum(), losses, reduction)
+        return LinearPerPOOutput(loss, log_probs.detach(), reference.list_stats(lists, target))
     hidden, labels = hidden.contiguous(), labels.contiguous()
     grad = torch.is_grad_enabled()
     need_hidden, need_weight = grad and hidden.requires_grad, grad and weight.requires_grad
@@ -269,9 +308,12 @@ def linear_perpo_loss(
             cu_seqlens,
             cu_lists,
             ref_log_probs,
+            token_weights,
+            pair_weights,
+            flip_probs,
             *z,
             chunk_bytes,
-            chosen,
+            backend,
             target.numbers(),
             need_hidden,
             need_weight,
@@ -279,18 +321,22 @@ def linear_perpo_loss(
         )
         loss = _reduce(total, stats[3], reduction)
     else:
-        tokens, _, _ = linear.linear_log_probs(hidden, weight, labels, bias, *z, chunk_bytes, chosen, need_hidden)
+        tokens, _, _ = linear.linear_log_probs(hidden, weight, labels, bias, *z, chunk_bytes, backend, need_hidden)
         total, losses, _, log_probs, stats = ops.list_loss(
             tokens,
             rewards,
             cu_lists,
+            target.numbers(),
             cu_seqlens,
             labels,
+            ignore_index,
             ref_log_probs,
             None,
-            target.numbers(),
-            ignore_index,
-            chosen,
+            None,
+            token_weights,
+            pair_weights,
+            flip_probs,
+            backend,
         )
         loss = _reduce(total, losses, reduction)
     return LinearPerPOOutput(loss, log_probs.detach(), stats.detach())
@@ -303,30 +349,17 @@ def _reduce(total: Tensor, losses: Tensor, reduction: str) -> Tensor:
     return total if reduction == "sum" else total / max(losses.shape[0], 1)
 
 
+def _reference_lists(log_probs: Tensor, rewards: Tensor, cu_lists: Tensor, *others: Tensor | None) -> reference.Lists:
+    """In accumulation precision throughout, as the other backends compute."""
+    dtype = ops.accumulation_dtype(log_probs.dtype)
+    rest = (x.to(dtype) if x is not None and x.is_floating_point() else x for x in others)
+    return reference.Lists(log_probs.to(dtype), rewards.to(dtype), cu_lists, *rest)
+
+
 def _reference_linear(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z: backends.LogitMap
 ) -> Tensor:
+    ops.check_labels(labels, weight.shape[0], z.ignore_index)
     logits = reference.head_logits(hidden, weight, bias, z.softcap, z.logit_scale)
     wide = logits.to(ops.accumulation_dtype(logits.dtype))
     return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)
-
-
-def _reference_linear_perpo(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    rewards: Tensor,
-    cu_seqlens: Tensor,
-    cu_lists: Tensor,
-    ref_log_probs: Tensor | None,
-    bias: Tensor | None,
-    target: Objective,
-    reduction: str,
-    z: backends.LogitMap,
-) -> LinearPerPOOutput:
-    tokens = _reference_linear(hidden, weight, labels, bias, z)
-    log_probs, valid = reference.sequence_log_probs(tokens, labels, cu_seqlens, z.ignore_index)
-    scores = log_probs if ref_log_probs is None else log_probs - ref_log_probs
-    losses = reference.list_losses(scores, rewards, cu_lists, valid, target.beta, target.gamma)
-    stats = reference.list_stats(scores.detach(), rewards, cu_lists, valid, target.beta)
-    return LinearPerPOOutput(_reduce(losses.sum(), losses, reduction), log_probs.detach(), stats)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from perpo_kernels.backends import ListProblem
-from perpo_kernels.head import HeadGradient, bind_head, chunks, kept_rows, scaled_rows
+from perpo_kernels.head import HeadGradient, bind_head, chunks, kept_rows
 from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import (
@@ -30,6 +30,7 @@ from perpo_kernels.ops import (
     check_cumulative,
     check_labels,
     first_derivative_only,
+    list_problem,
     new_list_result,
     no_autocast,
     run_list_loss,
@@ -58,23 +59,24 @@ def linear_log_probs(
     kept = kept_rows(labels, ignore_index)
     if kept is not None:
         options = (bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend, keep_derivative)
-        results = linear_log_probs(hidden[kept], weight, labels[kept], *options)
-        n_derivatives = hidden.shape[0] if keep_derivative else 0
-        return tuple(
-            x.new_zeros(n, *x.shape[1:]).index_copy_(0, kept, x) if n else x
-            for x, n in zip(results, (len(labels), len(labels), n_derivatives), strict=True)
+        log_probs, lse, derivative = linear_log_probs(hidden[kept], weight, labels[kept], *options)
+        n = len(labels)
+        return (
+            log_probs.new_zeros(n).index_copy_(0, kept, log_probs),
+            lse.new_zeros(2, n).index_copy_(1, kept, lse),
+            hidden.new_zeros(n, hidden.shape[1]).index_copy_(0, kept, derivative) if keep_derivative else derivative,
         )
     head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
     n_tokens, n_hidden = hidden.shape
     log_probs = hidden.new_empty(n_tokens, dtype=accumulation_dtype(hidden.dtype))
-    lse = torch.empty_like(log_probs)
+    lse = log_probs.new_empty(2, n_tokens)
     derivative = torch.empty_like(hidden) if keep_derivative else hidden.new_empty(0, n_hidden)
     rows = head.chunk_rows(n_tokens)
     buffer = head.buffer(rows)
     step = head.kernels.fused_rows_ if keep_derivative else head.kernels.log_prob_rows
     for c in chunks(0, n_tokens, rows):
         z = head.project(hidden[c], buffer)
-        log_probs[c], lse[c] = step(z, labels[c], head.z)
+        log_probs[c], lse[:, c] = step(z, labels[c], head.z)
         if keep_derivative:
             torch.mm(z, weight, out=derivative[c])
     return log_probs, lse, derivative
@@ -85,7 +87,8 @@ def _(hidden: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     keep_derivative = options[-1]
     n_tokens, n_hidden = hidden.shape
     log_probs = hidden.new_empty(n_tokens, dtype=accumulation_dtype(hidden.dtype))
-    return log_probs, torch.empty_like(log_probs), hidden.new_empty(n_tokens if keep_derivative else 0, n_hidden)
+    derivative = hidden.new_empty(n_tokens if keep_derivative else 0, n_hidden)
+    return log_probs, log_probs.new_empty(2, n_tokens), derivative
 
 
 @torch.library.custom_op("perpo_kernels::linear_log_probs_head_backward", mutates_args=())
@@ -109,15 +112,15 @@ def linear_log_probs_head_backward(
     """-> dW [V, H] and db [V], or empty; the logits are made again, a chunk at a time."""
     kept = kept_rows(labels, ignore_index)
     if kept is not None:
-        grad, hidden, labels, lse = (x[kept] for x in (grad, hidden, labels, lse))
+        grad, hidden, labels, lse = grad[kept], hidden[kept], labels[kept], lse[:, kept]
     head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
     total = HeadGradient(head, need_weight, need_bias)
     rows = head.chunk_rows(hidden.shape[0])
     buffer = head.buffer(rows)
     for c in chunks(0, hidden.shape[0], rows):
         z = head.project(hidden[c], buffer)
-        head.kernels.grad_rows_(z, labels[c], lse[c], None, head.z, z)
-        total.add(z, hidden[c], grad[c])
+        head.kernels.grad_rows_(z, labels[c], lse[:, c].contiguous(), None, head.z, z)
+        total.add(z, hidden[c], grad[c], labels[c])
     return total.weight.to(weight.dtype, copy=False), total.bias.to(weight.dtype)
 
 
@@ -129,16 +132,16 @@ def _(grad: Tensor, hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tens
     )
 
 
-@torch.library.custom_op("perpo_kernels::scale_rows", mutates_args=())
+@torch.library.custom_op("perpo_kernels::scaled", mutates_args=())
 @no_autocast
-def scale_rows(x: Tensor, g: Tensor) -> Tensor:
-    """dX = g ⊙ U: x [T, H], g [T] in accumulation precision -> [T, H] in the dtype of x."""
-    return scaled_rows(x, g)
+def scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """g · x (g broadcasts against x) in `dtype`: rounded once, and without a copy in the higher precision."""
+    return torch.mul(x, g, out=torch.empty_like(x, dtype=dtype))
 
 
-@scale_rows.register_fake
-def _(x: Tensor, g: Tensor) -> Tensor:
-    return torch.empty_like(x)
+@scaled.register_fake
+def _(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -158,7 +161,7 @@ def _linear_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | 
     if grad is None:
         return (None,) * 11
     derivative, hidden, weight, labels, lse, bias = ctx.saved_tensors
-    d_hidden = scale_rows(derivative, grad) if need_hidden else None
+    d_hidden = scaled(derivative, grad.unsqueeze(1), derivative.dtype) if need_hidden else None
     d_weight = d_bias = None
     if need_weight or need_bias:
         d_weight, d_bias = linear_log_probs_head_backward(
@@ -190,6 +193,9 @@ def linear_list_loss(
     cu_seqlens: Tensor,
     cu_lists: Tensor,
     ref_log_probs: Tensor | None,
+    token_weights: Tensor | None,
+    pair_weights: Tensor | None,
+    flip_probs: Tensor | None,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
@@ -204,43 +210,48 @@ def linear_list_loss(
     """Loss and every gradient in one pass over chunks of whole lists.
 
     -> Σ losses [], coefficients [T], sequence_log_probs [S], stats [4, G], U [T, H] or [0, H], dW [V, H] or [0, 0] in
-    accumulation precision, db [V] or [0] likewise. dX = coefficients ⊙ U.
+    accumulation precision and multiples of `_coefficient_unit`, db [V] or [0] likewise. dX = coefficients ⊙ U.
     """
     check_labels(labels, weight.shape[0], ignore_index)
     check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
     check_cumulative("cu_seqlens", cu_seqlens, hidden.shape[0], "tokens")
     head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
     n_tokens, n_hidden = hidden.shape
-    device = hidden.device
     log_probs = hidden.new_zeros(n_tokens, dtype=accumulation_dtype(hidden.dtype))
-    problem = ListProblem(
-        log_probs,
-        rewards.contiguous(),
-        cu_lists.to(device).contiguous(),
-        cu_seqlens.to(device).contiguous(),
-        labels,
-        None if ref_log_probs is None else ref_log_probs.contiguous(),
-        None,
-        Objective(*objective),
-        ignore_index,
+    problem = list_problem(
+        ListProblem(
+            log_probs,
+            rewards,
+            cu_lists,
+            Objective.from_numbers(objective),
+            cu_seqlens,
+            labels,
+            ignore_index,
+            ref_log_probs,
+            token_weights=token_weights,
+            pair_weights=pair_weights,
+            flip_probs=flip_probs,
+        )
     )
     result = new_list_result(problem)
     derivative = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0, n_hidden)
     gradient = HeadGradient(head, need_weight, need_bias)
     rows = head.max_rows()
     buffer = head.buffer(min(rows, n_tokens))
-    # |c| is at most β and about β / k: near 1 once divided by this, so that g ⊙ X keeps fp16's range.
-    unit = problem.objective.beta / max(1, rewards.numel() // max(1, cu_lists.numel() - 1))
+    unit = _coefficient_unit(problem.objective)
 
     def close_lists(segment: Segment) -> None:
         lists = slice(segment.first_list, segment.last_list)
-        part = problem._replace(cu_lists=problem.cu_lists[segment.first_list : segment.last_list + 1])
+        part = problem._replace(
+            cu_lists=problem.cu_lists[segment.first_list : segment.last_list + 1],
+            pair_weights=None if problem.pair_weights is None else problem.pair_weights[lists],
+        )
         run_list_loss(part, backend, result._replace(losses=result.losses[lists], stats=result.stats[:, lists]))
 
     def add_chunk(z: Tensor, c: slice) -> None:
         if need_hidden:
             torch.mm(z, weight, out=derivative[c])
-        gradient.add(z, hidden[c], result.coefficients[c] / unit)
+        gradient.add(z, hidden[c], result.coefficients[c] / unit, labels[c])
 
     for segment in _segments(cu_seqlens, cu_lists, n_tokens, rows):
         tokens = slice(segment.first_token, segment.last_token)
@@ -250,14 +261,14 @@ def linear_list_loss(
             close_lists(segment)
             add_chunk(z, tokens)
             continue
-        lse = torch.empty_like(log_probs)
+        lse = log_probs.new_empty(2, n_tokens)
         pieces = list(chunks(segment.first_token, segment.last_token, rows))
         for c in pieces:
-            log_probs[c], lse[c] = head.kernels.log_prob_rows(head.project(hidden[c], buffer), labels[c], head.z)
+            log_probs[c], lse[:, c] = head.kernels.log_prob_rows(head.project(hidden[c], buffer), labels[c], head.z)
         close_lists(segment)
         for c in pieces:
             z = head.project(hidden[c], buffer)
-            head.kernels.grad_rows_(z, labels[c], lse[c], None, head.z, z)
+            head.kernels.grad_rows_(z, labels[c], lse[:, c].contiguous(), None, head.z, z)
             add_chunk(z, c)
     return (
         result.losses.sum(),
@@ -265,9 +276,14 @@ def linear_list_loss(
         result.sequence_log_probs,
         result.stats,
         derivative,
-        gradient.weight.mul_(unit),
-        gradient.bias.mul_(unit),
+        gradient.weight,
+        gradient.bias,
     )
+
+
+def _coefficient_unit(objective: Objective) -> float:
+    """|∂L/∂s| is at most β for PerPO; g ⊙ X is formed in multiples of it, so that fp16 neither overflows nor fades."""
+    return objective.beta
 
 
 def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) -> list[Segment]:
@@ -312,21 +328,22 @@ def _linear_list_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(coefficients, derivative, d_weight, d_bias)
     ctx.mark_non_differentiable(*output[1:])
     ctx.weight_dtype = inputs[1].dtype
+    ctx.unit = _coefficient_unit(Objective.from_numbers(inputs[-4]))
     ctx.set_materialize_grads(False)
 
 
 def _linear_list_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     first_derivative_only("linear_perpo_loss")
     if grad is None:
-        return (None,) * 18
+        return (None,) * 21
     coefficients, derivative, d_weight, d_bias = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     return (
-        scale_rows(derivative, coefficients * grad) if need_hidden else None,
-        (d_weight * grad).to(ctx.weight_dtype) if need_weight else None,
+        scaled(derivative, (coefficients * grad).unsqueeze(1), derivative.dtype) if need_hidden else None,
+        scaled(d_weight, grad * ctx.unit, ctx.weight_dtype) if need_weight else None,
         None,
-        (d_bias * grad).to(ctx.weight_dtype) if need_bias else None,
-        *(None,) * 14,
+        scaled(d_bias, grad * ctx.unit, ctx.weight_dtype) if need_bias else None,
+        *(None,) * 17,
     )
 
 

@@ -1,44 +1,141 @@
 """List-wise objectives: what is minimised over the scores of one list of candidates.
 
-An objective is a value, not code: the kernels read its numbers. With scores s_i = log π(y_i) − log π_ref(y_i) and
-rewards r_i, the objective implemented here is the reward-weighted pairwise logistic loss
+An objective is a value, not code: one kernel reads it, with branches resolved when it is compiled. Symbols, for a
+list of k candidates:
 
-    w_ij = (r_i − r_j)^γ / Σ_{a,b: r_a > r_b} (r_a − r_b)^γ          for r_i > r_j, else 0
-    L    = Σ_{i,j: r_i > r_j} w_ij · softplus(−β (s_i − s_j))
-    ∂L/∂s_i = β (Σ_j G_ij − Σ_j G_ji),   G_ij = −w_ij · σ(−β (s_i − s_j))
+    s_i   score: Σ_t ω_t log π(y_it) − log π_ref(y_i), divided by the number of tokens if `length_normalized`
+    r_i   reward; only its order and its differences matter
+    d_ij  = β (s_i − s_j) − m_ij,   m_ij = offset + log_margin · log(r_i − r_j)
+    p_i   target: softmax(r / target_temperature)_i, or the best candidates in equal shares at target_temperature 0
 
-PerPO (arXiv 2502.04371, section 3) is γ = 0.5. At k = 2 it is DPO (arXiv 2305.18290) for every γ; γ = 0 is the plain
-mean over pairs; γ → ∞ leaves the best against the worst.
+The loss of a list is a sum of terms, each of which may be absent:
+
+    pair term       Σ_ij w_ij ℓ(d_ij) over the chosen pairs (i better than j)
+    list term       softmax: −Σ_i p_i log softmax(βs)_i       plackett_luce: Σ_j (log Σ_{m: r_m ≤ r_j} exp βs_m − βs_j)
+    pointwise term  nca: −Σ_i p_i log σ(βs_i) − 1/k Σ_i log σ(−βs_i)       anchor: −Σ_i p_i log σ(βs_i)
+    nll term        −nll · Σ_i p_i Σ_t ω_t log π(y_it), p at target_temperature 0
+
+    link ℓ          logistic: softplus(−d) + (1 − q) d       hinge: max(0, 1 − d)
+                    squared: ((d − 1/2) / β)²                linear: −d
+    weights w_ij    uniform: 1       power: (r_i − r_j)^γ       given: any matrix [k, k]
+                    lambda: |2^r_i − 2^r_j| · |1/log(1 + τ_i) − 1/log(1 + τ_j)|, τ the rank by score, 1 the highest
+                        (equal scores by
+                    position; ranks are constants)
+    normalize       list: w / Σ w       pairs: w / number of pairs       none
+
+Whatever the objective: weights, targets and ranks are constants; a candidate that is invalid (no token, NaN or
+infinite reward) takes part in nothing; a list in which no candidate is better than another has loss 0 and gradient 0.
+The gradient of the pair, softmax and Plackett–Luce terms sums to 0 over the list.
+
+Plackett–Luce with ties: the tied candidates share one denominator (Breslow), and those tied for last place have no
+term.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "pairs": ("none", "all", "best_vs_rest", "best_vs_worst", "given"),
+    "weight": ("uniform", "power", "lambda"),
+    "normalize": ("list", "pairs", "none"),
+    "link": ("logistic", "hinge", "squared", "linear"),
+    "list_term": ("none", "softmax", "plackett_luce"),
+    "pointwise": ("none", "nca", "anchor"),
+}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A pairwise logistic objective with power-of-margin pair weights.
+    """One member of the family of the module's docstring. The default is PerPO.
 
     Args:
-        beta: β > 0, the inverse temperature of the implicit reward β·s. Published: 0.1.
-        gamma: γ ≥ 0, the exponent of the reward margin in a pair's weight. Published: 0.5.
+        beta: β > 0, the inverse temperature of the implicit reward β·s.
+        gamma: γ ≥ 0, the exponent of the power weights.
+        pairs: which pairs: "all" with r_i > r_j, "best_vs_rest", "best_vs_worst" (ties for best or worst count each),
+            "given" (a matrix `pair_weights` [G, k, k] is passed with the data: explicit edges or custom weights), or
+            "none".
+        weight: "power", "uniform" or "lambda".
+        normalize: "list", "pairs" or "none".
+        link: "logistic", "hinge", "squared" or "linear".
+        soft_target: q of the logistic link; 1 trusts the preference, 1 − ε smooths it, above 1 corrects for noise.
+        offset, log_margin: the margin m_ij that a pair must keep.
+        list_term: "none", "softmax" or "plackett_luce".
+        target_temperature: of p; 0 puts p on the best.
+        pointwise: "none", "nca" or "anchor".
+        nll: ≥ 0, weight of the negative log-likelihood of the best candidates.
+        length_normalized: scores are means over tokens.
+        reference: False refuses reference log-probs.
 
     Raises:
-        ValueError: beta or gamma outside its range.
+        ValueError: a value outside its range, or a combination without meaning, with the reason.
     """
 
     beta: float = 0.1
     gamma: float = 0.5
+    pairs: str = "all"
+    weight: str = "power"
+    normalize: str = "list"
+    link: str = "logistic"
+    soft_target: float = 1.0
+    offset: float = 0.0
+    log_margin: float = 0.0
+    list_term: str = "none"
+    target_temperature: float = 0.0
+    pointwise: str = "none"
+    nll: float = 0.0
+    length_normalized: bool = False
+    reference: bool = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta > 0):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("beta", "gamma", "target_temperature", "nll", "soft_target", "offset", "log_margin"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if not -math.inf < value < math.inf:
+                raise ValueError(f"{name} must be finite, got {value!r}")
+        if not self.beta > 0:
             raise ValueError(f"beta must be a finite number > 0, got {self.beta!r}")
-        if not (math.isfinite(self.gamma) and self.gamma >= 0):
-            raise ValueError(f"gamma must be a finite number >= 0, got {self.gamma!r}")
+        for name in ("gamma", "target_temperature", "nll"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.pairs == "none" and self.list_term == "none" and self.pointwise == "none":
+            raise ValueError(
+                "pairs='none' needs a list_term or a pointwise term: with nothing that compares candidates there is "
+                "no preference to learn"
+            )
+        if self.soft_target != 1.0 and self.link != "logistic":
+            raise ValueError(f"soft_target is a probability of the logistic link, but link is {self.link!r}")
+        if self.pairs == "given" and self.weight == "lambda":
+            raise ValueError("pairs='given' brings its own weights, which weight='lambda' would replace")
+        if self.pairs == "given" and self.log_margin:
+            raise ValueError("log_margin takes the logarithm of r_i − r_j, which given pairs need not have positive")
+        if self.target_temperature and self.list_term != "softmax" and self.pointwise != "nca":
+            raise ValueError("target_temperature shapes the target of list_term='softmax' and pointwise='nca' only")
 
     def numbers(self) -> list[float]:
-        """What the operators and kernels are given; `Objective(*numbers)` gives the objective back."""
-        return [float(self.beta), float(self.gamma)]
+        """What the operators are given; `Objective.from_numbers` gives the objective back."""
+        values = asdict(self)
+        return [
+            float(CHOICES[name].index(value)) if name in CHOICES else float(value) for name, value in values.items()
+        ]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> "Objective":
+        values: dict[str, Any] = {}
+        for field, number in zip(fields(cls), numbers, strict=True):
+            if field.name in CHOICES:
+                values[field.name] = CHOICES[field.name][int(number)]
+            else:
+                values[field.name] = bool(number) if isinstance(field.default, bool) else float(number)
+        return cls(**values)
 
 
 def perpo(beta: float = 0.1, gamma: float = 0.5) -> Objective:
@@ -47,5 +144,97 @@ def perpo(beta: float = 0.1, gamma: float = 0.5) -> Objective:
 
 
 def uniform_pairs(beta: float = 0.1) -> Objective:
-    """Every preferred pair weighs the same: the mean of DPO over all pairs of a list (γ = 0)."""
-    return Objective(beta, 0.0)
+    """Every preferred pair weighs the same: the mean of DPO over all pairs of a list."""
+    return Objective(beta, weight="uniform")
+
+
+def dpo(beta: float = 0.1) -> Objective:
+    """DPO (arXiv 2305.18290) of the best against the worst: softplus(−d)."""
+    return Objective(beta, pairs="best_vs_worst", weight="uniform")
+
+
+def cdpo(beta: float = 0.1, epsilon: float = 0.1) -> Objective:
+    """Conservative DPO (Mitchell 2023): (1 − ε) softplus(−d) + ε softplus(d), for labels wrong with probability ε."""
+    _probability("epsilon", epsilon, 0.5)
+    return Objective(beta, pairs="best_vs_worst", weight="uniform", soft_target=1 - epsilon)
+
+
+def robust_dpo(beta: float = 0.1, epsilon: float = 0.1) -> Objective:
+    """Robust DPO (arXiv 2403.00409): the unbiased form of cDPO, soft target (1 − ε) / (1 − 2ε)."""
+    _probability("epsilon", epsilon, 0.5)
+    return Objective(beta, pairs="best_vs_worst", weight="uniform", soft_target=(1 - epsilon) / (1 - 2 * epsilon))
+
+
+def rosepo(beta: float = 0.1) -> Objective:
+    """RosePO (arXiv 2410.12519): cDPO over all pairs, with ε of each rejected candidate given as `flip_probs` [S]."""
+    return Objective(beta, weight="uniform")
+
+
+def ipo(beta: float = 0.1) -> Objective:
+    """IPO (arXiv 2310.12036): (d − 1/(2β))² on the unscaled difference of length-normalised log-ratios."""
+    return Objective(beta, pairs="best_vs_worst", weight="uniform", link="squared", length_normalized=True)
+
+
+def hinge(beta: float = 0.1) -> Objective:
+    """The hinge of SLiC (arXiv 2305.10425) on log-ratios: max(0, 1 − d)."""
+    return Objective(beta, pairs="best_vs_worst", weight="uniform", link="hinge")
+
+
+def odpo(beta: float = 0.1, alpha: float = 1.0) -> Objective:
+    """ODPO (arXiv 2402.10571): softplus(−d + α log(r_w − r_l)), an offset that grows with the reward margin."""
+    return Objective(beta, pairs="best_vs_worst", weight="uniform", log_margin=alpha)
+
+
+def lipo(beta: float = 0.1) -> Objective:
+    """LiPO-λ (arXiv 2402.01878): logistic pairs weighted by the change in DCG when they swap places."""
+    return Objective(beta, weight="lambda", normalize="none")
+
+
+def sdpo(beta: float = 1.0) -> Objective:
+    """S-DPO (arXiv 2406.09215): the best against all others in one softmax, LSE(βs) − βs_w."""
+    return Objective(beta, pairs="none", list_term="softmax")
+
+
+def plackett_luce(beta: float = 0.1) -> Objective:
+    """Plackett–Luce (DPO, arXiv 2305.18290, appendix A.3): the likelihood of the whole ranking."""
+    return Objective(beta, pairs="none", list_term="plackett_luce")
+
+
+def infonca(beta: float = 0.01, target_temperature: float = 1.0) -> Objective:
+    """InfoNCA (arXiv 2402.05369): cross-entropy between softmax(r / T) and softmax(βs)."""
+    return Objective(beta, pairs="none", list_term="softmax", target_temperature=target_temperature)
+
+
+def nca(beta: float = 0.01, target_temperature: float = 1.0) -> Objective:
+    """NCA (arXiv 2402.05369): −Σ p_i log σ(βs_i) − mean_i log σ(−βs_i); absolute likelihoods are kept up."""
+    return Objective(beta, pairs="none", pointwise="nca", target_temperature=target_temperature)
+
+
+def simpo(beta: float = 2.0, margin: float = 1.0) -> Objective:
+    """SimPO (arXiv 2405.14734): mean log-probs, no reference, a constant margin."""
+    return Objective(
+        beta, pairs="best_vs_worst", weight="uniform", offset=margin, length_normalized=True, reference=False
+    )
+
+
+def rpo(beta: float = 0.01, eta: float = 0.005) -> Objective:
+    """RPO (arXiv 2405.16436): DPO − β·η·log π(y_w)."""
+    return Objective(beta, pairs="best_vs_worst", weight="uniform", nll=beta * eta)
+
+
+def mdpo(beta: float = 0.1) -> Objective:
+    """mDPO (arXiv 2406.11839): DPO, the same answer against itself under a corrupted image, and an anchor on the best.
+
+    The corrupted-image candidates are further members of the list; `pair_weights` says who is preferred to whom.
+    """
+    return Objective(beta, pairs="given", weight="uniform", normalize="none", pointwise="anchor")
+
+
+def p3o(beta: float = 0.5) -> Objective:
+    """P3O (arXiv 2310.00212), the pairwise policy gradient, not clipped: mean of −½ (r_i − r_j)(s_i − s_j)."""
+    return Objective(beta, gamma=1.0, normalize="pairs", link="linear")
+
+
+def _probability(name: str, value: float, below: float) -> None:
+    if not 0 <= value < below:
+        raise ValueError(f"{name} must lie in [0, {below}), got {value!r}")

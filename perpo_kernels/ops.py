@@ -78,12 +78,18 @@ def first_derivative_only(op: str) -> None:
 
 
 def _rows_of(logits: Tensor) -> Tensor:
-    """[..., V] -> [B, N, V]; a view for everything a trainer makes, such as logits[:, :-1]."""
+    """[..., V] -> [B, N, V]; a view for everything a trainer makes, such as logits[:, :-1], else a copy."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
-    if logits.dim() <= 2:
-        return logits.reshape(1, -1, logits.shape[-1]) if logits.dim() < 2 else logits.unsqueeze(0)
-    return logits.reshape(-1, *logits.shape[-2:])
+    if logits.dim() <= 3:
+        return logits[(None,) * (3 - logits.dim())]
+    return logits.flatten(0, -3)
+
+
+def _can_be_overwritten(logits: Tensor) -> bool:
+    """Whether the rows of logits are a view of them, and each element is there once."""
+    distinct = all(stride or size == 1 for size, stride in zip(logits.shape, logits.stride(), strict=True))
+    return distinct and _rows_of(logits).data_ptr() == logits.data_ptr()
 
 
 @torch.library.custom_op("perpo_kernels::token_log_probs", mutates_args=())
@@ -91,18 +97,18 @@ def _rows_of(logits: Tensor) -> Tensor:
 def token_log_probs(
     logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """logits [..., V], labels [...] -> (log_probs [...], lse [...])."""
+    """logits [..., V], labels [...] -> (log_probs [...], lse [2, rows])."""
     check_labels(labels, logits.shape[-1], ignore_index)
     kernels = backends.load(backends.resolve(backend, logits.device.type, logits.dtype))
     z = LogitMap(temperature, ignore_index=ignore_index)
     log_probs, lse = kernels.log_prob_rows(_rows_of(logits), labels.reshape(-1).contiguous(), z)
-    return log_probs.view(labels.shape), lse.view(labels.shape)
+    return log_probs.view(labels.shape), lse
 
 
 @token_log_probs.register_fake
 def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty(labels.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
-    return out, torch.empty_like(out)
+    return out, out.new_empty(2, labels.numel())
 
 
 @torch.library.custom_op("perpo_kernels::token_log_probs_backward", mutates_args=())
@@ -110,14 +116,15 @@ def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 def token_log_probs_backward(
     grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, temperature: float, ignore_index: int, backend: str
 ) -> Tensor:
-    out = torch.empty_like(logits)
-    _write_gradient(out, grad, logits, labels, lse, temperature, ignore_index, backend)
-    return out
+    rows = _rows_of(logits)
+    out = torch.empty_like(rows)
+    _write_gradient(out, grad, rows, labels, lse, temperature, ignore_index, backend)
+    return out.view(logits.shape)
 
 
 @token_log_probs_backward.register_fake
 def _(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:
-    return torch.empty_like(logits)
+    return torch.empty_like(_rows_of(logits)).view(logits.shape)
 
 
 @torch.library.custom_op("perpo_kernels::token_log_probs_backward_", mutates_args={"logits"})
@@ -125,8 +132,9 @@ def _(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:
 def token_log_probs_backward_(
     grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, temperature: float, ignore_index: int, backend: str
 ) -> None:
-    """The gradient overwrites the logits."""
-    _write_gradient(logits, grad, logits, labels, lse, temperature, ignore_index, backend)
+    """The gradient overwrites the logits, whose rows must be a view of them."""
+    rows = _rows_of(logits)
+    _write_gradient(rows, grad, rows, labels, lse, temperature, ignore_index, backend)
 
 
 @token_log_probs_backward_.register_fake
@@ -135,21 +143,19 @@ def _(*args: Any) -> None:
 
 
 def _write_gradient(
-    out: Tensor,
+    out: Tensor,  # [B, N, V]
     grad: Tensor,
-    logits: Tensor,
+    rows: Tensor,  # [B, N, V]
     labels: Tensor,
     lse: Tensor,
     temperature: float,
     ignore_index: int,
     backend: str,
 ) -> None:
-    kernels = backends.load(backends.resolve(backend, logits.device.type, logits.dtype))
+    kernels = backends.load(backends.resolve(backend, rows.device.type, rows.dtype))
     z = LogitMap(temperature, ignore_index=ignore_index)
     coefficients = grad.to(lse.dtype).reshape(-1).contiguous()
-    kernels.grad_rows_(
-        _rows_of(logits), labels.reshape(-1).contiguous(), lse.reshape(-1), coefficients, z, _rows_of(out)
-    )
+    kernels.grad_rows_(rows, labels.reshape(-1).contiguous(), lse, coefficients, z, out)
 
 
 def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -165,8 +171,7 @@ def _token_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | No
         return (None,) * 6
     logits, labels, lse = ctx.saved_tensors
     args = (grad, logits, labels, lse, ctx.temperature, ctx.ignore_index, ctx.backend)
-    dense = logits.stride(-1) == 1 or logits.shape[-1] == 1
-    if ctx.inplace and dense and not torch.compiler.is_compiling():
+    if ctx.inplace and not torch.compiler.is_compiling() and _can_be_overwritten(logits):
         with torch.no_grad():
             token_log_probs_backward_(*args)
         return logits.detach(), None, None, None, None, None
@@ -177,6 +182,16 @@ token_log_probs.register_autograd(_token_backward, setup_context=_token_setup)
 
 
 # ------------------------------------------------------------------------------------------------------- the list loss
+
+
+def list_problem(problem: ListProblem) -> ListProblem:
+    """The problem with every tensor dense and where the log-probs are: a layout may come from the CPU."""
+    device = problem.log_probs.device
+    fields: dict[str, Any] = problem._asdict()
+    for name, x in fields.items():
+        if isinstance(x, Tensor):
+            fields[name] = x.to(device, non_blocking=True).contiguous()
+    return ListProblem(**fields)
 
 
 def run_list_loss(problem: ListProblem, backend: str, result: ListResult) -> None:
@@ -206,29 +221,38 @@ def list_loss(
     log_probs: Tensor,
     rewards: Tensor,
     cu_lists: Tensor,
+    objective: Sequence[float],
     cu_seqlens: Tensor | None,
     labels: Tensor | None,
+    ignore_index: int,
     ref_log_probs: Tensor | None,
     valid: Tensor | None,
-    objective: Sequence[float],
-    ignore_index: int,
+    lengths: Tensor | None,
+    token_weights: Tensor | None,
+    pair_weights: Tensor | None,
+    flip_probs: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> (Σ losses [], losses [G], coefficients [T or S], sequence_log_probs [S], stats [4, G])."""
     check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
     if cu_seqlens is not None:
         check_cumulative("cu_seqlens", cu_seqlens, log_probs.numel(), "tokens")
-    device = log_probs.device
-    problem = ListProblem(
-        log_probs.contiguous(),
-        rewards.contiguous(),
-        cu_lists.to(device).contiguous(),
-        None if cu_seqlens is None else cu_seqlens.to(device).contiguous(),
-        None if labels is None else labels.contiguous(),
-        None if ref_log_probs is None else ref_log_probs.contiguous(),
-        None if valid is None else valid.contiguous(),
-        Objective(*objective),
-        ignore_index,
+    problem = list_problem(
+        ListProblem(
+            log_probs,
+            rewards,
+            cu_lists,
+            Objective.from_numbers(objective),
+            cu_seqlens,
+            labels,
+            ignore_index,
+            ref_log_probs,
+            valid,
+            lengths,
+            token_weights,
+            pair_weights,
+            flip_probs,
+        )
     )
     result = new_list_result(problem)
     run_list_loss(problem, backend, result)
@@ -249,7 +273,7 @@ def _(
 
 
 def _list_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    log_probs, _, cu_lists, cu_seqlens, *_ = inputs
+    log_probs, _, cu_lists, _, cu_seqlens, *_ = inputs
     ctx.save_for_backward(output[2], cu_lists, cu_seqlens)
     ctx.mark_non_differentiable(*output[2:])
     ctx.dtype = log_probs.dtype
@@ -261,7 +285,7 @@ def _list_backward(
 ) -> tuple[Tensor | None, ...]:
     first_derivative_only("list_loss")
     coefficients, cu_lists, cu_seqlens = ctx.saved_tensors
-    return (coefficient_gradient(coefficients, grad_total, grad_losses, cu_lists, cu_seqlens, ctx.dtype), *(None,) * 9)
+    return (coefficient_gradient(coefficients, grad_total, grad_losses, cu_lists, cu_seqlens, ctx.dtype), *(None,) * 13)
 
 
 def coefficient_gradient(

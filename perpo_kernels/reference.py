@@ -4,11 +4,16 @@ Works in the dtype that it is given, so float64 in means float64 throughout. Slo
 computed.
 """
 
+import math
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from perpo_kernels.objectives import Objective
 
 
 def token_log_probs(
@@ -41,58 +46,186 @@ def sequence_log_probs(
     labels: Tensor,  # [T]
     cu_seqlens: Tensor,  # int [S + 1]
     ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:  # [S], bool [S]
-    """Sum of a candidate's valid token log-probs, and whether it has any."""
-    bounds = cu_seqlens.tolist()
-    spans = list(pairwise(bounds))
+    token_weights: Tensor | None = None,  # [T]
+) -> tuple[Tensor, Tensor]:  # [S], int [S]
+    """Σ_t ω_t log π(y_t) over the valid tokens of each candidate, and how many there are."""
+    if token_weights is not None:
+        log_probs = torch.where(labels == ignore_index, 0.0, log_probs * token_weights)
+    spans = list(pairwise(cu_seqlens.tolist()))
     sums = [log_probs[a:b].sum() for a, b in spans]
-    nonempty = [bool((labels[a:b] != ignore_index).any()) for a, b in spans]
-    valid = torch.tensor(nonempty, dtype=torch.bool, device=log_probs.device)
-    return (torch.stack(sums) if sums else log_probs.new_zeros(0)), valid
+    counts = [int((labels[a:b] != ignore_index).sum()) for a, b in spans]
+    return (torch.stack(sums) if sums else log_probs.new_zeros(0)), torch.tensor(counts, device=log_probs.device)
 
 
-def list_losses(
-    scores: Tensor,  # [S]: log π − log π_ref
-    rewards: Tensor,  # [S]
-    cu_lists: Tensor,  # int [G + 1]
-    valid: Tensor,  # bool [S]
-    beta: float,
-    gamma: float,
-) -> Tensor:  # [G]
-    """L of each list: Σ over pairs r_i > r_j of w_ij softplus(−β (s_i − s_j)); 0 for a list without such a pair."""
-    bounds = cu_lists.tolist()
+class Lists(NamedTuple):
+    """What an objective reads: one entry a candidate, candidates of list g at cu_lists[g] .. cu_lists[g + 1]."""
+
+    log_probs: Tensor  # [S]: Σ_t ω_t log π
+    rewards: Tensor  # [S]
+    cu_lists: Tensor  # int [G + 1]
+    ref_log_probs: Tensor | None = None  # [S]
+    valid: Tensor | None = None  # bool [S]
+    lengths: Tensor | None = None  # [S], for length-normalised scores
+    pair_weights: Tensor | None = None  # [G, k, k], for pairs="given"
+    flip_probs: Tensor | None = None  # [S]: probability that a preference over this candidate is wrong
+
+    def scores(self, objective: Objective) -> Tensor:  # [S]
+        scores = self.log_probs if self.ref_log_probs is None else self.log_probs - self.ref_log_probs
+        return scores / self.lengths if objective.length_normalized and self.lengths is not None else scores
+
+    def members(self) -> Iterator[list[int]]:
+        """The candidates of each list that take part."""
+        for start, end in pairwise(self.cu_lists.tolist()):
+            yield [
+                i
+                for i in range(start, end)
+                if (self.valid is None or self.valid[i]) and torch.isfinite(self.rewards[i])
+            ]
+
+
+def list_losses(lists: Lists, objective: Objective) -> Tensor:  # [G]
+    """The objective of each list, term by term as in `perpo_kernels.objectives`; 0 without a preferred pair."""
+    scores = lists.scores(objective)
     losses = []
-    for start, end in pairwise(bounds):
-        members = [i for i in range(start, end) if valid[i] and torch.isfinite(rewards[i])]
-        pairs = [(i, j) for i in members for j in members if rewards[i] > rewards[j]]
-        if not pairs:
-            losses.append(scores[start:end].new_zeros(()))
+    for g, members in enumerate(lists.members()):
+        weights = pair_weights(lists, scores.detach(), g, members, objective)
+        if not is_active(lists, g, members, objective):
+            # zero, attached to the graph, whatever the scores are
+            losses.append(scores.masked_fill(torch.ones_like(scores, dtype=torch.bool), 0.0).sum())
             continue
-        spread = max(float(rewards[i] - rewards[j]) for i, j in pairs)  # cancels in w; avoids overflow at large gamma
-        powers = torch.stack([((rewards[i] - rewards[j]) / spread) ** gamma for i, j in pairs]).to(scores.dtype)
-        margins = torch.stack([scores[i] - scores[j] for i, j in pairs])
-        losses.append((powers / powers.sum() * -F.logsigmoid(beta * margins)).sum())
+        loss = pair_term(lists, scores, weights, objective)
+        loss = loss + list_term(lists.rewards, scores, members, objective)
+        loss = loss + pointwise_term(lists.rewards, scores, members, objective)
+        best = target(lists.rewards, members, 0.0)
+        losses.append(loss - objective.nll * sum(p * lists.log_probs[i] for i, p in best.items()))
     return torch.stack(losses) if losses else scores.new_zeros(0)
 
 
-def list_stats(
-    scores: Tensor,  # [S]
-    rewards: Tensor,  # [S]
-    cu_lists: Tensor,  # int [G + 1]
-    valid: Tensor,  # bool [S]
-    beta: float,
-) -> Tensor:  # [4, G]
+def is_active(lists: Lists, g: int, members: list[int], objective: Objective) -> bool:
+    """Whether the list has a preference at all: two different rewards, or a given pair."""
+    if objective.pairs == "given":
+        assert lists.pair_weights is not None
+        places = [i - int(lists.cu_lists[g]) for i in members]
+        return bool((lists.pair_weights[g][places][:, places] > 0).any())
+    return bool(ranked_pairs(lists.rewards, members))
+
+
+def ranked_pairs(rewards: Tensor, members: list[int]) -> list[tuple[int, int]]:
+    """(i, j) with r_i > r_j."""
+    return [(i, j) for i in members for j in members if rewards[i] > rewards[j]]
+
+
+def pair_weights(
+    lists: Lists, scores: Tensor, g: int, members: list[int], objective: Objective
+) -> dict[tuple[int, int], Tensor]:
+    """w_ij of the pairs that the objective takes, normalised."""
+    if objective.pairs == "none":
+        return {}
+    rewards, start = lists.rewards.to(scores.dtype), int(lists.cu_lists[g])
+    if objective.pairs == "given":
+        assert lists.pair_weights is not None
+        given = lists.pair_weights[g].to(scores.dtype)
+        pairs = [(i, j) for i in members for j in members if given[i - start, j - start] > 0]
+        weights = {(i, j): given[i - start, j - start] for i, j in pairs}
+    else:
+        top, bottom = (f((float(rewards[i]) for i in members), default=0.0) for f in (max, min))
+        pairs = [
+            (i, j)
+            for i, j in ranked_pairs(rewards, members)
+            if (objective.pairs == "all" or rewards[i] == top)
+            and (objective.pairs != "best_vs_worst" or rewards[j] == bottom)
+        ]
+        # What is normalised per list does not depend on the unit; the range as unit keeps large exponents finite.
+        unit = top - bottom if objective.normalize == "list" else 1.0
+        weights = {pair: pair_weight(rewards, scores, members, *pair, unit, objective) for pair in pairs}
+    if objective.normalize == "list" and weights:
+        total = torch.stack(list(weights.values())).sum()
+        return {pair: w / total for pair, w in weights.items()}
+    n_pairs = len(weights) if objective.normalize == "pairs" else 1
+    return {pair: w / n_pairs for pair, w in weights.items()}
+
+
+def pair_weight(
+    rewards: Tensor, scores: Tensor, members: list[int], i: int, j: int, unit: float, objective: Objective
+) -> Tensor:
+    """w_ij before normalisation, for r_i > r_j; rewards in multiples of `unit`."""
+    if objective.weight == "uniform":
+        return rewards.new_ones(())
+    if objective.weight == "power":
+        return ((rewards[i] - rewards[j]) / unit) ** objective.gamma
+    ranks = {
+        a: 1 + sum(bool(scores[b] > scores[a]) or bool(scores[b] == scores[a] and b < a) for b in members)
+        for a in (i, j)
+    }
+    return (2 ** rewards[i] - 2 ** rewards[j]) * abs(1 / math.log(1 + ranks[i]) - 1 / math.log(1 + ranks[j]))
+
+
+def pair_term(lists: Lists, scores: Tensor, weights: dict[tuple[int, int], Tensor], objective: Objective) -> Tensor:
+    """Σ w_ij ℓ(β (s_i − s_j) − m_ij)."""
+    total = scores.new_zeros(())
+    for (i, j), weight in weights.items():
+        margin = objective.offset
+        if objective.log_margin:
+            margin += objective.log_margin * math.log(float(lists.rewards[i] - lists.rewards[j]))
+        d = objective.beta * (scores[i] - scores[j]) - margin
+        target = objective.soft_target if lists.flip_probs is None else 1 - float(lists.flip_probs[j])
+        if objective.link == "logistic":
+            link = -F.logsigmoid(d) + (1 - target) * d
+        elif objective.link == "hinge":
+            link = F.relu(1 - d)
+        elif objective.link == "squared":
+            link = ((d - 0.5) / objective.beta) ** 2
+        else:
+            link = -d
+        total = total + weight * link
+    return total
+
+
+def list_term(rewards: Tensor, scores: Tensor, members: list[int], objective: Objective) -> Tensor:
+    z = {i: objective.beta * scores[i] for i in members}
+    total = scores.new_zeros(())
+    if objective.list_term == "softmax":
+        normaliser = torch.stack(list(z.values())).logsumexp(0)
+        for i, p in target(rewards, members, objective.target_temperature).items():
+            total = total + p * (normaliser - z[i])
+    elif objective.list_term == "plackett_luce":
+        for j in members:
+            if any(rewards[m] < rewards[j] for m in members):
+                rest = torch.stack([z[m] for m in members if rewards[m] <= rewards[j]])
+                total = total + rest.logsumexp(0) - z[j]
+    return total
+
+
+def pointwise_term(rewards: Tensor, scores: Tensor, members: list[int], objective: Objective) -> Tensor:
+    total = scores.new_zeros(())
+    if objective.pointwise == "none":
+        return total
+    for i, p in target(rewards, members, objective.target_temperature).items():
+        total = total - p * F.logsigmoid(objective.beta * scores[i])
+        if objective.pointwise == "nca":
+            total = total - F.logsigmoid(-objective.beta * scores[i]) / len(members)
+    return total
+
+
+def target(rewards: Tensor, members: list[int], temperature: float) -> dict[int, float]:
+    """p_i: softmax(r / temperature), or the best in equal shares at 0."""
+    values = rewards[members].double()
+    if temperature == 0:
+        best = (values == values.max()).double()
+        return dict(zip(members, (best / best.sum()).tolist(), strict=True))
+    return dict(zip(members, (values / temperature).softmax(0).tolist(), strict=True))
+
+
+def list_stats(lists: Lists, objective: Objective) -> Tensor:  # [4, G]
     """Rows: β·score of best and of worst candidate, share of preferred pairs ranked right, 1 if there is a pair."""
-    bounds = cu_lists.tolist()
-    stats = scores.new_zeros(4, len(bounds) - 1)
-    for g, (start, end) in enumerate(pairwise(bounds)):
-        members = [i for i in range(start, end) if valid[i] and torch.isfinite(rewards[i])]
-        pairs = [(i, j) for i in members for j in members if rewards[i] > rewards[j]]
-        if pairs:
+    scores, rewards = lists.scores(objective).detach(), lists.rewards
+    stats = scores.new_zeros(4, lists.cu_lists.numel() - 1)
+    for g, members in enumerate(lists.members()):
+        if is_active(lists, g, members, objective):
+            pairs = ranked_pairs(rewards, members)
             best = max(members, key=lambda i: float(rewards[i]))  # the first of equals
             worst = min(members, key=lambda i: float(rewards[i]))
-            right = sum(bool(scores[i] > scores[j]) for i, j in pairs) / len(pairs)
-            stats[:, g] = torch.stack(
-                [beta * scores[best], beta * scores[worst], scores.new_tensor(right), scores.new_ones(())]
-            )
+            right = sum(bool(scores[i] > scores[j]) for i, j in pairs) / max(len(pairs), 1)
+            chosen, rejected = (objective.beta * float(scores[i]) for i in (best, worst))
+            stats[:, g] = scores.new_tensor([chosen, rejected, right, 1.0])
     return stats

@@ -47,12 +47,16 @@ class ListProblem(NamedTuple):
     log_probs: Tensor  # [T] or [S]
     rewards: Tensor  # [S]
     cu_lists: Tensor  # int32 [G + 1]
-    cu_seqlens: Tensor | None  # int32 [S + 1]
-    labels: Tensor | None  # int64 [T]
-    ref_log_probs: Tensor | None  # [S]
-    valid: Tensor | None  # bool [S]
     objective: Objective
+    cu_seqlens: Tensor | None = None  # int32 [S + 1]
+    labels: Tensor | None = None  # int64 [T]
     ignore_index: int = -100
+    ref_log_probs: Tensor | None = None  # [S]
+    valid: Tensor | None = None  # bool [S]
+    lengths: Tensor | None = None  # [S], of candidates, when log_probs are sums already
+    token_weights: Tensor | None = None  # [T]
+    pair_weights: Tensor | None = None  # [G, k, k]
+    flip_probs: Tensor | None = None  # [S]
 
 
 class ListResult(NamedTuple):
@@ -69,7 +73,11 @@ class Backend(Protocol):
 
     @staticmethod
     def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
-        """(log softmax(z)[label], log Σ exp z) of each row; 0 where ignored, NaN for a label outside [0, V)."""
+        """log softmax(z)[label] of each row (0 where ignored, NaN for a label outside [0, V)), and its lse [2, rows].
+
+        lse holds the maximum m and log Σ exp(z − m), whose sum is the log-sum-exp. They are kept apart because at
+        large logits the sum has lost the digits that exp(z − lse) needs.
+        """
 
     @staticmethod
     def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """grad_rows_ and fused_rows_: a row's derivative D = ∂log_prob/∂raw, written over the row (or into another tensor).
 
-    D_v = c · (1[v = y] − exp(z_v − lse)) · dz/draw,      dz/draw = pre, or pre · post · (1 − tanh²) with a soft-cap
+    D_v = c · (1[v = y] − exp(z_v − m − l)) · dz/draw
+    dz/draw = pre, or pre · post · (1 − tanh²) with a soft-cap
 
-`grad_rows_` knows lse: one read and one write of each valid row. `fused_rows_` finds log_prob and lse first: it
+`grad_rows_` knows lse = (m, l): one read and one write of each valid row. `fused_rows_` finds log_prob and lse first: it
 reads the row twice, the second time from L2, and writes it once. Ignored rows are not read; they are written
 with zeros, so that a GEMM over D needs no mask.
 
@@ -141,6 +142,7 @@ def fused_rows_kernel(
     if label == ignore_index:
         tl.store(log_probs + row, 0.0)
         tl.store(lse + row, 0.0)
+        tl.store(lse + tl.num_programs(0) + row, 0.0)
         zero_row(logits, start, V, EDGES, BLOCK, VEC)
     else:
         scale = post if SOFTCAP else pre
@@ -149,7 +151,8 @@ def fused_rows_kernel(
         target = to_unit(tl.load(logits + start + label, mask=known, other=0.0), pre, SOFTCAP) * scale
         log_total = tl.log(total)
         tl.store(log_probs + row, tl.where(known, (target - shift) - log_total, float("nan")))
-        tl.store(lse + row, shift + log_total)
+        tl.store(lse + row, shift)
+        tl.store(lse + tl.num_programs(0) + row, log_total)
         one = tl.where(known, 1.0, float("nan"))
         write_row(
             logits, logits, start, start, V, label, one, shift, 1.0 / total, pre, post, SOFTCAP, EDGES, BLOCK, VEC
@@ -191,6 +194,7 @@ def grad_rows_kernel(
             coefficient = tl.load(coefficients + row)
         coefficient = tl.where((label >= 0) & (label < V), coefficient, float("nan"))
         shift = tl.load(lse + row)
+        inverse = tl.exp(-tl.load(lse + tl.num_programs(0) + row))
         write_row(
             logits,
             out,
@@ -200,7 +204,7 @@ def grad_rows_kernel(
             label,
             coefficient,
             shift,
-            1.0,
+            inverse,
             pre,
             post,
             SOFTCAP,
@@ -214,7 +218,7 @@ def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Te
     # of 64 registers, all that 1024 threads leave each, tanh spills
     launch = row_launch(logits, sweeps=2, max_threads=MAX_THREADS // 2 if z.softcap else MAX_THREADS)
     log_probs = torch.empty(launch.n_rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(log_probs)
+    lse = torch.empty(2, launch.n_rows, dtype=torch.float32, device=logits.device)
     if launch.n_rows:
         fused_rows_kernel[(launch.n_rows,)](
             logits,

@@ -1,19 +1,19 @@
 """list_loss: from token log-probs and rewards to the loss of each list and its gradient on each token, in one launch.
 
-For the candidates i of list g, with key_i = r_i, or NaN (which no comparison finds larger or smaller) for an
-invalid candidate:
+Formulas: `perpo_kernels.objectives`; for PerPO, with key_i = r_i, or NaN (which no comparison finds larger or
+smaller) for an invalid candidate:
 
     s_i  = Σ_t log_prob_it − ref_i
     p_ij = ((r_i − r_j) / (max r − min r))^γ                       where r_i > r_j, else 0
     L    = Σ_ij p_ij softplus(−β (s_i − s_j)) / Σ_ij p_ij
     c_i  = β (Σ_j p_ji σ(−β (s_j − s_i)) − Σ_j p_ij σ(−β (s_i − s_j))) / Σ_ij p_ij,     written to every token of i
 
-Each list is one program and goes through three stages, with a barrier between: scores (segment sums, [K, R]
-tiles), pairs ([K, J] tiles, every pair seen once from either side, the normaliser summed along), coefficients
-(spread over the tokens). Lists of any length are looped over in tiles of K candidates; what one stage leaves
-for the next goes through `scratch` [3, S], which stays in L1. Sums are kept a lane each while a loop runs;
-threads exchange them once, when it ends. Nothing depends on a length that only the device knows, so there is no
-synchronisation, and no atomics. Bytes moved: 16 a token.
+Each list is one program. It goes through stages with a barrier between: scores (segment sums, [K, R] tiles); for
+objectives with ranks or Plackett–Luce denominators, those (counting comparisons in [K, K] tiles, no sort); pairs ([K,
+K] tiles, every pair seen once from either side, the normaliser summed along); coefficients (spread over the tokens).
+Lists of any length are looped over in tiles of K candidates; what one stage leaves for the next goes through
+`scratch`, which stays in L1. Nothing depends on a length that only the device knows, so there is no synchronisation,
+and no atomics. Bytes moved: 16 a token.
 """
 
 import torch
@@ -22,21 +22,30 @@ import triton.language as tl
 from torch import Tensor
 
 from perpo_kernels.backends import ListProblem, ListResult
+from perpo_kernels.backends.triton.list_terms import (
+    LIST_PLACKETT_LUCE,
+    LIST_SOFTMAX,
+    NORMALIZE_LIST,
+    NORMALIZE_PAIRS,
+    PAIRS_GIVEN,
+    PAIRS_NONE,
+    POINTWISE_NCA,
+    POINTWISE_NONE,
+    WEIGHT_LAMBDA,
+    WEIGHT_POWER,
+    in_pair_set,
+    link_and_slope,
+    ranked_weight,
+    softplus_and_sigmoid,
+    target_share,
+)
+from perpo_kernels.objectives import CHOICES
 
 MAX_TILE = 64  # candidates a step
-PAIR_TILE = 1024  # pairs a step: four a thread; with eight, registers spill
-TOKEN_TILE = 2048  # tokens a step, of all its candidates together
+PAIR_TILE = 1024  # pairs a step: four a thread
+TOKEN_TILE = 2048  # tokens a step, of all candidates of the tile together
 NUM_WARPS = 8
-
-
-@triton.jit
-def softplus_and_sigmoid(x):
-    """log(1 + exp(x)) and its derivative, without overflow."""
-    e = tl.exp(-tl.abs(x))
-    one = 1.0 + e
-    # log1p(e): log(one) · e / (one − 1) is exact to rounding where 1 + e loses digits
-    log1p = tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
-    return tl.maximum(x, 0.0) + log1p, tl.where(x >= 0, 1.0, e) / one
+SCRATCH_ROWS = 6  # scores, keys, slopes of the pair term, 1 / lengths, ranks or denominators, Plackett–Luce slopes
 
 
 @triton.jit
@@ -48,19 +57,25 @@ def candidate_scores(
     rewards,
     ref_log_probs,
     valid,
+    lengths,
+    token_weights,
     cu_seqlens,
     ignore_index,
     TOKENS: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_TOKEN_WEIGHTS: tl.constexpr,
+    LENGTH_NORMALIZED: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
 ):
-    """(Σ log_prob, s, key) of the candidates i [K] that are `here`."""
+    """(Σ ω log_prob, s, key, 1 / length) of the candidates i [K] that are `here`."""
     if HAS_VALID:
         here = here & (tl.load(valid + i, mask=here, other=0) != 0)
     reward = tl.load(rewards + i, mask=here, other=float("nan")).to(tl.float32)
     ok = here & (tl.abs(reward) < float("inf"))
+    length = tl.full([K], 1.0, tl.float32)
     if TOKENS:
         first = tl.load(cu_seqlens + i, mask=here, other=0)
         last = tl.load(cu_seqlens + i + 1, mask=here, other=0)
@@ -72,16 +87,61 @@ def candidate_scores(
             t = first[:, None] + (r + step)[None, :]
             inside = t < last[:, None]
             inside = inside & (tl.load(labels + t, mask=inside, other=0) != ignore_index)
-            partial += tl.load(log_probs + t, mask=inside, other=0.0).to(tl.float32)
+            term = tl.load(log_probs + t, mask=inside, other=0.0).to(tl.float32)
+            if HAS_TOKEN_WEIGHTS:
+                term *= tl.load(token_weights + t, mask=inside, other=0.0).to(tl.float32)
+            partial += term
             counts += inside.to(tl.int32)
         total = tl.sum(partial, axis=1)
-        ok = ok & (tl.sum(counts, axis=1) > 0)
+        length = tl.sum(counts, axis=1).to(tl.float32)
+        ok = ok & (length > 0)
     else:
         total = tl.load(log_probs + i, mask=here, other=0.0).to(tl.float32)
+        if HAS_LENGTHS:
+            length = tl.load(lengths + i, mask=here, other=0).to(tl.float32)
+            ok = ok & (length > 0)
     score = total
     if HAS_REF:
         score = total - tl.load(ref_log_probs + i, mask=here, other=0.0).to(tl.float32)
-    return total, score, tl.where(ok, reward, float("nan"))
+    inverse_length = 1.0 / tl.maximum(length, 1.0)
+    if LENGTH_NORMALIZED:
+        score = score * inverse_length
+    return total, score, tl.where(ok, reward, float("nan")), inverse_length
+
+
+@triton.jit
+def ranks_or_denominators(
+    scores, keys, aux, begin, end, beta, LIST_TERM: tl.constexpr, WEIGHT: tl.constexpr, K: tl.constexpr
+):
+    """aux_i: the rank of i by score, or log Σ_{m: r_m ≤ r_i} exp βs_m of Plackett–Luce."""
+    slot = tl.arange(0, K)
+    for start in range(begin, end, K):
+        i = start + slot
+        key_i = tl.load(keys + i, mask=i < end, other=float("nan"))
+        z_i = beta * tl.load(scores + i, mask=i < end, other=0.0)
+        rank = tl.full([K], 1, tl.int32)
+        top = tl.full([K], -float("inf"), tl.float32)
+        total = tl.zeros([K], tl.float32)
+        for other in range(begin, end, K):
+            j = other + slot
+            key_j = tl.load(keys + j, mask=j < end, other=float("nan"))
+            z_j = beta * tl.load(scores + j, mask=j < end, other=0.0)
+            if LIST_TERM == LIST_PLACKETT_LUCE:
+                in_race = key_j[None, :] <= key_i[:, None]
+                z = tl.where(in_race, z_j[None, :], -float("inf"))
+                new_top = tl.maximum(top, tl.max(z, axis=1))
+                shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+                total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
+                top = new_top
+            else:
+                above = z_j[None, :] > z_i[:, None]
+                above = above | ((z_j[None, :] == z_i[:, None]) & (j[None, :] < i[:, None]))
+                above = above & (key_j == key_j)[None, :]
+                rank += tl.sum(above.to(tl.int32), axis=1)
+        if LIST_TERM == LIST_PLACKETT_LUCE:
+            tl.store(aux + i, tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), 0.0), mask=i < end)
+        else:
+            tl.store(aux + i, rank.to(tl.float32), mask=i < end)
 
 
 @triton.jit
@@ -91,6 +151,10 @@ def list_loss_kernel(
     rewards,
     ref_log_probs,
     valid,
+    lengths,
+    token_weights,
+    pair_weights,
+    flip_probs,
     cu_seqlens,
     cu_lists,
     losses,
@@ -98,15 +162,33 @@ def list_loss_kernel(
     sequence_log_probs,
     stats,
     scratch,
-    n_lists,
     n_candidates,
+    given_k,
     stats_stride,
     beta,
     gamma,
+    soft_flip,
+    offset,
+    log_margin,
+    inverse_temperature,
+    nll,
     ignore_index,
+    PAIRS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    LINK: tl.constexpr,
+    LIST_TERM: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    LOG_MARGIN: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    NLL: tl.constexpr,
+    LENGTH_NORMALIZED: tl.constexpr,
     TOKENS: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_TOKEN_WEIGHTS: tl.constexpr,
+    HAS_FLIPS: tl.constexpr,
     K: tl.constexpr,
     J: tl.constexpr,
     R: tl.constexpr,
@@ -117,6 +199,9 @@ def list_loss_kernel(
     scores = scratch
     keys = scratch + n_candidates
     slopes = keys + n_candidates
+    inverse_lengths = slopes + n_candidates
+    aux = inverse_lengths + n_candidates
+    luce_slopes = aux + n_candidates
     slot = tl.arange(0, K)
 
     highest = -float("inf")
@@ -124,7 +209,7 @@ def list_loss_kernel(
     for start in range(begin, end, K):
         i = start + slot
         here = i < end
-        total, score, key = candidate_scores(
+        total, score, key, inverse_length = candidate_scores(
             i,
             here,
             log_probs,
@@ -132,74 +217,197 @@ def list_loss_kernel(
             rewards,
             ref_log_probs,
             valid,
+            lengths,
+            token_weights,
             cu_seqlens,
             ignore_index,
             TOKENS,
             HAS_REF,
             HAS_VALID,
+            HAS_LENGTHS,
+            HAS_TOKEN_WEIGHTS,
+            LENGTH_NORMALIZED,
             K,
             R,
         )
         tl.store(sequence_log_probs + i, total, mask=here)
         tl.store(scores + i, score, mask=here)
         tl.store(keys + i, key, mask=here)
+        if LENGTH_NORMALIZED:
+            tl.store(inverse_lengths + i, inverse_length, mask=here)
         is_number = key == key
         highest = tl.maximum(highest, tl.max(tl.where(is_number, key, -float("inf")), axis=0))
         lowest = tl.minimum(lowest, tl.min(tl.where(is_number, key, float("inf")), axis=0))
     tl.debug_barrier()
 
-    active = highest > lowest
-    inverse_range = 1.0 / tl.where(active, highest - lowest, 1.0)
+    if (LIST_TERM == LIST_PLACKETT_LUCE) or ((PAIRS != PAIRS_NONE) and (WEIGHT == WEIGHT_LAMBDA)):
+        ranks_or_denominators(scores, keys, aux, begin, end, beta, LIST_TERM, WEIGHT, K)
+        tl.debug_barrier()
+
+    # Differences of halves stay finite for every finite reward, and a correctly rounded quotient of equals is 1.
+    half_spread = tl.where(highest > lowest, 0.5 * highest - 0.5 * lowest, 0.5)
+    # Sums are kept apart for each lane until the list ends: no thread waits for another between tiles.
     norms = tl.zeros([K, J], tl.float32)
     link_sums = tl.zeros([K, J], tl.float32)
     pairs = tl.zeros([K, J], tl.int32)
-    right = tl.zeros([K, J], tl.int32)
+    preferences = tl.zeros([K, J], tl.int32)
+    rights = tl.zeros([K, J], tl.int32)
+    other_loss = 0.0
     best = end
     worst = end
+    n_best = 0
+    n_members = 0
+    target_total = 0.0
+    z_top = -float("inf")
+    z_total = 0.0
     for start in range(begin, end, K):
         i = start + slot
         key_i = tl.load(keys + i, mask=i < end, other=float("nan"))
-        score_i = tl.load(scores + i, mask=i < end, other=0.0)
+        z_i = beta * tl.load(scores + i, mask=i < end, other=0.0)
         best = tl.minimum(best, tl.min(tl.where(key_i == highest, i, end), axis=0))
         worst = tl.minimum(worst, tl.min(tl.where(key_i == lowest, i, end), axis=0))
+        if (LIST_TERM == LIST_SOFTMAX) or (POINTWISE != POINTWISE_NONE) or NLL:
+            member = key_i == key_i
+            n_best += tl.sum((key_i == highest).to(tl.int32), axis=0)
+            n_members += tl.sum(member.to(tl.int32), axis=0)
+            if TEMPERED:
+                exp = tl.exp((key_i - highest) * inverse_temperature)
+                target_total += tl.sum(tl.where(member, exp, 0.0), axis=0)
+        if LIST_TERM == LIST_SOFTMAX:
+            z = tl.where(key_i == key_i, z_i, -float("inf"))
+            new_top = tl.maximum(z_top, tl.max(z, axis=0))
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+            z_total = z_total * tl.exp(z_top - shift) + tl.sum(tl.exp(z - shift), axis=0)
+            z_top = new_top
         slope = tl.zeros([K, J], tl.float32)
+        luce_slope = tl.zeros([K, J], tl.float32)
+        has_worse = key_i > lowest
         for other in range(begin, end, J):
             j = other + tl.arange(0, J)
             key_j = tl.load(keys + j, mask=j < end, other=float("nan"))
-            score_j = tl.load(scores + j, mask=j < end, other=0.0)
-            better = key_i[:, None] > key_j[None, :]
-            worse = key_i[:, None] < key_j[None, :]
-            pair = better | worse
-            gap = tl.where(pair, tl.abs(key_i[:, None] - key_j[None, :]) * inverse_range, 1.0)
-            power = tl.where(pair, tl.exp2(gamma * tl.log2(tl.maximum(gap, 1e-37))), 0.0)
-            margin = score_i[:, None] - score_j[None, :]
-            margin = tl.where(better, margin, tl.where(worse, -margin, 0.0))  # the better minus the worse
-            link, pull = softplus_and_sigmoid(-beta * margin)
-            weighted = tl.where(better, power, 0.0)
-            norms += weighted
-            link_sums += weighted * link
-            slope += tl.where(worse, power, -power) * pull
-            pairs += better.to(tl.int32)
-            right += (better & (margin > 0)).to(tl.int32)
+            z_j = beta * tl.load(scores + j, mask=j < end, other=0.0)
+            preferred = key_i[:, None] > key_j[None, :]
+            preferences += preferred.to(tl.int32)
+            ahead = z_i[:, None] - z_j[None, :]
+            rights += (preferred & (ahead > 0)).to(tl.int32)
+            if PAIRS == PAIRS_GIVEN:
+                row = i - begin
+                column = j - begin
+                both = (key_i == key_i)[:, None] & (key_j == key_j)[None, :]
+                both = both & (row < given_k)[:, None] & (column < given_k)[None, :]
+                matrix = pair_weights + g.to(tl.int64) * given_k * given_k
+                w_win = tl.load(matrix + row[:, None] * given_k + column[None, :], mask=both, other=0.0).to(tl.float32)
+                w_lose = tl.load(matrix + column[None, :] * given_k + row[:, None], mask=both, other=0.0).to(tl.float32)
+                flip_win = soft_flip
+                flip_lose = soft_flip
+                if HAS_FLIPS:
+                    flip_win = tl.load(flip_probs + j, mask=j < end, other=0.0).to(tl.float32)[None, :]
+                    flip_lose = tl.load(flip_probs + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
+                d = tl.where(both, ahead, 0.0)
+                link, slope_win = link_and_slope(d - offset, flip_win, beta, LINK)
+                _, slope_lose = link_and_slope(-d - offset, flip_lose, beta, LINK)
+                norms += w_win
+                pairs += (w_win > 0).to(tl.int32)
+                link_sums += w_win * link
+                slope += w_win * slope_win - w_lose * slope_lose
+            elif PAIRS != PAIRS_NONE:
+                better = in_pair_set(key_i[:, None], key_j[None, :], highest, lowest, PAIRS)
+                worse = in_pair_set(key_j[None, :], key_i[:, None], highest, lowest, PAIRS)
+                pair = better | worse
+                half_gap = tl.where(pair, tl.abs(0.5 * key_i[:, None] - 0.5 * key_j[None, :]), half_spread)
+                gap = tl.div_rn(half_gap, tl.zeros([K, J], tl.float32) + half_spread)
+                d = tl.where(better, ahead, tl.where(worse, -ahead, 0.0)) - offset  # the better minus the worse
+                if LOG_MARGIN:
+                    d -= log_margin * tl.log(2.0 * half_gap)
+                rank_i = 0.0
+                rank_j = 0.0
+                if WEIGHT == WEIGHT_LAMBDA:
+                    rank_i = tl.load(aux + i, mask=i < end, other=1.0)[:, None]
+                    rank_j = tl.load(aux + j, mask=j < end, other=1.0)[None, :]
+                weight = ranked_weight(gap, key_i[:, None], key_j[None, :], rank_i, rank_j, gamma, WEIGHT)
+                flip = soft_flip
+                if HAS_FLIPS:
+                    flip_i = tl.load(flip_probs + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
+                    flip_j = tl.load(flip_probs + j, mask=j < end, other=0.0).to(tl.float32)[None, :]
+                    flip = tl.where(better, flip_j, flip_i)  # of the worse
+                link, pull = link_and_slope(d, flip, beta, LINK)
+                winning = tl.where(better, weight, 0.0)
+                norms += winning
+                if NORMALIZE == NORMALIZE_PAIRS:
+                    pairs += better.to(tl.int32)
+                link_sums += winning * link
+                slope += tl.where(better, weight, tl.where(worse, -weight, 0.0)) * pull
+            if LIST_TERM == LIST_PLACKETT_LUCE:
+                denominator = tl.load(aux + j, mask=j < end, other=0.0)[None, :]
+                chosen_from = (key_i[:, None] <= key_j[None, :]) & (key_j > lowest)[None, :]
+                chance = tl.exp(tl.where(chosen_from, z_i[:, None] - denominator, -float("inf")))
+                luce_slope += chance
         tl.store(slopes + i, tl.sum(slope, axis=1), mask=i < end)
+        if LIST_TERM == LIST_PLACKETT_LUCE:
+            own = tl.load(aux + i, mask=i < end, other=0.0)
+            other_loss += tl.sum(tl.where(has_worse, own - z_i, 0.0), axis=0)
+            chances = tl.sum(luce_slope, axis=1)
+            tl.store(luce_slopes + i, chances - tl.where(has_worse, 1.0, 0.0), mask=i < end)
     norm = tl.sum(tl.sum(norms, axis=1), axis=0)
-    loss = tl.sum(tl.sum(link_sums, axis=1), axis=0)
+    pair_loss = tl.sum(tl.sum(link_sums, axis=1), axis=0)
     n_pairs = tl.sum(tl.sum(pairs, axis=1), axis=0)
-    n_right = tl.sum(tl.sum(right, axis=1), axis=0)
+    n_preferred = tl.sum(tl.sum(preferences, axis=1), axis=0)
+    right = tl.sum(tl.sum(rights, axis=1), axis=0)
     tl.debug_barrier()
 
-    inverse_norm = tl.where(active, 1.0 / tl.where(active, norm, 1.0), 0.0)
-    tl.store(losses + g, loss * inverse_norm)
+    active = highest > lowest
+    if PAIRS == PAIRS_GIVEN:
+        active = n_pairs > 0
+    if NORMALIZE == NORMALIZE_LIST:
+        scale = 1.0 / tl.where(norm > 0, norm, 1.0)
+    else:
+        scale = 1.0
+        if (WEIGHT == WEIGHT_POWER) and (PAIRS != PAIRS_GIVEN):
+            scale = tl.exp2(gamma * tl.log2(2.0 * half_spread))  # weights were powers of gaps in multiples of the range
+        if NORMALIZE == NORMALIZE_PAIRS:
+            scale = scale / tl.maximum(n_pairs, 1)
     chosen = tl.load(scores + best, mask=active, other=0.0)
     rejected = tl.load(scores + worst, mask=active, other=0.0)
     tl.store(stats + g, beta * chosen)
     tl.store(stats + stats_stride + g, beta * rejected)
-    tl.store(stats + 2 * stats_stride + g, n_right / tl.maximum(n_pairs, 1))
+    tl.store(stats + 2 * stats_stride + g, tl.where(active, right / tl.maximum(n_preferred, 1), 0.0))
     tl.store(stats + 3 * stats_stride + g, tl.where(active, 1.0, 0.0))
+
+    log_normaliser = z_top + tl.log(tl.where(z_total > 0, z_total, 1.0))
     for start in range(begin, end, K):
         i = start + slot
         here = i < end
-        c = tl.load(slopes + i, mask=here, other=0.0) * (beta * inverse_norm)
+        c = tl.load(slopes + i, mask=here, other=0.0) * scale
+        likelihood = tl.zeros([K], tl.float32)
+        if (LIST_TERM != 0) or (POINTWISE != POINTWISE_NONE) or NLL:
+            key = tl.load(keys + i, mask=here, other=float("nan"))
+            member = key == key
+            z = tl.where(member, beta * tl.load(scores + i, mask=here, other=0.0), 0.0)
+            if LIST_TERM == LIST_PLACKETT_LUCE:
+                c += tl.load(luce_slopes + i, mask=here, other=0.0)
+            if (LIST_TERM == LIST_SOFTMAX) or (POINTWISE != POINTWISE_NONE):
+                p = target_share(key, highest, inverse_temperature, target_total, n_best, TEMPERED)
+            if LIST_TERM == LIST_SOFTMAX:
+                other_loss += tl.sum(p * (log_normaliser - z), axis=0)
+                c += tl.exp(z - log_normaliser) - p
+            if POINTWISE != POINTWISE_NONE:
+                down, keep = softplus_and_sigmoid(-z)
+                other_loss += tl.sum(p * down, axis=0)
+                c -= p * keep
+            if POINTWISE == POINTWISE_NCA:
+                up, push = softplus_and_sigmoid(z)
+                other_loss += tl.sum(tl.where(member, up, 0.0), axis=0) / tl.maximum(n_members, 1)
+                c += push / tl.maximum(n_members, 1)
+            if NLL:
+                share = tl.where(key == highest, nll / n_best, 0.0)
+                likelihood -= share
+                total = tl.load(sequence_log_probs + i, mask=here, other=0.0)
+                other_loss -= tl.sum(tl.where(share > 0, share * total, 0.0), axis=0)
+            c = tl.where(member, c, 0.0)
+        c = c * beta
+        if LENGTH_NORMALIZED:
+            c *= tl.load(inverse_lengths + i, mask=here, other=0.0)
+        c = tl.where(active, c + likelihood, 0.0)
         if TOKENS:
             first = tl.load(cu_seqlens + i, mask=here, other=0)
             last = tl.load(cu_seqlens + i + 1, mask=here, other=0)
@@ -207,19 +415,24 @@ def list_loss_kernel(
             longest = tl.max(last - first, axis=0)
             for r in range(0, longest, R):
                 t = first[:, None] + (r + step)[None, :]
-                tl.store(coefficients + t, tl.broadcast_to(c[:, None], [K, R]), mask=t < last[:, None])
+                inside = t < last[:, None]
+                spread_c = tl.broadcast_to(c[:, None], [K, R])
+                if HAS_TOKEN_WEIGHTS:
+                    spread_c *= tl.load(token_weights + t, mask=inside, other=0.0).to(tl.float32)
+                tl.store(coefficients + t, spread_c, mask=inside)
         else:
             tl.store(coefficients + i, c, mask=here)
+    tl.store(losses + g, tl.where(active, pair_loss * scale + other_loss, 0.0))
 
 
 def list_loss(problem: ListProblem, result: ListResult) -> None:
-    p = problem
+    p, o = problem, problem.objective
     n_lists, n_candidates = p.cu_lists.numel() - 1, p.rewards.numel()
     if n_lists == 0:
         return
     tokens = p.cu_seqlens is not None
     tile = min(MAX_TILE, max(16, triton.next_power_of_2(triton.cdiv(n_candidates, n_lists))))
-    scratch = torch.empty(3, n_candidates, dtype=torch.float32, device=p.rewards.device)
+    scratch = torch.empty(SCRATCH_ROWS, n_candidates, dtype=torch.float32, device=p.rewards.device)
 
     def or_dummy(x: Tensor | None) -> Tensor:
         return p.rewards if x is None else x
@@ -230,19 +443,36 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         p.rewards,
         or_dummy(p.ref_log_probs),
         p.rewards if p.valid is None else p.valid.view(torch.uint8),
+        or_dummy(p.lengths),
+        or_dummy(p.token_weights),
+        or_dummy(p.pair_weights),
+        or_dummy(p.flip_probs),
         or_dummy(p.cu_seqlens),
         p.cu_lists,
         *result,
         scratch,
-        n_lists,
         n_candidates,
+        0 if p.pair_weights is None else p.pair_weights.shape[-1],
         result.stats.stride(0),
-        p.objective.beta,
-        p.objective.gamma,
+        o.beta,
+        o.gamma,
+        1.0 - o.soft_target,
+        o.offset,
+        o.log_margin,
+        1.0 / o.target_temperature if o.target_temperature else 0.0,
+        o.nll,
         p.ignore_index,
+        **{field.upper(): choices.index(getattr(o, field)) for field, choices in CHOICES.items()},
+        LOG_MARGIN=o.log_margin != 0,
+        TEMPERED=o.target_temperature > 0,
+        NLL=o.nll > 0,
+        LENGTH_NORMALIZED=o.length_normalized,
         TOKENS=tokens,
         HAS_REF=p.ref_log_probs is not None,
         HAS_VALID=p.valid is not None,
+        HAS_LENGTHS=p.lengths is not None,
+        HAS_TOKEN_WEIGHTS=p.token_weights is not None,
+        HAS_FLIPS=p.flip_probs is not None,
         K=tile,
         J=min(tile, PAIR_TILE // tile),
         R=TOKEN_TILE // tile if tokens else 1,

@@ -1,6 +1,6 @@
 """log_prob_rows: log softmax(z)[label] and log Σ exp z of each row, in one read.
 
-    m = max_v z_v      lse = m + log Σ_v exp(z_v − m)      log_prob = (z_y − m) − (lse − m)
+    m = max_v z_v      l = log Σ_v exp(z_v − m)      log_prob = (z_y − m) − l      lse = (m, l)
 
 logits [N, V] or [B, N, V] (any row strides) -> fp32 [rows] twice. Bytes moved: V · itemsize for each valid row,
 16 for an ignored one. Grid: one program a row.
@@ -38,6 +38,7 @@ def log_prob_rows_kernel(
     if label == ignore_index:
         tl.store(log_probs + row, 0.0)
         tl.store(lse + row, 0.0)
+        tl.store(lse + tl.num_programs(0) + row, 0.0)
     else:
         start = row_pointer(row, n_inner, stride_outer, stride_inner)
         scale = post if SOFTCAP else pre
@@ -46,13 +47,14 @@ def log_prob_rows_kernel(
         target = to_unit(tl.load(logits + start + label, mask=known, other=0.0), pre, SOFTCAP) * scale
         log_total = tl.log(total)
         tl.store(log_probs + row, tl.where(known, (target - shift) - log_total, float("nan")))
-        tl.store(lse + row, shift + log_total)
+        tl.store(lse + row, shift)
+        tl.store(lse + tl.num_programs(0) + row, log_total)
 
 
 def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
     launch = row_launch(logits)
     log_probs = torch.empty(launch.n_rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(log_probs)
+    lse = torch.empty(2, launch.n_rows, dtype=torch.float32, device=logits.device)
     if launch.n_rows:
         log_prob_rows_kernel[(launch.n_rows,)](
             logits,

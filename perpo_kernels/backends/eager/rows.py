@@ -1,0 +1,125 @@
+"""log_prob_rows, fused_rows_ and grad_rows_ in plain PyTorch.
+
+Rows are taken a few at a time, so that the passes over them hit the cache and fp32 copies of low-precision rows stay
+small.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from perpo_kernels.backends import LogitMap
+
+_CPU_BLOCK_BYTES = 4 << 20  # stays in the last-level cache, where each block is passed over five times
+_DEVICE_BLOCK_BYTES = 256 << 20  # a device wants few, large launches
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _row_blocks(logits: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """Views of a few rows [n, V] of `logits` ([N, V] or [B, N, V]), each with its place among all rows."""
+    block_bytes = _CPU_BLOCK_BYTES if logits.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+    block = max(1, block_bytes // (4 * max(logits.shape[-1], 1)))
+    first = 0
+    for matrix in (logits,) if logits.dim() == 2 else logits.unbind(0):
+        for rows in matrix.split(block):
+            yield rows, slice(first, first + rows.shape[0])
+            first += rows.shape[0]
+
+
+class _Rows:
+    """A block of rows in accumulation precision; all that is made of it shares one buffer, the rows' own if `reuse`.
+
+    An ignored row may hold anything, NaN too. On the CPU it is left out; on a device, where leaving it out would need a
+    synchronisation, it is replaced by zeros. It is never multiplied by a zero.
+    """
+
+    def __init__(self, raw: Tensor, labels: Tensor, z: LogitMap, reuse: bool = False) -> None:
+        self.map = z
+        self.n_rows = raw.shape[0]
+        self.kept: Tensor | None = None
+        ignored = labels == z.ignore_index
+        if raw.device.type == "cpu" and bool(ignored.any()):
+            self.kept = (~ignored).nonzero().squeeze(1)
+            raw, labels, ignored = raw[self.kept], labels[self.kept], ignored[self.kept]
+            reuse = True  # it is a copy already
+        logits = raw.to(accumulation_dtype(raw))
+        if logits is raw and not reuse:
+            logits = raw.clone()
+        if raw.device.type != "cpu":
+            logits.masked_fill_(ignored.unsqueeze(-1), 0.0)
+        self.ignored = ignored
+        self.wrong = ~ignored & ((labels < 0) | (labels >= raw.shape[-1]))
+        self.target = labels.masked_fill(ignored | self.wrong, 0).unsqueeze(-1)
+        if z.pre != 1.0:
+            logits.mul_(z.pre)
+        self.slope: Tensor | None = None  # dz/draw beyond the constant factor
+        if z.softcap:
+            logits.tanh_()
+            self.slope = 1 - logits * logits
+            logits.mul_(z.post)
+        self.logits = logits
+
+    def spread(self, values: Tensor, out: Tensor) -> None:
+        """Write the values of the rows that were kept into `out`, which has all rows; zero for the others."""
+        if self.kept is None:
+            if values is not out:
+                out.copy_(values)
+        else:
+            out.zero_()[self.kept] = values.to(out.dtype)
+
+    def log_probs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(log_prob, m, log Σ exp(z − m)); `logits` become exp(z − m) on the way, and `total` their sum."""
+        target_logit = self.logits.gather(-1, self.target)
+        top = self.logits.amax(-1, keepdim=True)
+        top.masked_fill_(top == -torch.inf, 0.0)
+        self.total = self.logits.sub_(top).exp_().sum(-1, keepdim=True)
+        log_total = self.total.log()
+        log_prob = ((target_logit - top) - log_total).squeeze(-1)
+        log_prob.masked_fill_(self.ignored, 0.0).masked_fill_(self.wrong, torch.nan)
+        return log_prob, top.squeeze(-1), log_total.squeeze(-1)
+
+    def gradient(self, exp: Tensor, total: Tensor, coefficients: Tensor | None) -> Tensor:
+        """coefficient · (onehot − exp / total) · dz/draw, in place of `exp`."""
+        scale = torch.full_like(total, self.map.pre * self.map.post)
+        if coefficients is not None:
+            scale *= coefficients.unsqueeze(-1)
+        scale.masked_fill_(self.ignored.unsqueeze(-1), 0.0).masked_fill_(self.wrong.unsqueeze(-1), torch.nan)
+        grad = exp.mul_(-scale / total).scatter_add_(-1, self.target, scale)
+        return grad if self.slope is None else grad.mul_(self.slope)
+
+
+def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
+    log_probs = labels.new_empty(labels.shape, dtype=accumulation_dtype(logits))
+    lse = log_probs.new_empty(2, len(labels))
+    for raw, place in _row_blocks(logits):
+        rows = _Rows(raw, labels[place], z)
+        for values, out in zip(rows.log_probs(), (log_probs, *lse), strict=True):
+            rows.spread(values, out[place])
+    return log_probs, lse
+
+
+def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
+    log_probs = labels.new_empty(labels.shape, dtype=accumulation_dtype(logits))
+    lse = log_probs.new_empty(2, len(labels))
+    for raw, place in _row_blocks(logits):
+        rows = _Rows(raw, labels[place], z, reuse=True)
+        for values, out in zip(rows.log_probs(), (log_probs, *lse), strict=True):
+            rows.spread(values, out[place])
+        rows.spread(rows.gradient(rows.logits, rows.total, None), raw)
+    return log_probs, lse
+
+
+def grad_rows_(
+    logits: Tensor, labels: Tensor, lse: Tensor, coefficients: Tensor | None, z: LogitMap, out: Tensor
+) -> None:
+    in_place = out.data_ptr() == logits.data_ptr()
+    for (raw, place), (target, _) in zip(_row_blocks(logits), _row_blocks(out), strict=True):
+        rows = _Rows(raw, labels[place], z, reuse=in_place)
+        kept = slice(None) if rows.kept is None else rows.kept
+        top, log_total = lse[:, place][:, kept].unsqueeze(-1)
+        some = None if coefficients is None else coefficients[place][kept]
+        rows.spread(rows.gradient(rows.logits.sub_(top).exp_(), log_total.exp(), some), target)

@@ -1,0 +1,88 @@
+"""The terms of the family of objectives, as functions of tiles: the pieces that `list_loss` is put together from.
+
+Formulas: `perpo_kernels.objectives`. Which of them a kernel holds is decided when it is compiled; the constants below
+are the places of the names in `objectives.CHOICES`.
+"""
+
+import triton
+import triton.language as tl
+
+from perpo_kernels.objectives import CHOICES
+
+
+def _place(field: str, choice: str) -> tl.constexpr:
+    return tl.constexpr(CHOICES[field].index(choice))
+
+
+PAIRS_NONE = _place("pairs", "none")
+PAIRS_ALL = _place("pairs", "all")
+PAIRS_BEST_VS_WORST = _place("pairs", "best_vs_worst")
+PAIRS_GIVEN = _place("pairs", "given")
+WEIGHT_POWER = _place("weight", "power")
+WEIGHT_LAMBDA = _place("weight", "lambda")
+NORMALIZE_LIST = _place("normalize", "list")
+NORMALIZE_PAIRS = _place("normalize", "pairs")
+LINK_LOGISTIC = _place("link", "logistic")
+LINK_HINGE = _place("link", "hinge")
+LINK_SQUARED = _place("link", "squared")
+LIST_SOFTMAX = _place("list_term", "softmax")
+LIST_PLACKETT_LUCE = _place("list_term", "plackett_luce")
+POINTWISE_NONE = _place("pointwise", "none")
+POINTWISE_NCA = _place("pointwise", "nca")
+
+
+@triton.jit
+def softplus_and_sigmoid(x):
+    """log(1 + exp(x)) and its derivative, without overflow."""
+    e = tl.exp(-tl.abs(x))
+    one = 1.0 + e
+    # log1p(e): log(one) · e / (one − 1) is exact to rounding where 1 + e loses digits
+    log1p = tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
+    return tl.maximum(x, 0.0) + log1p, tl.where(x >= 0, 1.0, e) / one
+
+
+@triton.jit
+def link_and_slope(d, flip, beta, LINK: tl.constexpr):
+    """ℓ(d) and ℓ'(d); flip is 1 − q of the logistic link."""
+    if LINK == LINK_LOGISTIC:
+        softplus, sigmoid = softplus_and_sigmoid(-d)
+        return softplus + flip * d, flip - sigmoid
+    elif LINK == LINK_HINGE:
+        return tl.maximum(1.0 - d, 0.0), tl.where(d < 1.0, -1.0, 0.0)
+    elif LINK == LINK_SQUARED:
+        from_target = (d - 0.5) / beta
+        return from_target * from_target, 2.0 * from_target / beta
+    else:
+        return -d, tl.zeros_like(d) - 1.0
+
+
+@triton.jit
+def in_pair_set(key_i, key_j, highest, lowest, PAIRS: tl.constexpr):
+    """Whether i is preferred to j and the objective takes the pair; never where a key is NaN."""
+    pair = key_i > key_j
+    if PAIRS != PAIRS_ALL:
+        pair = pair & (key_i == highest)
+    if PAIRS == PAIRS_BEST_VS_WORST:
+        pair = pair & (key_j == lowest)
+    return pair
+
+
+@triton.jit
+def ranked_weight(gap, key_i, key_j, rank_i, rank_j, gamma, WEIGHT: tl.constexpr):
+    """w_ij of a ranked pair, of either direction; gap = |r_i − r_j| / range, 1 where there is no pair."""
+    if WEIGHT == WEIGHT_POWER:
+        return tl.exp2(gamma * tl.log2(tl.maximum(gap, 1e-37)))
+    elif WEIGHT == WEIGHT_LAMBDA:
+        discounts = tl.abs(1.0 / tl.log(1.0 + rank_i) - 1.0 / tl.log(1.0 + rank_j))
+        return tl.abs(tl.exp2(key_i) - tl.exp2(key_j)) * discounts
+    else:
+        return tl.zeros_like(gap) + 1.0
+
+
+@triton.jit
+def target_share(key, highest, inverse_temperature, target_total, n_best, TEMPERED: tl.constexpr):
+    """p_i; 0 for a candidate that is none."""
+    if TEMPERED:
+        return tl.where(key == key, tl.exp((key - highest) * inverse_temperature) / target_total, 0.0)
+    else:
+        return tl.where(key == highest, 1.0 / n_best, 0.0)
