@@ -3,8 +3,8 @@
     D_v = c · (1[v = y] − exp(z_v − m − l)) · dz/draw
     dz/draw = pre, or pre · post · (1 − tanh²) with a soft-cap
 
-`grad_rows_` knows lse = (m, l): one read and one write of each valid row. `fused_rows_` finds log_prob and lse first: it
-reads the row twice, the second time from L2, and writes it once. Ignored rows are not read; they are written
+`grad_rows_` knows lse = (m, l): one read and one write of each valid row. `fused_rows_` finds log_prob and lse first:
+it reads the row twice, the second time from L2, and writes it once. Ignored rows are not read; they are written
 with zeros, so that a GEMM over D needs no mask.
 
 logits [N, V] or [B, N, V]; labels int64 [rows]; c fp32 [rows] or None for 1. Grid: one program a row.
