@@ -210,7 +210,7 @@ class LinearPerPOOutput(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """Scalars under TRL's names, detached and still on the device; computed when asked for.
 
-        rewards/backend, rewards/rejected: β·(log π − log π_ref) of the best and the worst candidate, mean over active
+        rewards/chosen, rewards/rejected: β·(log π − log π_ref) of the best and the worst candidate, mean over active
         lists; rewards/margins: their difference; rewards/accuracies: share of preferred pairs that the scores rank
         right, mean over active lists; lists/active: share of lists that have a preferred pair at all.
         """

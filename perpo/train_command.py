@@ -1,0 +1,141 @@
+"""`perpo train`: from a file of scored lists to an aligned model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from perpo.config import PerPOConfig
+from perpo.data import ListRecord, read_records
+from perpo.options import ModelConfig, parse
+from perpo.trainable import freeze, language_lora
+from perpo.trainer import PerPOTrainer
+from perpo.vlm import load_model, load_processor
+
+
+@dataclass
+class DataConfig:
+    """Which lists."""
+
+    train_file: str = field(metadata={"help": "Scored lists: .jsonl, .json or .parquet."})
+    eval_file: str | None = field(default=None, metadata={"help": "Scored lists to evaluate the loss on."})
+    skip_bad: bool = field(default=False, metadata={"help": "Leave out bad records and count them."})
+    drop_inactive: bool = field(
+        default=False, metadata={"help": "Leave out lists whose rewards are all equal: they have no gradient."}
+    )
+
+
+@dataclass
+class TrainableConfig:
+    """What is trained: adapters on the language model, unless told otherwise."""
+
+    lora: bool = field(default=True, metadata={"help": "Train adapters (LoRA) instead of the model's own weights."})
+    lora_r: int = field(default=128, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=256, metadata={"help": "Scale of the adapters: alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the way into the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers with adapters; default: all of the language model."}
+    )
+    train_projector: bool = field(default=False, metadata={"help": "Train what joins vision tower and language model."})
+    train_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower; only with lora off."})
+    train_lm_head: bool = field(default=False, metadata={"help": "Train the language head; only with lora off."})
+
+    def __post_init__(self) -> None:
+        if self.lora:
+            for name in ("train_vision_tower", "train_lm_head"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} needs --lora false; for adapters there, name its layers with lora_target_modules"
+                    )
+
+    def apply(self, model: nn.Module) -> LoraConfig | None:
+        """The adapters to put on the model; without adapters, freezes what is not trained."""
+        if not self.lora:
+            freeze(
+                model,
+                vision_tower=not self.train_vision_tower,
+                projector=not self.train_projector,
+                head=not self.train_lm_head,
+            )
+            return None
+        config = language_lora(
+            model,
+            r=self.lora_r,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            train_projector=self.train_projector,
+        )
+        if self.lora_target_modules:
+            config.target_modules = set(self.lora_target_modules)
+        return config
+
+
+def main(arguments: Sequence[str]) -> int:
+    kinds = (ModelConfig, DataConfig, TrainableConfig, PerPOConfig)
+    model_config, data, trainable, args = parse(kinds, arguments, "perpo train")
+    try:
+        train(model_config, data, trainable, args)
+    except (ValueError, OSError) as error:
+        if os.environ.get("PERPO_TRACEBACK"):
+            raise
+        print(f"perpo train: {error}\n(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig, args: PerPOConfig) -> PerPOTrainer:
+    """Load, train, save into output_dir; returns the trainer."""
+    train_lists = _read(data.train_file, data, args)
+    eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args)
+    model = load_model(
+        model_config.model_name_or_path,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+        revision=model_config.model_revision,
+        trust_remote_code=model_config.trust_remote_code,
+    )
+    options: dict[str, Any] = dict(model_config.processor_options)  # type: ignore[arg-type]
+    if model_config.model_revision is not None:
+        options["revision"] = model_config.model_revision
+    processor = load_processor(
+        model_config.model_name_or_path, trust_remote_code=model_config.trust_remote_code, **options
+    )
+    trainer = PerPOTrainer(
+        model,
+        args,
+        train_lists,
+        processor,
+        eval_dataset=eval_lists,
+        peft_config=trainable.apply(model),
+    )
+    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+def _read(file: str, data: DataConfig, args: PerPOConfig) -> list[ListRecord]:
+    records, report = read_records(
+        file,
+        skip_bad=data.skip_bad,
+        drop_inactive=data.drop_inactive,
+        check_images=True,
+        root=args.image_root,
+    )
+    if args.process_index == 0:
+        print(report.summary())
+        for error in report.errors:
+            print(f"  skipped: {error}", file=sys.stderr)
+    return records
+
+
+def _resume(given: str | None) -> str | bool | None:
+    """A folder, or true for the last whole checkpoint of output_dir (none yet: from the start)."""
+    known = {"true": True, "false": None, "none": None}
+    return known.get(str(given).lower(), given)

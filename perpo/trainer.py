@@ -1,0 +1,316 @@
+"""`PerPOTrainer`: the Hugging Face trainer with lists as samples and the list-wise loss on hidden states.
+
+One sample is a list: one image, one question, k candidates. The loss is Σ over lists / number of lists in the optimizer
+step, over all accumulated batches and all ranks, so it does not matter how lists are spread over them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import logging
+
+from perpo.checkpoints import last_complete_checkpoint
+from perpo.collate import ListBatch
+from perpo.config import PerPOConfig
+from perpo.data import ListRecord, read_records
+from perpo.language_head import causal_lm, check_language_head, install, perpo_output, sequence_log_probs
+from perpo.lists import ListCollator, thin_out
+from perpo.metrics import ListMetrics
+from perpo.reference_cache import ReferenceCache, weights_fingerprint
+from perpo.trainable import adapt
+from perpo.vlm import Encoder, load_model
+from perpo_kernels import LinearPerPOOutput
+
+logger = logging.get_logger(__name__)
+
+
+class PerPOTrainer(Trainer):
+    """Trains any Hugging Face vision-language model on lists of scored candidates.
+
+    Args:
+        model: with its language head; a PeftModel or full. What requires gradients is trained.
+        args: `PerPOConfig`.
+        train_dataset, eval_dataset: records, or what `perpo.data.read_records` reads: a file, a `datasets.Dataset`.
+        processing_class: the processor (a tokenizer for a text model).
+        peft_config: adapters to put on the model (`perpo.trainable.language_lora` gives the published ones).
+        ref_model: the second model of reference="model".
+        callbacks, optimizers: as `transformers.Trainer`.
+
+    Raises:
+        ValueError: settings that do not fit together, by name; a stale reference cache; a model whose head is unknown.
+    """
+
+    args: PerPOConfig
+    train_dataset: list[ListRecord] | None
+    eval_dataset: list[ListRecord] | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PerPOConfig,
+        train_dataset: Sequence[ListRecord] | Any = None,
+        processing_class: Any = None,
+        *,
+        eval_dataset: Sequence[ListRecord] | Any = None,
+        peft_config: LoraConfig | None = None,
+        ref_model: nn.Module | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if processing_class is None:
+            raise ValueError("processing_class: give the model's processor, AutoProcessor.from_pretrained(…)")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start one process a GPU with `torchrun --nproc-per-node "
+                f"{args.n_gpu} -m perpo.cli train …`, or choose one with CUDA_VISIBLE_DEVICES"
+            )
+        if peft_config is not None:
+            if isinstance(model, PeftModel):
+                raise ValueError("peft_config: the model has adapters already; merge them or leave peft_config out")
+            model = adapt(model, peft_config)
+        self._check_reference(model, args, ref_model)
+        install(model)
+        self.encoder = Encoder.for_model(
+            processing_class,
+            causal_lm(model),
+            max_prompt_length=args.max_prompt_length,
+            max_response_length=args.max_response_length,
+        )
+        self.metrics = {"train": ListMetrics(), "eval": ListMetrics()}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ListCollator(self.encoder, args.image_root),
+            train_dataset=self._lists("train_dataset", train_dataset, args),
+            eval_dataset=self._lists("eval_dataset", eval_dataset, args),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the lists of the whole optimizer step
+        self._n_parameters = sum(p.numel() for p in model.parameters())
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded:
+            check_language_head(model)
+        self.ref_model = self._prepare_ref_model(ref_model) if args.reference == "model" else None
+        if args.reference == "precomputed":
+            if sharded:
+                raise ValueError(
+                    "reference='precomputed' needs the whole model on each device while it computes, which FSDP and "
+                    "DeepSpeed do not give; use reference='adapter_off' with adapters, or reference='data' with "
+                    "records that hold ref_log_probs"
+                )
+            self._precompute()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """As `Trainer.train`; True: from the last checkpoint that was written to its end, or from the start."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self.metrics["train"].reset()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Resumed at its last step in the middle of an epoch, `Trainer` would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
+    # -------------------------------------------------------------------------------------------------------- the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: ListBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        batch = self._with_reference(model, inputs)
+        output = self._forward(model, batch)
+        self.metrics["train" if model.training else "eval"].add(batch, output)
+        if num_items_in_batch is None:
+            loss = output.loss / batch.n_lists
+        else:  # the ranks' gradients are averaged, so each gives its share times their number
+            loss = output.loss * self.accelerator.num_processes / num_items_in_batch
+        return (loss, output) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, batch: ListBatch) -> LinearPerPOOutput:
+        call = partial(
+            perpo_output,
+            batch=batch,
+            beta=self.args.beta,
+            gamma=self.args.gamma,
+            reduction="sum",
+            max_chunk_bytes=self.args.max_chunk_bytes,
+        )
+        return LinearPerPOOutput(*model(**batch.inputs, response_rows=batch.rows, head_call=call))
+
+    def _with_reference(self, model: nn.Module, batch: ListBatch) -> ListBatch:
+        """The batch with reference log-probs, if they are made at every step."""
+        if self.args.reference == "model":
+            batch.ref_log_probs = sequence_log_probs(self.ref_model, batch)  # type: ignore[arg-type]
+        elif self.args.reference == "adapter_off":
+            with _as_reference(model):
+                batch.ref_log_probs = sequence_log_probs(model, batch)
+        return batch
+
+    def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
+        """Lists in the optimizer step, on all ranks."""
+        n_lists = sum(batch.n_lists for batch in batch_samples)
+        if not batch_samples or self.args.world_size == 1:
+            return n_lists or None
+        return self.accelerator.gather(torch.tensor([n_lists], device=device)).sum()
+
+    def _prepare_inputs(self, inputs: ListBatch) -> ListBatch:
+        return inputs.to(self.args.device, non_blocking=True)
+
+    def floating_point_ops(self, inputs: ListBatch) -> int:
+        """6 × tokens × parameters, the usual estimate."""
+        return 6 * inputs.n_tokens * self._n_parameters
+
+    # ------------------------------------------------------------------------------------------------ logs, evaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            mine = self.metrics["train"].report(self.accelerator)
+            self.metrics["train"].reset()
+            logs = {**mine, **logs}
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: ListBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, None, None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self.metrics["eval"].reset()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self.metrics["eval"].report(self.accelerator).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    # ----------------------------------------------------------------------------------------------------- the lists
+
+    @staticmethod
+    def _lists(name: str, source: Any, args: PerPOConfig) -> list[ListRecord] | None:
+        if source is None:
+            return None
+        if not (isinstance(source, Sequence) and all(isinstance(record, ListRecord) for record in source)):
+            source, report = read_records(source, root=args.image_root)
+            logger.info(report.summary())
+        lists = [record for record in source if record.k >= args.min_candidates]
+        unscored = next((record for record in lists if record.rewards is None), None)
+        if unscored is not None:
+            raise ValueError(f"{name}: record {unscored.id!r} has no rewards; score it first")
+        if not lists:
+            raise ValueError(f"{name}: no list has min_candidates={args.min_candidates} candidates or more")
+        if len(lists) < len(source):
+            logger.warning(
+                f"{len(source) - len(lists)} lists with fewer than {args.min_candidates} candidates left out"
+            )
+        if args.reference == "data":
+            missing = next((record for record in lists if record.ref_log_probs is None), None)
+            if missing is not None:
+                raise ValueError(f"reference='data': {name} record {missing.id!r} has no ref_log_probs")
+        if args.max_candidates is not None:
+            lists = [thin_out(record, args.max_candidates) for record in lists]
+        if args.reference == "none":  # what the records may hold is not used
+            lists = [_without_reference(record) for record in lists]
+        return lists
+
+    # -------------------------------------------------------------------------------------------------- the reference
+
+    @staticmethod
+    def _check_reference(model: nn.Module, args: PerPOConfig, ref_model: nn.Module | None) -> None:
+        if args.reference == "adapter_off" and not isinstance(model, PeftModel):
+            raise ValueError(
+                "reference='adapter_off' needs a model with adapters; give a peft_config, or use "
+                "reference='precomputed'"
+            )
+        if args.reference == "model" and ref_model is None and args.ref_model_name_or_path is None:
+            raise ValueError("reference='model' needs ref_model or ref_model_name_or_path")
+        if args.reference != "model" and ref_model is not None:
+            raise ValueError(f"ref_model is given, but reference={args.reference!r} does not use it")
+        if ref_model is not None and ref_model is model:
+            raise ValueError("ref_model is the model that is trained; give a copy, or use reference='precomputed'")
+
+    def _prepare_ref_model(self, ref_model: nn.Module | None) -> nn.Module:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError("reference='model' is not supported under DeepSpeed; use 'adapter_off' or 'data'")
+        if ref_model is None:
+            dtype = next(self.model.parameters()).dtype
+            ref_model = load_model(str(self.args.ref_model_name_or_path), dtype=dtype)
+        install(ref_model)
+        ref_model.requires_grad_(False)
+        return self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
+
+    def _precompute(self) -> None:
+        """Reference log-probs of every record that the cache does not hold yet, shared out over ranks."""
+        identity = {
+            "model class": type(causal_lm(self.model)).__name__,
+            "weights": weights_fingerprint(causal_lm(self.model)),
+            "precision": self.accelerator.mixed_precision,
+            **self.encoder.fingerprint(),
+        }
+        with self.args.main_process_first(desc="reference cache"):
+            cache = ReferenceCache(self.args.reference_folder, identity, self.args.process_index)
+        records = [*(self.train_dataset or []), *(self.eval_dataset or [])]
+        self.accelerator.wait_for_everyone()  # all have read the folder before any writes to it
+        if self.args.world_size > 1:  # machines need not share a disk
+            cache.update(gather_object(cache.entries(records)))
+        missing = [record for record in records if record not in cache]
+        mine = missing[self.args.process_index :: self.args.world_size]
+        computed = [cache.add(record, values) for record, values in self._reference_log_probs(mine)]
+        if self.args.world_size > 1:
+            cache.update(gather_object(computed))
+        if self.train_dataset is not None:
+            self.train_dataset = [cache.attach(record) for record in self.train_dataset]
+        if self.eval_dataset is not None:
+            self.eval_dataset = [cache.attach(record) for record in self.eval_dataset]
+
+    def _reference_log_probs(self, records: list[ListRecord]) -> Iterable[tuple[ListRecord, list[float]]]:
+        """One list at a time, by the model as it is now without its adapters."""
+        loader: DataLoader[ListBatch] = DataLoader(
+            [_without_reference(record) for record in records],  # type: ignore[arg-type]
+            batch_size=1,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero() or not records
+        batches = tqdm(loader, desc="reference log-probs", unit="list", disable=hidden)
+        with _as_reference(self.model), self.accelerator.autocast():
+            for record, batch in zip(records, batches, strict=True):
+                yield record, sequence_log_probs(self.model, self._prepare_inputs(batch)).tolist()
+
+
+@contextlib.contextmanager
+def _as_reference(model: nn.Module) -> Any:
+    """The model without its adapters and without dropout."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    without_adapters = inner.disable_adapter() if isinstance(inner, PeftModel) else contextlib.nullcontext()
+    was_training = model.training
+    model.eval()
+    try:
+        with without_adapters:
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _without_reference(record: ListRecord) -> ListRecord:
+    return dataclasses.replace(record, ref_log_probs=None)

@@ -1,0 +1,124 @@
+"""`perpo` and `perpo train`: from files to a saved model, and errors that say what to do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from peft import PeftModel
+
+from perpo import cli
+from perpo.data import ListRecord, write_records
+from perpo.vlm import load_model, load_processor
+
+from . import tiny_models, training
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a model, images, scored lists and a config file."""
+    model, processor = tiny_models.build("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    lists = []
+    for record in training.records():
+        record.image.save(tmp_path / f"{record.id}.png")  # type: ignore[union-attr]
+        lists.append(ListRecord(record.id, f"{record.id}.png", record.prompt, "", "", record.responses, record.rewards))
+    write_records(lists, tmp_path / "lists.jsonl")
+    settings: dict[str, Any] = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "train_file": str(tmp_path / "lists.jsonl"),
+        "image_root": str(tmp_path),
+        "output_dir": str(tmp_path / "out"),
+        "learning_rate": "1e-3",
+        "max_steps": 2,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def test_from_files_to_a_saved_adapter(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--config", str(project / "run.yaml"), "--max_steps", "3"]) == 0
+    assert "4 lists of 2–3 answers" in capsys.readouterr().out
+    state = json.loads((project / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3  # the command line wins
+    assert "lists/kendall_tau" in state["log_history"][0]
+    adapted = PeftModel.from_pretrained(load_model(str(project / "model")), str(project / "out"))
+    assert any("lora_B" in name and p.abs().sum() > 0 for name, p in adapted.named_parameters())
+    assert load_processor(str(project / "out")).chat_template == tiny_models.LLAVA_TEMPLATE
+    # again, with resume: all is done already
+    again = ["train", "--config", str(project / "run.yaml"), "--max_steps", "3", "--resume_from_checkpoint", "true"]
+    assert cli.main(again) == 0
+    assert json.loads((project / "out" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--betta", "1"], "--betta"),
+        (["--beta", "0"], "beta must be > 0, got 0.0"),
+        (["--gamma", "-1"], "gamma must be ≥ 0"),
+        (["--reference", "nothing"], "invalid choice: 'nothing'"),
+        (["--max_candidates", "1"], "max_candidates must be ≥ 2"),
+        (["--ref_model_name_or_path", "x"], "set reference='model'"),
+        (["--train_lm_head"], "train_lm_head needs --lora false"),
+        (["--reference", "adapter_off", "--lora", "false"], "needs a model with adapters"),
+        (["--reference", "data"], "train_dataset record 'r0' has no ref_log_probs"),
+        (["--min_candidates", "9"], "no list has min_candidates=9 candidates"),
+        (["--max_prompt_length", "7"], "record 'r0': max_prompt_length=7: this prompt has"),
+        (["--train_file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model_name_or_path", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_bad_settings_are_named(
+    arguments: list[str], message: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = cli.main(["train", "--config", str(project / "run.yaml"), *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_misspelt_setting_in_the_file_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = project / "run.yaml"
+    file.write_text(file.read_text() + "\nbetaa: 0.2\n")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(file)])
+    assert "sets 'betaa', which is no setting; did you mean 'beta'?" in capsys.readouterr().err
+
+
+def test_help_is_quick_and_lists_the_commands() -> None:
+    code = "import sys, perpo.cli; perpo.cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, "torch was imported"
+    assert "train " in done.stdout
+
+
+def test_an_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+
+
+def test_the_help_of_train_shows_what_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for name in ("--model_name_or_path", "--train_file", "--lora_r", "--beta", "--reference", "--bf16", "--output_dir"):
+        assert name in shown
+    assert "--hub_token" not in shown
+    assert len(shown.splitlines()) < 150

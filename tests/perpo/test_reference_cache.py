@@ -1,0 +1,96 @@
+"""Reference log-probs are computed once, survive a kill, and are never another model's."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perpo.reference_cache import ReferenceCache, StaleCacheError, weights_fingerprint
+
+from . import tiny_models, training
+
+
+def test_a_second_run_reads_what_the_first_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = training.trainer("llava", tmp_path)
+    monkeypatch.setattr("perpo.trainer.sequence_log_probs", None)  # any use of it fails
+    second = training.trainer("llava", tmp_path)
+    assert [r.ref_log_probs for r in second.train_dataset] == [r.ref_log_probs for r in first.train_dataset]
+    fewer = training.trainer("llava", tmp_path, data=training.records()[1:])
+    assert [r.ref_log_probs for r in fewer.train_dataset] == [r.ref_log_probs for r in first.train_dataset[1:]]
+
+
+def test_full_training_and_adapters_share_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.trainer("llava", tmp_path)
+    monkeypatch.setattr("perpo.trainer.sequence_log_probs", None)
+    training.trainer("llava", tmp_path, lora=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("weights", "weights"),
+        ("template", "chat template"),
+        ("length", "response format"),
+        ("pixels", "image processor"),
+    ],
+)
+def test_a_stale_cache_is_refused_and_says_why(change: str, named: str, tmp_path: Path, monkeypatch: Any) -> None:
+    training.trainer("llava", tmp_path)
+    build = tiny_models.build
+    options: dict[str, Any] = {"max_response_length": 4} if change == "length" else {}
+
+    def changed(family: str) -> Any:
+        model, processor = build(family)
+        if change == "weights":
+            model.model.language_model.layers[1].mlp.down_proj.weight.data *= 1.01
+        if change == "template":
+            processor.chat_template = processor.chat_template.replace("ASSISTANT:", "BOT:")
+        if change == "pixels":
+            processor.image_processor.image_mean = [0.0, 0.0, 0.0]
+        return model, processor
+
+    monkeypatch.setattr(tiny_models, "build", changed)
+    with pytest.raises(StaleCacheError, match=rf"reference_cache_dir: .* different: {named} \(.* there, .* now\)"):
+        training.trainer("llava", tmp_path, **options)
+
+
+def test_a_changed_record_is_computed_again_and_the_others_are_not(tmp_path: Path) -> None:
+    training.trainer("llava", tmp_path)
+    part = tmp_path / "reference" / "part-00000.jsonl"
+    assert len(part.read_text().splitlines()) == 4
+    lists = training.records()
+    other = dataclasses.replace(lists[0], responses=("[0.7]", *lists[0].responses[1:]))
+    runner = training.trainer("llava", tmp_path, data=[other, *lists[1:]])
+    assert len(part.read_text().splitlines()) == 5
+    assert runner.train_dataset[0].responses[0] == "[0.7]"
+
+
+def test_a_line_cut_by_a_kill_is_dropped_and_computed_again(tmp_path: Path) -> None:
+    whole = training.trainer("llava", tmp_path)
+    part = tmp_path / "reference" / "part-00000.jsonl"
+    text = part.read_text()
+    part.write_text(text[: len(text) - 30])
+    again = training.trainer("llava", tmp_path)
+    assert part.read_text() == text
+    assert [r.ref_log_probs for r in again.train_dataset] == [r.ref_log_probs for r in whole.train_dataset]
+
+
+def test_what_another_process_wrote_is_found(tmp_path: Path) -> None:
+    record = training.records()[0]
+    ReferenceCache(tmp_path, {"weights": "a"}, part=1).add(record, [1.0, 2.0, 3.0])
+    cache = ReferenceCache(tmp_path, {"weights": "a"}, part=0)
+    assert record in cache
+    assert cache.attach(record).ref_log_probs == (1.0, 2.0, 3.0)
+    assert json.loads((tmp_path / "identity.json").read_text()) == {"weights": "a"}
+
+
+def test_one_changed_parameter_changes_the_fingerprint() -> None:
+    model, _ = tiny_models.build("llava")
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(tiny_models.build("llava")[0]) == before
+    with torch.no_grad():
+        model.model.language_model.norm.weight[0] += 1e-3
+    assert weights_fingerprint(model) != before

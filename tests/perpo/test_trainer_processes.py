@@ -1,0 +1,81 @@
+"""Training in processes of its own: several at once, and killed ones."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .run_training import train
+
+ROOT = Path(__file__).parents[2]
+RUN = ["-m", "tests.perpo.run_training"]
+
+
+def run(launcher: list[str], folder: Path, *extra: str, **options: Any) -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, *launcher, str(folder), json.dumps(options), *extra]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def trained(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    return torch.load(folder / "trained.pt", weights_only=True)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reference": "precomputed"},
+        pytest.param({"reference": "adapter_off", "gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"lora": False, "ddp_find_unused_parameters": True}, marks=pytest.mark.slow),
+    ],
+    ids=["lora", "adapter_off", "full"],
+)
+def test_two_processes_equal_one_that_accumulates(options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1, "n_lists": 6} | options
+    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
+    assert two.returncode == 0, two.stderr[-3000:]
+    train(tmp_path / "one", gradient_accumulation_steps=2, **options)
+    (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
+    assert_same(ours, theirs)
+    assert len(our_log) == 4
+    for a, b in zip(our_log[:3], their_log[:3], strict=True):
+        for name in ("loss", "rewards/accuracies", "lists/active", "lists/reward_mean", "logps/rejected"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """SIGKILL after step 5 while a checkpoint is being written; the last whole one is of step 4, with dropout on."""
+    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "dropout": 0.2}
+    train(tmp_path / "whole", **options)
+    killed = run(RUN, tmp_path / "killed", "5", **options)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "trained.pt").exists()
+    reference = (tmp_path / "killed" / "reference" / "part-00000.jsonl").read_text()
+    train(tmp_path / "killed", resume=True, **options)
+    (ours, our_log), (theirs, their_log) = trained(tmp_path / "killed"), trained(tmp_path / "whole")
+    assert_same(ours, theirs)
+    assert [entry["step"] for entry in our_log] == [entry["step"] for entry in their_log]
+    assert [e.get("loss") for e in our_log[:-1]] == pytest.approx([e.get("loss") for e in their_log[:-1]])
+    assert (tmp_path / "killed" / "reference" / "part-00000.jsonl").read_text() == reference  # nothing computed again
+
+
+@pytest.mark.slow
+def test_gradients_through_sharded_weights_equal_plain_ones() -> None:
+    """FSDP2, the head in the root group and in one of its own."""
+    command = [sys.executable, *TORCHRUN, "-m", "tests.perpo.run_sharded"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

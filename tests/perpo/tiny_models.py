@@ -1,0 +1,283 @@
+"""Tiny random-weight vision-language models with their processors, made in code: no download, no torchvision.
+
+    model, processor = tiny_models.build("qwen2_5_vl")
+
+The tokenizer is byte-level with no merges, so any text is representable and every id is predictable. Chat templates
+are shortened copies of what each family ships with.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
+
+HIDDEN, LAYERS, HEADS = 32, 2, 4
+TEXT = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+SPECIAL = {
+    "pad": "<|pad|>",
+    "bos": "<|bos|>",
+    "end": "<|im_end|>",
+    "start": "<|im_start|>",
+    "end_of_text": "<|endoftext|>",
+    "image": "<image>",
+    "video": "<video>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+}
+IDEFICS_TOKENS = (
+    "<fake_token_around_image>",
+    "<end_of_utterance>",
+    "<global-img>",
+    *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)),
+)
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAVA_TEMPLATE = (
+    "<|bos|>{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}"
+    "{% endif %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% if message['role'] == 'assistant' %}<|im_end|>{% else %} {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+IDEFICS_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def tokenizer(extra: tuple[str, ...] = (), **attributes: str) -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer: ids 0..255 are bytes, then the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([*SPECIAL.values(), *extra])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=SPECIAL["pad"],
+        bos_token=SPECIAL["bos"],
+        eos_token=SPECIAL["end"],
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=attributes,
+    )
+
+
+def picture(size: tuple[int, int] = (40, 28), seed: int = 0) -> Image.Image:
+    """A small picture of random blocks, (width, height)."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(blocks.numpy()).resize(size, Image.Resampling.NEAREST)
+
+
+def _load(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{module}"), name)
+
+
+def _without_video(processor_class: type) -> type:
+    """The processor class, but content with no video processor: those exist only together with torchvision."""
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return (
+            None if name == "video_processor" else super(relaxed, self).check_argument_for_proper_class(name, argument)
+        )
+
+    relaxed = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": check})
+    return relaxed
+
+
+def _llava() -> tuple[Any, Any, Any]:
+    tok = tokenizer()
+    config = _load("llava", "LlavaConfig")(
+        text_config={"model_type": "llama", "vocab_size": len(tok), **TEXT},
+        vision_config={"model_type": "clip_vision_model", **VISION, "image_size": 28, "patch_size": 7},
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-2,
+    )
+    images = _load("clip.image_processing_pil_clip", "CLIPImageProcessorPil")(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    processor = _load("llava", "LlavaProcessor")(
+        images,
+        tok,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    return _load("llava", "LlavaForConditionalGeneration"), config, processor
+
+
+def _llava_onevision() -> tuple[Any, Any, Any]:
+    tok = tokenizer()
+    grid = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    config = _load("llava_onevision", "LlavaOnevisionConfig")(
+        text_config={"model_type": "qwen2", "vocab_size": len(tok), **TEXT},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            **VISION,
+            "image_size": 28,
+            "patch_size": 7,
+            "vision_use_head": False,
+        },
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        video_token_index=tok.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=grid,
+    )
+    images = _load("llava_onevision.image_processing_pil_llava_onevision", "LlavaOnevisionImageProcessorPil")(
+        size={"height": 28, "width": 28}, image_grid_pinpoints=grid
+    )
+    processor = _without_video(_load("llava_onevision", "LlavaOnevisionProcessor"))(
+        images,
+        tok,
+        None,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=CHATML.replace("IMAGE", "<image>\n"),
+    )
+    return _load("llava_onevision", "LlavaOnevisionForConditionalGeneration"), config, processor
+
+
+def _qwen(family: str, prefix: str) -> tuple[Any, Any, Any]:
+    tok = tokenizer(
+        image_token=SPECIAL["image"],
+        video_token=SPECIAL["video"],
+        vision_start_token=SPECIAL["vision_start"],
+        vision_end_token=SPECIAL["vision_end"],
+    )
+    vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2}
+    if family == "qwen2_vl":
+        vision |= {"embed_dim": 16, "hidden_size": HIDDEN, "mlp_ratio": 2}
+    else:
+        vision |= {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": HIDDEN}
+    if family == "qwen2_5_vl":
+        vision |= {"window_size": 28, "fullatt_block_indexes": [1]}
+    if family == "qwen3_vl":
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    text: dict[str, Any] = {
+        "vocab_size": len(tok),
+        "bos_token_id": tok.bos_token_id,
+        "eos_token_id": tok.eos_token_id,
+        **TEXT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }
+    if family == "qwen3_vl":
+        text |= {"head_dim": HIDDEN // HEADS}
+        text["rope_parameters"]["mrope_interleaved"] = True
+    config = _load(family, f"{prefix}Config")(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        video_token_id=tok.convert_tokens_to_ids("<video>"),
+        vision_start_token_id=tok.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tok.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    images = _load("qwen2_vl.image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil")(
+        patch_size=7, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 42 * 42}
+    )
+    processor_name = "Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else f"{prefix}Processor"
+    processor = _without_video(_load(family, processor_name))(
+        images, tok, None, chat_template=CHATML.replace("IMAGE", "<|vision_start|><image><|vision_end|>")
+    )
+    return _load(family, f"{prefix}ForConditionalGeneration"), config, processor
+
+
+def _idefics(family: str, prefix: str) -> tuple[Any, Any, Any]:
+    tok = tokenizer(IDEFICS_TOKENS)
+    tok.eos_token = "<end_of_utterance>"
+    config = _load(family, f"{prefix}Config")(
+        text_config={"model_type": "llama", "vocab_size": len(tok), **TEXT, "pad_token_id": tok.pad_token_id},
+        vision_config={**VISION, "image_size": 28, "patch_size": 7},
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=tok.pad_token_id,
+    )
+    images = _load(f"{family}.image_processing_pil_{family}", f"{prefix}ImageProcessorPil")(
+        size={"longest_edge": 56}, max_image_size={"longest_edge": 28}
+    )
+    module = importlib.import_module(f"transformers.models.{family}.processing_{family}")
+    rest: tuple[Any, ...] = ()
+    if family == "smolvlm":
+        module.num2words = module.num2words or str  # only spells out numbers of video frames
+        rest = (None,)
+    processor = _without_video(getattr(module, f"{prefix}Processor"))(
+        images, tok, *rest, image_seq_len=4, chat_template=IDEFICS_TEMPLATE
+    )
+    if family == "smolvlm":  # its apply_chat_template reads the defaults of the video processor
+        processor.video_processor = type("NoVideo", (), {"num_frames": 0, "fps": 0})()
+    return _load(family, f"{prefix}ForConditionalGeneration"), config, processor
+
+
+def _internvl() -> tuple[Any, Any, Any]:
+    tok = tokenizer(
+        ("<img>", "</img>"),
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token=SPECIAL["image"],
+        video_token=SPECIAL["video"],
+    )
+    config = _load("internvl", "InternVLConfig")(
+        text_config={"model_type": "qwen2", "vocab_size": len(tok), **TEXT},
+        vision_config={**VISION, "image_size": [28, 28], "patch_size": [7, 7]},
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    images = _load("got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil")(
+        size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    processor = _without_video(_load("internvl", "InternVLProcessor"))(
+        images, tok, None, image_seq_length=4, chat_template=CHATML.replace("IMAGE", "<image>\n")
+    )
+    return _load("internvl", "InternVLForConditionalGeneration"), config, processor
+
+
+def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(model, processor) of one of `FAMILIES`: about 50k parameters, weights fixed by the seed, in train mode."""
+    parts = {
+        "llava": _llava,
+        "llava_onevision": _llava_onevision,
+        "qwen2_vl": lambda: _qwen("qwen2_vl", "Qwen2VL"),
+        "qwen2_5_vl": lambda: _qwen("qwen2_5_vl", "Qwen2_5_VL"),
+        "qwen3_vl": lambda: _qwen("qwen3_vl", "Qwen3VL"),
+        "idefics3": lambda: _idefics("idefics3", "Idefics3"),
+        "smolvlm": lambda: _idefics("smolvlm", "SmolVLM"),
+        "internvl": _internvl,
+    }
+    model_class, config, processor = parts[family]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config).to(dtype)
+        with torch.no_grad():  # larger than the usual initialisation, so that pictures and words matter to the answer
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.2)
+                elif "norm" not in name:
+                    parameter.uniform_(-0.1, 0.1)
+    tok = processor.tokenizer
+    model.generation_config.eos_token_id = [tok.eos_token_id, tok.convert_tokens_to_ids("<|endoftext|>")]
+    model.generation_config.pad_token_id = tok.pad_token_id
+    return model.train(), processor

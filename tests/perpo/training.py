@@ -1,0 +1,63 @@
+"""Small records and trainers that the training tests share."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perpo.config import PerPOConfig
+from perpo.data import ListRecord
+from perpo.trainable import language_lora
+from perpo.trainer import PerPOTrainer
+
+from . import tiny_models
+
+ANSWERS = ("[0.1]", "[0.25, 0.5]", "no", "[0.9, 0.2]", "[1]")
+
+
+def records(n: int = 4, k: int = 3, seed: int = 0) -> list[ListRecord]:
+    """Lists of ragged size with pictures of their own; the second has no preference."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(n):
+        size = k - (i % 2) if k > 2 else k
+        rewards = (0.5,) * size if i == 1 else tuple(torch.rand(size, generator=generator).tolist())
+        picture = tiny_models.picture((40, 28) if i % 2 else (28, 40), i)
+        made.append(ListRecord(f"r{i}", picture, f"Where is {i}?", "", "", ANSWERS[i % 2 :][:size], rewards))
+    return made
+
+
+def config(folder: Path, **options: Any) -> PerPOConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_steps": 1,
+        "seed": 0,
+    }
+    return PerPOConfig(**(defaults | options))
+
+
+def trainer(
+    family: str, folder: Path, *, lora: bool = True, data: Any = None, dropout: float = 0.0, **options: Any
+) -> PerPOTrainer:
+    """A trainer of a tiny model; `options` go to the config."""
+    model, processor = tiny_models.build(family)
+    peft_config = None
+    torch.manual_seed(1)
+    if lora:
+        peft_config = language_lora(model, r=4, alpha=8, dropout=dropout)
+        peft_config.init_lora_weights = False  # B not 0: every adapter matters at once
+    return PerPOTrainer(
+        model, config(folder, **options), records() if data is None else data, processor, peft_config=peft_config
+    )
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
