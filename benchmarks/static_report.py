@@ -41,6 +41,7 @@ from triton.runtime.driver import driver
 
 from perpo_kernels import objectives
 from perpo_kernels.backends import ListProblem, ListResult, LogitMap
+from perpo_kernels.objectives import Objective
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -95,10 +96,11 @@ def row_cases(name: str, n_vocab: int, dtype: torch.dtype, z: LogitMap) -> Itera
     yield Case("grad_rows_ (out)", name, lambda: kernels.grad_rows_(logits, labels, lse, lse, z, out), size)
 
 
-def list_cases(k: int) -> Iterator[Case]:
+def list_cases(k: int, objective: Objective, name: str = "") -> Iterator[Case]:
     from perpo_kernels.backends import triton as kernels
 
     n_lists, n_tokens = 64, 64 * k * 40
+    given = meta(n_lists, k, k) if objective.pairs == "given" else None
 
     def call(tokens: bool) -> None:
         size = n_tokens if tokens else n_lists * k
@@ -110,13 +112,14 @@ def list_cases(k: int) -> Iterator[Case]:
             labels=meta(n_tokens, dtype=torch.int64) if tokens else None,
             ref_log_probs=meta(n_lists * k),
             valid=None if tokens else meta(n_lists * k, dtype=torch.bool),
-            objective=objectives.perpo(),
+            pair_weights=given,
+            objective=objective,
         )
         result = ListResult(meta(n_lists), meta(size), meta(n_lists * k), meta(4, n_lists))
         kernels.list_loss(problem, result)
 
-    yield Case("list_loss (tokens)", f"k {k}", lambda: call(True))
-    yield Case("list_loss (sequences)", f"k {k}", lambda: call(False))
+    yield Case("list_loss (tokens)", f"k {k}{name}", lambda: call(True))
+    yield Case("list_loss (sequences)", f"k {k}{name}", lambda: call(False))
 
 
 def cases() -> Iterator[Case]:
@@ -130,7 +133,9 @@ def cases() -> Iterator[Case]:
     yield from row_cases("fp32 32000", 32000, torch.float32, plain)
     yield from row_cases("bf16 262208 capped", 262208, bf16, LogitMap(softcap=30.0))
     for k in (2, 20, 64, 1024):
-        yield from list_cases(k)
+        yield from list_cases(k, objectives.perpo())
+    for name in ("lipo", "plackett_luce", "sdpo", "nca", "mdpo"):  # each kind of term
+        yield from list_cases(20, getattr(objectives, name)(), f" {name}")
 
 
 # ---- compilation without a GPU ---------------------------------------------------------------------------------------

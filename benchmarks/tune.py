@@ -33,7 +33,8 @@ from benchmarks import rows
 from benchmarks.harness import FLOOR, OURS, Case, Race
 from benchmarks.problems import Head, Lists, Problem, Setting, problem
 from perpo_kernels import backends
-from perpo_kernels.backends import ListProblem, LogitMap, eager
+from perpo_kernels.backends import ListProblem, LogitMap
+from perpo_kernels.backends.eager import rows as eager_rows
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import new_list_result
 
@@ -126,11 +127,10 @@ def list_cases(lists: Lists, device: str) -> list[Case]:
         -10 * torch.rand(n * n_response, device=device),
         torch.rand(n, device=device),
         torch.arange(n_lists + 1, dtype=torch.int32, device=device) * k,
-        torch.arange(n + 1, dtype=torch.int32, device=device) * n_response,
-        torch.randint(1000, (n * n_response,), device=device),
-        -200 * torch.rand(n, device=device),
-        None,
         Objective(),
+        cu_seqlens=torch.arange(n + 1, dtype=torch.int32, device=device) * n_response,
+        labels=torch.randint(1000, (n * n_response,), device=device),
+        ref_log_probs=-200 * torch.rand(n, device=device),
     )
     result = new_list_result(task)
 
@@ -190,7 +190,9 @@ def block_question() -> Question:
     def cases() -> list[Case]:
         logits, labels = torch.randn(400, 32000), torch.randint(32000, (400,))
         grid = [{"_CPU_BLOCK_BYTES": 1 << n} for n in range(18, 25)]
-        return variants(eager, grid, lambda: eager.fused_rows_(logits, labels, LogitMap()), prepare=logits.normal_)
+        return variants(
+            eager_rows, grid, lambda: eager_rows.fused_rows_(logits, labels, LogitMap()), prepare=logits.normal_
+        )
 
     return "tune block bytes", "fused_rows_ 400 rows of V 32000", cases
 

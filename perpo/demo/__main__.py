@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=recipe.beta, help="sharpness of the preference (%(default)s)")
     parser.add_argument("--gamma", type=float, default=recipe.gamma, help="power of the reward margin (%(default)s)")
     parser.add_argument("--lr", type=float, default=recipe.learning_rate, help="learning rate (%(default)s)")
-    parser.add_argument("--from-scratch", action="store_true", help="train the SFT model too (some 4 minutes more)")
+    parser.add_argument("--from-scratch", action="store_true", help="train the SFT model too (some 6 minutes more)")
     parser.add_argument("--quick", action="store_true", help="a few seconds' run that shows nothing but that it runs")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument(
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = time.perf_counter() - started
 
     print(
-        f"\n{len(seeds)} seeds, {held_out} held-out scenes each; {recipe.rounds} rounds of {recipe.lists} scenes,",
+        f"\n{len(seeds)} seeds, {held_out} held-out scenes each; {recipe.rounds} × {recipe.lists} lists,",
         end=" ",
     )
     print(f"{recipe.k} answers each; β {recipe.beta:g}, γ {recipe.gamma:g}, learning rate {recipe.learning_rate:g}\n")
