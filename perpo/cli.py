@@ -17,7 +17,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "generate": Command("perpo.generate_command", "sample and score candidate answers: lists for `perpo train`"),
     "train": Command("perpo.train_command", "align a vision-language model with lists of scored answers"),
+    "evaluate": Command("perpo.evaluate_command", "compare models on held-out records, with and without the image"),
 }
 
 

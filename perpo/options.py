@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 OFTEN_SET = {
     "output_dir",
@@ -53,8 +53,8 @@ class ModelConfig:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model. Only for sources that you trust."}
     )
-    processor_options: dict[str, Any] | str = field(
-        default_factory=dict,
+    processor_options: dict[str, Any] | str | None = field(
+        default=None,
         metadata={"help": 'Passed to the processor, as JSON or YAML mapping: {"max_pixels": 401408}.'},
     )
 
@@ -64,6 +64,8 @@ class ModelConfig:
                 self.processor_options = json.loads(self.processor_options)
             except json.JSONDecodeError as error:
                 raise ValueError(f"processor_options must be a JSON mapping: {error}") from error
+        if not isinstance(self.processor_options, dict | None):
+            raise ValueError(f"processor_options must be a mapping, got {self.processor_options!r}")
 
 
 def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[Any, ...]:
@@ -71,11 +73,12 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[A
 
     Ends the program with a message on stderr for what is misspelt, missing or of the wrong type.
     """
+    inherits = any(issubclass(kind, TrainingArguments) for kind in kinds)
     parser = HfArgumentParser(
         list(kinds),
         prog=prog,
         usage="%(prog)s [--config FILE] [--setting value …]",
-        epilog="Every setting of transformers.TrainingArguments can be given too.",
+        epilog="Every setting of transformers.TrainingArguments can be given too." if inherits else None,
         formatter_class=_HelpFormatter,
     )
     _hide_inherited(parser, kinds)

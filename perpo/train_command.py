@@ -100,7 +100,7 @@ def train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfi
         revision=model_config.model_revision,
         trust_remote_code=model_config.trust_remote_code,
     )
-    options: dict[str, Any] = dict(model_config.processor_options)  # type: ignore[arg-type]
+    options: dict[str, Any] = dict(model_config.processor_options or {})  # type: ignore[arg-type]
     if model_config.model_revision is not None:
         options["revision"] = model_config.model_revision
     processor = load_processor(

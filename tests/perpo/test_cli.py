@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from perpo import cli
 from perpo.data import ListRecord, write_records
+from perpo.options import ModelConfig, parse
 from perpo.vlm import load_model, load_processor
 
 from . import tiny_models, training
@@ -122,3 +123,17 @@ def test_the_help_of_train_shows_what_is_ours(capsys: pytest.CaptureFixture[str]
         assert name in shown
     assert "--hub_token" not in shown
     assert len(shown.splitlines()) < 150
+
+
+def test_processor_options_are_a_mapping_on_the_command_line() -> None:
+    (model,) = parse(
+        [ModelConfig], ["--model_name_or_path", "m", "--processor_options", '{"max_pixels": 401408}'], "perpo"
+    )
+    assert model.processor_options == {"max_pixels": 401408}
+
+
+@pytest.mark.parametrize("value", ["[1]", "{"])
+def test_processor_options_that_are_no_mapping_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([ModelConfig], ["--model_name_or_path", "m", "--processor_options", value], "perpo")
+    assert "processor_options must be a" in capsys.readouterr().err
