@@ -12,7 +12,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 bench: $(VENV)/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only

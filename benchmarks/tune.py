@@ -89,8 +89,8 @@ def row_cases(logits: Tensor) -> dict[str, list[Case]]:
     kernels = backends.load("triton")
     labels = torch.randint(logits.shape[1], logits.shape[:1], device=logits.device)
     z = LogitMap()
-    lse = torch.full(logits.shape[:1], 12.0, device=logits.device)
-    coefficients = torch.randn_like(lse)
+    lse = torch.full((2, len(logits)), 6.0, device=logits.device)
+    coefficients = torch.randn(len(logits), device=logits.device)
     half = logits[: len(logits) // 2]
     copy = torch.empty_like(half)
     fresh: dict[str, Any] = {"prepare": logits.normal_}
