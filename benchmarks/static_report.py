@@ -87,13 +87,13 @@ def row_cases(name: str, n_vocab: int, dtype: torch.dtype, z: LogitMap) -> Itera
 
     n_rows = 4096
     logits = meta(n_rows, n_vocab, dtype=dtype)
-    labels, lse = meta(n_rows, dtype=torch.int64), meta(n_rows)
+    labels, lse, g = meta(n_rows, dtype=torch.int64), meta(2, n_rows), meta(n_rows)
     size = dtype.itemsize
     yield Case("log_prob_rows", name, lambda: kernels.log_prob_rows(logits, labels, z), size)
     yield Case("fused_rows_", name, lambda: kernels.fused_rows_(logits, labels, z), size)
-    yield Case("grad_rows_", name, lambda: kernels.grad_rows_(logits, labels, lse, lse, z, logits), size)
+    yield Case("grad_rows_", name, lambda: kernels.grad_rows_(logits, labels, lse, g, z, logits), size)
     out = torch.empty_like(logits)
-    yield Case("grad_rows_ (out)", name, lambda: kernels.grad_rows_(logits, labels, lse, lse, z, out), size)
+    yield Case("grad_rows_ (out)", name, lambda: kernels.grad_rows_(logits, labels, lse, g, z, out), size)
 
 
 def list_cases(k: int, objective: Objective, name: str = "") -> Iterator[Case]:

@@ -204,6 +204,8 @@ def lists(
             if x.shape != log_probs.shape:
                 raise ValueError(f"{name} must have the shape of log_probs, {_shape(log_probs)}, got {_shape(x)}")
             same_device(name, x, log_probs.device)
+    if lengths is not None:
+        _constant("lengths", lengths)
     if valid is not None and valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, got {valid.dtype}")
 

@@ -53,6 +53,7 @@ def token_log_probs(
     checks.floating("logits", logits)
     checks.labels(labels, logits.shape[:-1], "logits.shape[:-1]", logits.device)
     checks.positive("temperature", temperature)
+    checks.index("ignore_index", ignore_index)
     if _is_reference(backend):
         ops.check_labels(labels, logits.shape[-1], ignore_index)
         wide = logits.to(ops.accumulation_dtype(logits.dtype))
@@ -175,6 +176,7 @@ def perpo_loss(
     checks.pair_weights(pair_weights, cu_lists)
     if _is_reference(backend):
         ops.check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
+        ops.check_pair_weights(pair_weights, cu_lists)
         lists = _reference_lists(log_probs, rewards, cu_lists, ref_log_probs, valid, lengths, pair_weights, flip_probs)
         losses = reference.list_losses(lists, target)
         return _reduce(losses.sum(), losses, reduction)
@@ -286,6 +288,7 @@ def linear_perpo_loss(
     if _is_reference(backend):
         ops.check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
         ops.check_cumulative("cu_seqlens", cu_seqlens, hidden.shape[0], "tokens")
+        ops.check_pair_weights(pair_weights, cu_lists)
         tokens = _reference_linear(hidden, weight, labels, bias, z)
         log_probs, lengths = reference.sequence_log_probs(tokens, labels, cu_seqlens, ignore_index, token_weights)
         lists = _reference_lists(

@@ -29,6 +29,7 @@ from perpo_kernels.ops import (
     accumulation_dtype,
     check_cumulative,
     check_labels,
+    check_pair_weights,
     first_derivative_only,
     list_problem,
     new_list_result,
@@ -215,6 +216,7 @@ def linear_list_loss(
     check_labels(labels, weight.shape[0], ignore_index)
     check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
     check_cumulative("cu_seqlens", cu_seqlens, hidden.shape[0], "tokens")
+    check_pair_weights(pair_weights, cu_lists)
     head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
     n_tokens, n_hidden = hidden.shape
     log_probs = hidden.new_zeros(n_tokens, dtype=accumulation_dtype(hidden.dtype))

@@ -9,7 +9,7 @@ from perpo_kernels.objectives import Objective
 
 
 class PerPOLoss(nn.Module):
-    """`perpo_loss` as a module. `forward(log_probs, rewards, ref_log_probs=None, *, cu_lists=None, valid=None)`."""
+    """`perpo_loss` as a module; the tensors of a call are arguments of `forward` under the same names."""
 
     def __init__(
         self,
@@ -32,6 +32,9 @@ class PerPOLoss(nn.Module):
         *,
         cu_lists: Tensor | None = None,
         valid: Tensor | None = None,
+        lengths: Tensor | None = None,
+        pair_weights: Tensor | None = None,  # [G, k, k]
+        flip_probs: Tensor | None = None,
     ) -> Tensor:
         return perpo_loss(
             log_probs,
@@ -39,6 +42,9 @@ class PerPOLoss(nn.Module):
             ref_log_probs,
             cu_lists=cu_lists,
             valid=valid,
+            lengths=lengths,
+            pair_weights=pair_weights,
+            flip_probs=flip_probs,
             objective=self.objective,
             reduction=self.reduction,
             backend=self.backend,
@@ -78,6 +84,9 @@ class LinearPerPOLoss(nn.Module):
         cu_lists: Tensor,  # [G + 1]
         ref_log_probs: Tensor | None = None,  # [S]
         bias: Tensor | None = None,  # [V]
+        token_weights: Tensor | None = None,  # [T]
+        pair_weights: Tensor | None = None,  # [G, k, k]
+        flip_probs: Tensor | None = None,  # [S]
     ) -> LinearPerPOOutput:
         return linear_perpo_loss(
             hidden,
@@ -88,6 +97,9 @@ class LinearPerPOLoss(nn.Module):
             cu_lists=cu_lists,
             ref_log_probs=ref_log_probs,
             bias=bias,
+            token_weights=token_weights,
+            pair_weights=pair_weights,
+            flip_probs=flip_probs,
             objective=self.objective,
             reduction=self.reduction,
             **self.options,

@@ -65,6 +65,17 @@ def check_cumulative(name: str, counts: Tensor, total: int, of: str) -> None:
         )
 
 
+def check_pair_weights(pair_weights: Tensor | None, cu_lists: Tensor) -> None:
+    if pair_weights is None or cu_lists.numel() < 2 or not values_are_checked(cu_lists):
+        return
+    longest = int(cu_lists.diff().max())
+    if pair_weights.shape[-1] < longest:
+        raise ValueError(
+            f"pair_weights must be [G, k, k] with k at least {longest}, the longest list, "
+            f"got {list(pair_weights.shape)}"
+        )
+
+
 def first_derivative_only(op: str) -> None:
     """Called in each backward: what it reads was saved as a constant; differentiating it would be silently wrong."""
     if torch.is_grad_enabled():
@@ -237,6 +248,7 @@ def list_loss(
     check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
     if cu_seqlens is not None:
         check_cumulative("cu_seqlens", cu_seqlens, log_probs.numel(), "tokens")
+    check_pair_weights(pair_weights, cu_lists)
     problem = list_problem(
         ListProblem(
             log_probs,

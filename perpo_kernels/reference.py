@@ -71,7 +71,9 @@ class Lists(NamedTuple):
 
     def scores(self, objective: Objective) -> Tensor:  # [S]
         scores = self.log_probs if self.ref_log_probs is None else self.log_probs - self.ref_log_probs
-        return scores / self.lengths if objective.length_normalized and self.lengths is not None else scores
+        if not objective.length_normalized or self.lengths is None:
+            return scores
+        return scores / self.lengths.clamp(min=1)
 
     def members(self) -> Iterator[list[int]]:
         """The candidates of each list that take part."""
@@ -79,7 +81,9 @@ class Lists(NamedTuple):
             yield [
                 i
                 for i in range(start, end)
-                if (self.valid is None or self.valid[i]) and torch.isfinite(self.rewards[i])
+                if (self.valid is None or self.valid[i])
+                and (self.lengths is None or self.lengths[i] > 0)
+                and torch.isfinite(self.rewards[i])
             ]
 
 
@@ -152,7 +156,8 @@ def pair_weight(
     if objective.weight == "uniform":
         return rewards.new_ones(())
     if objective.weight == "power":
-        return ((rewards[i] - rewards[j]) / unit) ** objective.gamma
+        share = (rewards[i].double() - rewards[j].double()) / unit  # of fp32 rewards, the difference may leave fp32
+        return (share**objective.gamma).to(rewards.dtype)
     ranks = {
         a: 1 + sum(bool(scores[b] > scores[a]) or bool(scores[b] == scores[a] and b < a) for b in members)
         for a in (i, j)

@@ -23,9 +23,12 @@ def one_more_rounding(dtype: torch.dtype) -> float:
 
 
 def interpreter_truncation(backend: str, dtype: torch.dtype, device: torch.device) -> float:
-    """Triton's CPU interpreter cuts fp32 off to bf16 where every GPU rounds to nearest: up to half a unit more."""
+    """Triton's CPU interpreter cuts fp32 off to bf16 where every GPU rounds to nearest.
+
+    Just below a number of bf16, that costs a whole unit of the last place where plain PyTorch is all but exact.
+    """
     truncates = backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16
-    return one_more_rounding(dtype) if truncates else 0.0
+    return 2 * one_more_rounding(dtype) if truncates else 0.0
 
 
 def assert_as_accurate_as_plain(

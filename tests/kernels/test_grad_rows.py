@@ -8,7 +8,7 @@ from perpo_kernels import backends
 from perpo_kernels.backends import LogitMap
 
 from . import plain
-from .accuracy import DTYPES, SUM_ORDER, assert_as_accurate_as_plain, interpreter_truncation, one_more_rounding
+from .accuracy import DTYPES, assert_as_accurate_as_plain, interpreter_truncation, one_more_rounding
 from .problems import IGNORED, random_labels
 from .test_log_prob_rows import MAPS, PLAIN, VOCABULARIES
 
@@ -33,11 +33,8 @@ def check(backend: str, raw: Tensor, labels: Tensor, z: LogitMap = PLAIN, coeffi
     in_place = raw.clone()
     kernels.grad_rows_(in_place, labels, lse, coefficients, z, in_place)
     assert torch.equal(in_place, out)
-    # lse is one fp32 number of the size of the logits: softmax = exp(z − lse) inherits its rounding
-    size = max(1.0, (plain.map_logits(raw.double(), z.softcap, z.logit_scale) / z.temperature).abs().max().item())
     cut = interpreter_truncation(backend, raw.dtype, raw.device)
-    lse_rounding = SUM_ORDER * (size - 1)
-    assert_as_accurate_as_plain(out, peer, exact, extra=cut + lse_rounding)
+    assert_as_accurate_as_plain(out, peer, exact, extra=cut)
     if coefficients is None:
         fused = raw.clone()
         log_probs, fused_lse = kernels.fused_rows_(fused, labels, z)
@@ -173,5 +170,5 @@ def test_fused_writes_nothing_beside_its_rows(backend, device, n_vocab):
 def test_no_rows(backend, device):
     kernels = backends.load(backend)
     raw, none = torch.zeros(0, 7, device=device), torch.zeros(0, device=device)
-    kernels.grad_rows_(raw, none.long(), none, None, LogitMap(), raw)
+    kernels.grad_rows_(raw, none.long(), torch.zeros(2, 0, device=device), None, LogitMap(), raw)
     assert kernels.fused_rows_(raw, none.long(), LogitMap())[0].shape == (0,)

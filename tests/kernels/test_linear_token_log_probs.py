@@ -43,10 +43,11 @@ def check(backend, head: Head, trainable=("hidden", "weight", "bias"), bias=True
     cut = interpreter_truncation(backend, dtype, device)
     # terms of dW and db of random sign add up and cancel: a rounding counts against the terms, not against their sum
     terms = upstream.flatten() * (head.labels != IGNORED).flatten()
+    rows = head.hidden.nan_to_num().float().reshape(-1, head.hidden.shape[-1])
     norms = {
         "hidden": 0.0,
         "bias": terms.norm().item(),
-        "weight": (terms.unsqueeze(1) * head.hidden.nan_to_num().float().view(len(terms), -1)).norm().item(),
+        "weight": (terms.unsqueeze(1) * rows).norm().item(),
     }
     for name in trainable:
         got = gradients[name]

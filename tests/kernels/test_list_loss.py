@@ -22,7 +22,7 @@ def token_problem(device: torch.device, lengths=RAGGED, objective=OBJECTIVE, ign
     labels.masked_fill_(torch.rand(lists.n_tokens, device=device) < ignored, IGNORED)
     log_probs.masked_fill_(labels == IGNORED, torch.nan)  # what stands at an ignored token is never read
     return ListProblem(
-        log_probs, lists.rewards, lists.cu_lists, lists.cu_seqlens, labels, lists.ref_log_probs, None, objective
+        log_probs, lists.rewards, lists.cu_lists, objective, lists.cu_seqlens, labels, ref_log_probs=lists.ref_log_probs
     )
 
 
@@ -36,18 +36,16 @@ def exact(p: ListProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """losses, coefficients, sequence_log_probs, stats by the definition in float64."""
     leaf = p.log_probs.double().requires_grad_()
     if p.cu_seqlens is None:
-        sums, valid = leaf, torch.ones_like(p.rewards, dtype=torch.bool)
+        sums, valid = leaf, p.valid
     else:
         kept = torch.where(p.labels != p.ignore_index, leaf, 0.0)
-        sums, valid = reference.sequence_log_probs(kept, p.labels, p.cu_seqlens, p.ignore_index)
-    if p.valid is not None:
-        valid = valid & p.valid
-    scores = sums if p.ref_log_probs is None else sums - p.ref_log_probs.double()
-    beta, gamma = p.objective.beta, p.objective.gamma
-    losses = reference.list_losses(scores, p.rewards.double(), p.cu_lists, valid, beta, gamma)
-    gradient = torch.autograd.grad(losses.sum(), leaf)[0] if losses.requires_grad else None
-    stats = reference.list_stats(scores.detach(), p.rewards.double(), p.cu_lists, valid, beta)
-    return losses.detach(), torch.zeros_like(leaf) if gradient is None else gradient, sums.detach(), stats
+        sums, counts = reference.sequence_log_probs(kept, p.labels, p.cu_seqlens, p.ignore_index)
+        valid = counts > 0
+    ref = None if p.ref_log_probs is None else p.ref_log_probs.double()
+    lists = reference.Lists(sums, p.rewards.double(), p.cu_lists, ref, valid)
+    losses = reference.list_losses(lists, p.objective)
+    gradient = torch.autograd.grad(losses.sum(), leaf)[0]
+    return losses.detach(), gradient, sums.detach(), reference.list_stats(lists, p.objective)
 
 
 def check(backend: str, p: ListProblem) -> None:
@@ -78,7 +76,8 @@ def test_every_list_length_around_a_tile(backend, device, k):
 
 
 def test_a_thousand_candidates(backend, device):
-    p = token_problem(device, lengths=[[1] * 1024], ignored=0.0)
+    k = 300 if backend == "triton" and device.type == "cpu" else 1024  # in the interpreter five tiles must do
+    p = token_problem(device, lengths=[[1] * k], ignored=0.0)
     result = run(backend, p)
     scores = (p.log_probs - p.ref_log_probs).double().requires_grad_()
     r = p.rewards.double()
@@ -117,7 +116,7 @@ def test_per_candidate_with_valid(backend, device):
     valid = torch.rand(len(scores), device=device) < 0.7
     rewards = lists.rewards.masked_fill(~valid, torch.nan)
     log_probs = scores.masked_fill(~valid, torch.inf)
-    p = ListProblem(log_probs, rewards, lists.cu_lists, None, None, None, valid, Objective(1.0, 0.5))
+    p = ListProblem(log_probs, rewards, lists.cu_lists, Objective(1.0, 0.5), valid=valid)
     clean = p._replace(log_probs=scores, rewards=lists.rewards)
     result = run(backend, p)
     losses, coefficients, _, stats = exact(clean)

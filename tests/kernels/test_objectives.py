@@ -1,6 +1,7 @@
 """Objective: a value with checked numbers."""
 
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -13,15 +14,23 @@ def test_the_defaults_are_the_published_ones():
     assert Objective() == Objective(beta=0.1, gamma=0.5) == objectives.perpo()
 
 
-def test_uniform_pairs_is_gamma_zero():
-    assert objectives.uniform_pairs(0.3) == Objective(0.3, 0.0)
+def test_uniform_pairs_are_the_pairs_of_perpo_without_weights():
+    assert objectives.uniform_pairs(0.3) == Objective(0.3, weight="uniform")
 
 
-def test_an_objective_is_its_numbers_and_back():
-    for objective in (Objective(0.3, 2), Objective(1, 0)):
+PRESETS = [
+    name
+    for name, fn in inspect.getmembers(objectives, inspect.isfunction)
+    if fn.__module__ == objectives.__name__ and not name.startswith("_")
+]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_objective_is_its_numbers_and_back(name):
+    for objective in (getattr(objectives, name)(), getattr(objectives, name)(2)):
         numbers = objective.numbers()
         assert all(type(x) is float for x in numbers)
-        assert Objective(*numbers) == objective
+        assert Objective.from_numbers(numbers) == objective
 
 
 def test_an_objective_does_not_change():
@@ -30,13 +39,30 @@ def test_an_objective_does_not_change():
     assert len({Objective(), Objective(), Objective(0.2)}) == 2
 
 
-@pytest.mark.parametrize("beta", [0, -0.1, math.inf, math.nan])
-def test_beta_must_be_positive_and_finite(beta):
+@pytest.mark.parametrize("beta", [0, -0.1])
+def test_beta_must_be_positive(beta):
     with pytest.raises(ValueError, match="beta must be a finite number > 0, got"):
         Objective(beta=beta)
 
 
-@pytest.mark.parametrize("gamma", [-0.5, math.inf, math.nan])
-def test_gamma_must_not_be_negative(gamma):
-    with pytest.raises(ValueError, match="gamma must be a finite number >= 0, got"):
-        Objective(gamma=gamma)
+@pytest.mark.parametrize("name", ["gamma", "target_temperature", "nll"])
+def test_what_must_not_be_negative(name):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0, got -0.5"):
+        Objective(**{name: -0.5})
+
+
+NUMBERS = ("beta", "gamma", "target_temperature", "nll", "soft_target", "offset", "log_margin")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_number_must_be_finite(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be finite, got"):
+        Objective(**{name: value})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [None, "1", True])
+def test_a_number_must_be_one(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got {type(value).__name__}"):
+        Objective(**{name: value})

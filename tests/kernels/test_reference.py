@@ -7,12 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from perpo_kernels import reference
+from perpo_kernels.objectives import Objective
 
 
 def list_loss(scores, rewards, valid=None, beta=1.0, gamma=1.0):
     s, r = torch.tensor(scores, dtype=torch.float64), torch.tensor(rewards, dtype=torch.float64)
-    everyone = torch.ones(len(scores), dtype=torch.bool) if valid is None else torch.tensor(valid)
-    return reference.list_losses(s, r, torch.tensor([0, len(scores)]), everyone, beta, gamma)[0].item()
+    keep = None if valid is None else torch.tensor(valid)
+    lists = reference.Lists(s, r, torch.tensor([0, len(scores)]), valid=keep)
+    return reference.list_losses(lists, Objective(beta, gamma))[0].item()
 
 
 def softplus(x):
@@ -49,19 +51,22 @@ def test_head_logits_scale_before_the_softcap():
     torch.testing.assert_close(reference.head_logits(hidden, weight, bias, 2.0, 1.5), 2 * torch.tanh(raw / 2))
 
 
-def test_sequence_log_probs_sum_a_candidate_and_tell_the_empty_ones():
-    labels = torch.tensor([1, -100, 2, -100])
-    sums, valid = reference.sequence_log_probs(
-        torch.tensor([-1.0, 0.0, -2.0, 0.0]), labels, torch.tensor([0, 2, 2, 3, 4])
-    )
-    assert sums.tolist() == [-1.0, 0.0, -2.0, 0.0]
-    assert valid.tolist() == [True, False, True, False]
+def test_sequence_log_probs_sum_a_candidate_and_count_its_tokens():
+    labels, cu_seqlens = torch.tensor([1, -100, 2, 3, -100]), torch.tensor([0, 2, 2, 4, 5])
+    log_probs = torch.tensor([-1.0, 0.0, -2.0, -4.0, 0.0])
+    sums, counts = reference.sequence_log_probs(log_probs, labels, cu_seqlens)
+    assert sums.tolist() == [-1.0, 0.0, -6.0, 0.0]
+    assert counts.tolist() == [1, 0, 2, 0]
+    weights = torch.tensor([3.0, torch.nan, 0.5, 2.0, torch.nan])
+    sums, counts = reference.sequence_log_probs(log_probs, labels, cu_seqlens, token_weights=weights)
+    assert sums.tolist() == [-3.0, 0.0, -9.0, 0.0]
+    assert counts.tolist() == [1, 0, 2, 0]
 
 
 def test_list_stats_by_hand():
     scores, rewards = torch.tensor([0.5, -1.0, 2.0, 9.0]), torch.tensor([4.0, 1.0, 5.0, math.nan])
-    stats = reference.list_stats(scores, rewards, torch.tensor([0, 4, 4]), torch.ones(4, dtype=torch.bool), 0.1)
+    stats = reference.list_stats(reference.Lists(scores, rewards, torch.tensor([0, 4, 4])), Objective(0.1))
     torch.testing.assert_close(stats[:, 0], torch.tensor([0.2, -0.1, 1.0, 1.0]))
     assert (stats[:, 1] == 0).all()
-    flipped = reference.list_stats(-scores, rewards, torch.tensor([0, 4]), torch.ones(4, dtype=torch.bool), 0.1)
+    flipped = reference.list_stats(reference.Lists(-scores, rewards, torch.tensor([0, 4])), Objective(0.1))
     assert flipped[2].item() == 0

@@ -129,7 +129,7 @@ def lists_of_k(c: Candidates, given: Tensor | None, objective: Objective) -> tup
     loss = torch.zeros_like(z[:, 0])
     slope = torch.zeros_like(z)  # ∂loss/∂z
     if o.pairs != "none":
-        pair_loss, pair_slope = _pair_term(c, z, better, given, highest / 2 - lowest / 2, is_best, is_worst, o)
+        pair_loss, pair_slope = _pair_term(c, z, better, given, highest, lowest, o)
         loss, slope = loss + pair_loss, slope + pair_slope
     p = p_best
     if o.target_temperature:
@@ -170,23 +170,24 @@ def _pair_term(
     z: Tensor,  # [n, k]: βs
     better: Tensor,  # bool [n, k, k]
     given: Tensor | None,  # [n, k, k]
-    half_spread: Tensor,  # [n, 1]
-    is_best: Tensor,  # bool [n, k]
-    is_worst: Tensor,
+    highest: Tensor,  # [n, 1]
+    lowest: Tensor,
     o: Objective,
 ) -> tuple[Tensor, Tensor]:
     """Σ w_ij ℓ(d_ij) [n] and its slope in z [n, k]."""
     gap = torch.where(better, c.reward.unsqueeze(-1) - c.reward.unsqueeze(-2), 1.0)
-    half = c.reward / 2  # differences of halves stay finite for every finite reward
-    share = torch.where(better, (half.unsqueeze(-1) - half.unsqueeze(-2)) / half_spread.unsqueeze(-1), 1.0)
+    unit = torch.where((highest - lowest).isfinite(), 1.0, 0.5)  # differences of halves are finite for all rewards
+    scaled, spread = unit * c.reward, unit * highest - unit * lowest
+    share = torch.where(better, (scaled.unsqueeze(-1) - scaled.unsqueeze(-2)) / spread.unsqueeze(-1), 1.0)
     if given is not None:
-        pair, weight = given > 0, given
+        pair = given > 0
+        weight = given.where(pair, 0.0)
     else:
         pair = better
         if o.pairs != "all":
-            pair = pair & is_best.unsqueeze(-1)
+            pair = pair & (c.reward == highest).unsqueeze(-1)
         if o.pairs == "best_vs_worst":
-            pair = pair & is_worst.unsqueeze(-2)
+            pair = pair & (c.reward == lowest).unsqueeze(-2)
         weight = pair.to(z.dtype)
         if o.weight == "power":
             weight = (share if o.normalize == "list" else gap).pow(o.gamma).where(pair, 0.0)

@@ -118,12 +118,13 @@ def zero_row(out, start, V, EDGES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.co
         tl.store(out + offset, tl.zeros([2 * VEC], out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def fused_rows_kernel(
     logits,
     labels,
     log_probs,
     lse,
+    n_rows,
     V,
     n_inner,
     stride_outer,
@@ -142,7 +143,7 @@ def fused_rows_kernel(
     if label == ignore_index:
         tl.store(log_probs + row, 0.0)
         tl.store(lse + row, 0.0)
-        tl.store(lse + tl.num_programs(0) + row, 0.0)
+        tl.store(lse + n_rows + row, 0.0)
         zero_row(logits, start, V, EDGES, BLOCK, VEC)
     else:
         scale = post if SOFTCAP else pre
@@ -152,7 +153,7 @@ def fused_rows_kernel(
         log_total = tl.log(total)
         tl.store(log_probs + row, tl.where(known, (target - shift) - log_total, float("nan")))
         tl.store(lse + row, shift)
-        tl.store(lse + tl.num_programs(0) + row, log_total)
+        tl.store(lse + n_rows + row, log_total)
         one = tl.where(known, 1.0, float("nan"))
         write_row(
             logits, logits, start, start, V, label, one, shift, 1.0 / total, pre, post, SOFTCAP, EDGES, BLOCK, VEC
@@ -225,6 +226,7 @@ def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Te
             labels,
             log_probs,
             lse,
+            launch.n_rows,
             logits.shape[-1],
             *launch.layout,
             z.pre,

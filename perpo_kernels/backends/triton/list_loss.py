@@ -303,6 +303,8 @@ def list_loss_kernel(
                 if HAS_FLIPS:
                     flip_win = tl.load(flip_probs + j, mask=j < end, other=0.0).to(tl.float32)[None, :]
                     flip_lose = tl.load(flip_probs + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
+                w_win = tl.where(w_win > 0, w_win, 0.0)
+                w_lose = tl.where(w_lose > 0, w_lose, 0.0)
                 d = tl.where(both, ahead, 0.0)
                 link, slope_win = link_and_slope(d - offset, flip_win, beta, LINK)
                 _, slope_lose = link_and_slope(-d - offset, flip_lose, beta, LINK)
@@ -432,6 +434,8 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         return
     tokens = p.cu_seqlens is not None
     tile = min(MAX_TILE, max(16, triton.next_power_of_2(triton.cdiv(n_candidates, n_lists))))
+    # Without token tiles the assembler aims at fewer registers and spills: it gets less to hold at once.
+    pair_tile = PAIR_TILE if tokens or o.pairs == "given" else PAIR_TILE // 2
     scratch = torch.empty(SCRATCH_ROWS, n_candidates, dtype=torch.float32, device=p.rewards.device)
 
     def or_dummy(x: Tensor | None) -> Tensor:
@@ -474,7 +478,7 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         HAS_TOKEN_WEIGHTS=p.token_weights is not None,
         HAS_FLIPS=p.flip_probs is not None,
         K=tile,
-        J=min(tile, PAIR_TILE // tile),
+        J=min(tile, pair_tile // tile),
         R=TOKEN_TILE // tile if tokens else 1,
         num_warps=NUM_WARPS,
     )
