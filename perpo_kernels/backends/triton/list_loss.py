@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perpo_kernels.backends import ListProblem, ListResult
+from perpo_kernels.backends.triton.list_scores import candidate_scores, ranks_or_denominators
 from perpo_kernels.backends.triton.list_terms import (
     LIST_PLACKETT_LUCE,
     LIST_SOFTMAX,
@@ -46,102 +47,6 @@ PAIR_TILE = 1024  # pairs a step: four a thread
 TOKEN_TILE = 2048  # tokens a step, of all candidates of the tile together
 NUM_WARPS = 8
 SCRATCH_ROWS = 6  # scores, keys, slopes of the pair term, 1 / lengths, ranks or denominators, Plackett–Luce slopes
-
-
-@triton.jit
-def candidate_scores(
-    i,
-    here,
-    log_probs,
-    labels,
-    rewards,
-    ref_log_probs,
-    valid,
-    lengths,
-    token_weights,
-    cu_seqlens,
-    ignore_index,
-    TOKENS: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    HAS_TOKEN_WEIGHTS: tl.constexpr,
-    LENGTH_NORMALIZED: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-):
-    """(Σ ω log_prob, s, key, 1 / length) of the candidates i [K] that are `here`."""
-    if HAS_VALID:
-        here = here & (tl.load(valid + i, mask=here, other=0) != 0)
-    reward = tl.load(rewards + i, mask=here, other=float("nan")).to(tl.float32)
-    ok = here & (tl.abs(reward) < float("inf"))
-    length = tl.full([K], 1.0, tl.float32)
-    if TOKENS:
-        first = tl.load(cu_seqlens + i, mask=here, other=0)
-        last = tl.load(cu_seqlens + i + 1, mask=here, other=0)
-        partial = tl.zeros([K, R], tl.float32)
-        counts = tl.zeros([K, R], tl.int32)
-        step = tl.arange(0, R)
-        longest = tl.max(last - first, axis=0)
-        for r in range(0, longest, R):
-            t = first[:, None] + (r + step)[None, :]
-            inside = t < last[:, None]
-            inside = inside & (tl.load(labels + t, mask=inside, other=0) != ignore_index)
-            term = tl.load(log_probs + t, mask=inside, other=0.0).to(tl.float32)
-            if HAS_TOKEN_WEIGHTS:
-                term *= tl.load(token_weights + t, mask=inside, other=0.0).to(tl.float32)
-            partial += term
-            counts += inside.to(tl.int32)
-        total = tl.sum(partial, axis=1)
-        length = tl.sum(counts, axis=1).to(tl.float32)
-        ok = ok & (length > 0)
-    else:
-        total = tl.load(log_probs + i, mask=here, other=0.0).to(tl.float32)
-        if HAS_LENGTHS:
-            length = tl.load(lengths + i, mask=here, other=0).to(tl.float32)
-            ok = ok & (length > 0)
-    score = total
-    if HAS_REF:
-        score = total - tl.load(ref_log_probs + i, mask=here, other=0.0).to(tl.float32)
-    inverse_length = 1.0 / tl.maximum(length, 1.0)
-    if LENGTH_NORMALIZED:
-        score = score * inverse_length
-    return total, score, tl.where(ok, reward, float("nan")), inverse_length
-
-
-@triton.jit
-def ranks_or_denominators(
-    scores, keys, aux, begin, end, beta, LIST_TERM: tl.constexpr, WEIGHT: tl.constexpr, K: tl.constexpr
-):
-    """aux_i: the rank of i by score, or log Σ_{m: r_m ≤ r_i} exp βs_m of Plackett–Luce."""
-    slot = tl.arange(0, K)
-    for start in range(begin, end, K):
-        i = start + slot
-        key_i = tl.load(keys + i, mask=i < end, other=float("nan"))
-        z_i = beta * tl.load(scores + i, mask=i < end, other=0.0)
-        rank = tl.full([K], 1, tl.int32)
-        top = tl.full([K], -float("inf"), tl.float32)
-        total = tl.zeros([K], tl.float32)
-        for other in range(begin, end, K):
-            j = other + slot
-            key_j = tl.load(keys + j, mask=j < end, other=float("nan"))
-            z_j = beta * tl.load(scores + j, mask=j < end, other=0.0)
-            if LIST_TERM == LIST_PLACKETT_LUCE:
-                in_race = key_j[None, :] <= key_i[:, None]
-                z = tl.where(in_race, z_j[None, :], -float("inf"))
-                new_top = tl.maximum(top, tl.max(z, axis=1))
-                shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-                total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
-                top = new_top
-            else:
-                above = z_j[None, :] > z_i[:, None]
-                above = above | ((z_j[None, :] == z_i[:, None]) & (j[None, :] < i[:, None]))
-                above = above & (key_j == key_j)[None, :]
-                rank += tl.sum(above.to(tl.int32), axis=1)
-        if LIST_TERM == LIST_PLACKETT_LUCE:
-            tl.store(aux + i, tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), 0.0), mask=i < end)
-        else:
-            tl.store(aux + i, rank.to(tl.float32), mask=i < end)
 
 
 @triton.jit
