@@ -1,0 +1,127 @@
+"""Which models are compared: how they are named, told apart and loaded.
+
+    base=Qwen/Qwen2.5-VL-3B-Instruct    aligned=runs/merged    "adapted=models/base + runs/lora"    runs/lora
+
+A folder with an adapter alone names its base model itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig
+
+from perpo.vlm import Encoder, load_model, load_processor
+
+_ADAPTER = "adapter_config.json"
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What lies beside a model without changing its answers.
+_NO_PART = re.compile(r".*\.(md|png|jpg)|\..*|(optimizer|scheduler|scaler|rng_state|training_args|trainer_state).*")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to compare: `base`, with the adapter in `adapter` on it if there is one."""
+
+    name: str
+    base: str
+    adapter: str | None = None
+
+    @property
+    def shown(self) -> str:
+        return self.base if self.adapter is None else f"{self.base} + {self.adapter}"
+
+    def identity(self, options: Mapping[str, Any]) -> str:
+        """Hash of all files of the model and of `options`. A name on the hub stands for the commit it means today.
+
+        Raises:
+            ValueError: no such folder.
+        """
+        digest = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=str).encode())
+        for place in (self.base, self.adapter):
+            digest.update(b"\0" if place is None else _content(place, bool(options.get("trust_remote_code"))))
+        return digest.hexdigest()[:16]
+
+    def load(
+        self,
+        *,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        processor_options: Mapping[str, Any] | None = None,
+        device: str | None = None,
+    ) -> tuple[nn.Module, Encoder]:
+        """The model on its device, in evaluation mode, and its encoder. The adapter's own processor goes first."""
+        model = load_model(
+            self.base, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+        holder = self.base
+        if self.adapter is not None:
+            model = PeftModel.from_pretrained(model, self.adapter)
+            if any((Path(self.adapter) / name).is_file() for name in _PROCESSORS):
+                holder = self.adapter
+        processor = load_processor(holder, trust_remote_code=trust_remote_code, **(processor_options or {}))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return model.to(place).eval(), Encoder.for_model(processor, model)
+
+
+def parse_models(given: Sequence[str] | Mapping[str, str]) -> list[ModelSource]:
+    """`name=path`, `name=base + adapter` or a path alone, the first being what the others are compared with.
+
+    Raises:
+        ValueError: nothing given, an empty name or path, a name given twice.
+    """
+    texts = [f"{name}={path}" for name, path in given.items()] if isinstance(given, Mapping) else list(given)
+    sources = [_parse(text) for text in texts]
+    if not sources:
+        raise ValueError("models: name at least one, as name=path")
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"models: {twice[0]!r} is the name of two models; give them names of their own: name=path")
+    return sources
+
+
+def _parse(text: str) -> ModelSource:
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:  # a path that holds "="
+        name, path = "", text
+    base, plus, adapter = (part.strip() for part in path.partition(" + "))
+    if not base or (plus and not adapter) or (equals and not name and path != text):
+        raise ValueError(f"models: expected name=path or 'name=base + adapter', got {text!r}")
+    if not plus and (Path(base) / _ADAPTER).is_file():
+        base, adapter = _base_of(base), base
+    return ModelSource(name.strip() or Path(adapter or base).name, base, adapter or None)
+
+
+def _base_of(adapter: str) -> str:
+    base = json.loads((Path(adapter) / _ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"models: the adapter in {adapter} does not say which model it is for: '{adapter}' needs "
+                         f"'name=base + {adapter}'")  # fmt: skip
+    return str(base)
+
+
+def _content(place: str, trust_remote_code: bool) -> bytes:
+    folder = Path(place)
+    if not folder.is_dir():
+        if not _HUB_NAME.fullmatch(place):
+            raise ValueError(f"models: {place!r} is no folder, and no name of a model on the hub either")
+        commit = getattr(AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code), "_commit_hash", None)
+        return f"{place}@{commit}".encode()
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not _NO_PART.fullmatch(file.name):
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.digest()

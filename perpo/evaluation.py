@@ -1,0 +1,298 @@
+"""Did it work? Models side by side on held-out records: asked, judged, measured.
+
+    evaluation = evaluate(EvaluationConfig(["base=…", "aligned=…"], records="held_out.jsonl", output="out"))
+
+Answers are kept in `out/answers.jsonl` as they are given (a killed run goes on from there), the figures go to
+`out/evaluation.json`; `perpo.report` makes a page of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from perpo.answer_store import Answers, AnswerStore, Key
+from perpo.answers import Answerer
+from perpo.compared_models import ModelSource, parse_models
+from perpo.data import ListRecord, read_records
+from perpo.evaluation_config import EvaluationConfig
+from perpo.figures import Figures, ModelAnswers, figures
+from perpo.images import resolve_image
+from perpo.record_files import atomic_file
+from perpo.reference_cache import record_key
+from perpo.rewards.scoring import Tally, UnreadableAnswers, find_task
+from perpo.task_metrics import Metric, judge, metrics_of, task_in_format
+from perpo.text_scores import check_tokenizer
+
+ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """One task's records, answers of every model and figures."""
+
+    task: str
+    records: list[ListRecord]
+    answers: dict[str, ModelAnswers]  # model ->
+    metrics: list[Metric]
+    left_out: dict[str, str]  # metric -> why
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    config: EvaluationConfig
+    models: list[ModelSource]
+    identities: dict[str, str]  # model -> hash
+    tasks: list[TaskEvaluation]
+    notices: list[str] = field(default_factory=list)  # what a reader of the figures must know
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures with the settings that made them; what cannot be computed is null."""
+        return {
+            "settings": dataclasses.asdict(self.config),
+            "models": [{**dataclasses.asdict(m), "identity": self.identities[m.name]} for m in self.models],
+            "notices": self.notices,
+            "tasks": [_task_json(task) for task in self.tasks],
+        }
+
+
+def evaluate(config: EvaluationConfig) -> Evaluation:
+    """Ask, judge and measure; writes `answers.jsonl` and `evaluation.json` into `config.output`.
+
+    Raises:
+        ValueError: a setting, model, record or ground truth that cannot be used; the message names it.
+        OSError: a file or folder that cannot be read or written.
+    """
+    sources = parse_models(config.models)
+    _check_formats(config, sources)
+    records, report = read_records(
+        config.records,
+        require=("answer",),
+        skip_bad=config.skip_bad,
+        check_images=True,
+        root=config.image_root,
+    )
+    notices = [f"{report.n_bad} bad records were skipped; the first: {report.errors[0]}"] if report.n_bad else []
+    records = records[: config.limit]
+    tasks = _by_task(records, config)
+    for task in tasks:
+        if task in ("ocr", "ocr-words"):
+            check_tokenizer(config.bleu_tokenize)
+    _check_truths(tasks)
+    output = Path(config.output)
+    identities: dict[str, str] = {}
+    asked: dict[str, dict[str, dict[str, Answers]]] = {}  # model -> kind -> record id -> answers
+    with AnswerStore(output / ANSWERS) as store:
+        contents = {record.id: record_content(record, config.image_root) for record in records}
+        for source in sources:
+            identities[source.name] = source.identity(_answer_options(config))
+            asked[source.name] = _ask(source, identities[source.name], records, contents, config, store)
+    evaluated = []
+    for task, members in tasks.items():
+        answers = {}
+        for source in sources:
+            name = task_in_format(task, config.box_format_of(source.name))
+            answers[source.name], told = _judged(source.name, name, members, asked[source.name])
+            notices += told
+        metrics, left_out = metrics_of(task, config.bleu_tokenize)
+        options = {"draws": config.resamples, "confidence": config.confidence, "seed": config.seed}
+        found = figures(answers, metrics, **options)  # type: ignore[arg-type]
+        evaluated.append(TaskEvaluation(task, members, answers, metrics, left_out, found))
+    evaluation = Evaluation(config, sources, identities, evaluated, notices)
+    with atomic_file(output / FIGURES) as file:
+        text = json.dumps(_without_nan(evaluation.as_json()), indent=1, ensure_ascii=False, allow_nan=False)
+        file.write(text.encode(errors="replace") + b"\n")
+    return evaluation
+
+
+def record_content(record: ListRecord, image_root: str | None) -> str:
+    """Hash of a record's question and of what is in its picture."""
+    image = record.image
+    if isinstance(image, str | os.PathLike):
+        image = resolve_image(image, image_root).read_bytes()
+    return record_key(replace(record, image=image, responses=(), rewards=None, ref_log_probs=None))[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------- asking
+
+
+def _ask(
+    source: ModelSource,
+    identity: str,
+    records: Sequence[ListRecord],
+    contents: dict[str, str],
+    config: EvaluationConfig,
+    store: AnswerStore,
+) -> dict[str, dict[str, Answers]]:
+    """kind -> record id -> answers, from the store where they are, otherwise from the model."""
+    kinds = {
+        "greedy": list(records),
+        "blank": [record for record in records if record.image is not None] if config.blank_test else [],
+        "sampled": list(records) if config.n else [],
+    }
+
+    def key(kind: str, record: ListRecord) -> Key:
+        return Key(identity, config.condition(kind), record.id, contents[record.id])
+
+    left = {kind: [r for r in members if key(kind, r) not in store] for kind, members in kinds.items()}
+    total, n_left = sum(map(len, kinds.values())), sum(map(len, left.values()))
+    if n_left:
+        model, encoder = source.load(
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            processor_options=config.processor_settings,
+            device=config.device,
+        )
+        ask = Answerer(model, encoder, image_root=config.image_root, max_new_tokens=config.max_new_tokens)
+        with tqdm(total=total, initial=total - n_left, desc=source.name, unit="question") as bar:
+            for kind in ("greedy", "blank"):
+                for batch in _batches(left[kind], config.batch_size):
+                    answers = ask.greedy(batch, blank=kind == "blank")
+                    store.add((key(kind, r), a) for r, a in zip(batch, answers, strict=True))
+                    bar.update(len(batch))
+            for record in left["sampled"]:
+                sampled = ask.sample(
+                    record,
+                    config.n,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    seed=config.seed,
+                    batch_size=config.batch_size,
+                )
+                store.add([(key("sampled", record), sampled)])
+                bar.update()
+        del model, encoder, ask
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return {kind: {r.id: store[key(kind, r)] for r in members} for kind, members in kinds.items()}
+
+
+def _batches(records: Sequence[ListRecord], size: int) -> Iterator[list[ListRecord]]:
+    """Questions with and without a picture cannot share a batch."""
+    for with_image in (True, False):
+        group = [record for record in records if (record.image is not None) == with_image]
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def _answer_options(config: EvaluationConfig) -> dict[str, Any]:
+    """Settings that change what every model answers."""
+    names = ("dtype", "attn_implementation", "trust_remote_code", "processor_options")
+    return {name: getattr(config, name) for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------- judging
+
+
+def _by_task(records: Sequence[ListRecord], config: EvaluationConfig) -> dict[str, list[ListRecord]]:
+    tasks: dict[str, list[ListRecord]] = {}
+    for record in records:
+        task = config.reward or record.task
+        if not task:
+            raise ValueError(f"record {record.id!r} names no task: give its task, or a reward for all records")
+        tasks.setdefault(task, []).append(record)
+    for task in tasks:
+        find_task(task)
+    return tasks
+
+
+def _check_formats(config: EvaluationConfig, sources: Sequence[ModelSource]) -> None:
+    names = {source.name for source in sources}
+    for text in config.box_formats:
+        name, equals, _ = text.partition("=")
+        if equals and name not in names:
+            raise ValueError(f"box_formats: {text!r} is for a model {name!r}; there are {', '.join(sorted(names))}")
+    for source in sources:
+        config.box_format_of(source.name)
+
+
+def _check_truths(tasks: dict[str, list[ListRecord]]) -> None:
+    """Judge an empty answer to every record now: a bad ground truth must not end the run after hours of asking.
+
+    Your own rewards are left out: they may be slow, or not take an empty answer.
+    """
+    for task, members in tasks.items():
+        if ":" in task:
+            continue
+        reward = find_task(task)
+        for record in members:
+            judge(record, [""], reward, (1, 1), Tally())
+
+
+def _judged(
+    model: str, task_name: str, records: Sequence[ListRecord], asked: dict[str, dict[str, Answers]]
+) -> tuple[ModelAnswers, list[str]]:
+    """The answers of a model to a task's records with their rewards, and what its reader must be told."""
+    task, tally, others = find_task(task_name), Tally(), Tally()
+    greedy = [judge(r, (a := asked["greedy"][r.id]).texts, task, a.image_size, tally)[0] for r in records]
+    blank = [
+        judge(r, (a := asked["blank"][r.id]).texts, task, a.image_size, others)[0] if r.id in asked["blank"] else None
+        for r in records
+    ]
+    sampled = [
+        judge(r, (a := asked["sampled"][r.id]).texts, task, a.image_size, others)
+        for r in records
+        if r.id in asked["sampled"]
+    ]
+    n_cut = sum(asked["greedy"][r.id].n_cut for r in records)
+    notices = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnreadableAnswers)
+        tally.check()
+    for warning in caught:
+        warnings.warn(f"{model}, {task_name}: {warning.message}", UnreadableAnswers, stacklevel=2)
+        examples = "; ".join(map(repr, tally.examples))
+        notices.append(
+            f"{model}, {task_name}: {tally.summary()}. Expected: {tally.expected}. Found, for example: {examples}"
+        )
+    if 2 * n_cut > len(records):
+        notices.append(
+            f"{model}, {task_name}: {n_cut} of {len(records)} answers were cut after max_new_tokens; raise it"
+        )
+    return ModelAnswers(greedy, blank if any(blank) else None, sampled, n_cut), notices
+
+
+# ------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _task_json(task: TaskEvaluation) -> dict[str, Any]:
+    models = {}
+    for model, answers in task.answers.items():
+        figures_of = task.figures.by_model[model]
+        models[model] = {
+            "metrics": {
+                name: {kind: found and found._asdict() for kind, found in figure._asdict().items()}
+                for name, figure in figures_of.items()
+            },
+            "mean_best_reward_of_k": [found._asdict() for found in task.figures.best_of_k.get(model, [])],
+            "cut_answers": answers.n_cut,
+        }
+    return {
+        "task": task.task,
+        "n_records": len(task.records),
+        "n_with_image": sum(record.image is not None for record in task.records),
+        "metrics": {m.name: {"label": m.label, "higher_is_better": m.higher_is_better} for m in task.metrics},
+        "left_out": task.left_out,
+        "models": models,
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

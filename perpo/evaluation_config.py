@@ -1,0 +1,116 @@
+"""Settings of `perpo evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from perpo.rewards.boxes import box_format
+from perpo.rewards.scoring import find_task
+
+
+@dataclass
+class EvaluationConfig:
+    """Which models, on which records, and what is measured."""
+
+    models: list[str] = field(
+        metadata={
+            "help": "name=path, 'name=base + adapter', or paths alone; the others are compared with the first one."
+        }
+    )
+    records: str = field(metadata={"help": "Held-out records with answers: .jsonl, .json or .parquet."})
+    output: str = field(metadata={"help": "Folder for answers.jsonl, evaluation.json and report.html."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that the records' images are under."})
+    reward: str | None = field(
+        default=None, metadata={"help": "Task or reward of all records; default: each record's own task."}
+    )
+    box_formats: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "How boxes are written: one format for all models, or name=format for each; default: the task's."
+        },
+    )
+    n: int = field(default=16, metadata={"help": "Sampled answers a record for best-of-n; 0 leaves it out."})
+    blank_test: bool = field(
+        default=True, metadata={"help": "Ask everything once more with the images blanked: the no-image test."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Answers generated at a time."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens after which an answer is cut."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
+    top_p: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
+    seed: int = field(default=0, metadata={"help": "Of sampling, of the bootstrap and of the examples shown."})
+    limit: int | None = field(default=None, metadata={"help": "Take only the first so many records."})
+    skip_bad: bool = field(default=False, metadata={"help": "Leave out bad records and count them."})
+    resamples: int = field(default=2000, metadata={"help": "Draws of the bootstrap."})
+    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
+    examples: int = field(default=12, metadata={"help": "Example pictures a task in the report."})
+    bleu_tokenize: str = field(default="13a", metadata={"help": "sacrebleu's tokenizer: 13a, zh, char, intl, …"})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Type of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention; default: the model's."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with a model. Only for sources that you trust."}
+    )
+    processor_options: str = field(
+        default="{}", metadata={"help": 'Passed to the processors, as JSON or YAML mapping: {"max_pixels": 401408}.'}
+    )
+    device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, cpu, …; default: a GPU if there is one."})
+
+    def __post_init__(self) -> None:
+        at_least = {"n": 0, "batch_size": 1, "max_new_tokens": 1, "resamples": 1, "examples": 0, "limit": 1, "seed": 0}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be ≥ {least}, got {value}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be > 0, got {self.temperature}; n=0 leaves sampling out")
+        for name in ("top_p", "confidence"):
+            value = getattr(self, name)
+            if not 0 < value <= 1 or (name == "confidence" and value == 1):
+                raise ValueError(f"{name} must be in (0, 1{')' if name == 'confidence' else ']'}, got {value}")
+        if self.reward is not None:
+            find_task(self.reward)
+        if isinstance(self.box_formats, str):
+            self.box_formats = [self.box_formats]
+        if isinstance(self.processor_options, Mapping):  # from YAML
+            self.processor_options = json.dumps(self.processor_options)
+        _ = self.processor_settings
+
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        """`processor_options`, read."""
+        try:
+            found = json.loads(self.processor_options)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"processor_options must be a JSON mapping: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"processor_options must be a JSON mapping, got {self.processor_options!r:.100}")
+        return found
+
+    def box_format_of(self, model: str) -> str | None:
+        """The box format that this model writes, or None for that of the task.
+
+        Raises:
+            ValueError: a format that is not known.
+        """
+        found = None
+        for text in self.box_formats:
+            name, equals, form = text.partition("=")
+            if not equals:
+                form = name
+            box_format(form)
+            if not equals or name == model:
+                found = form
+        return found
+
+    def condition(self, kind: str) -> str:
+        """What, beside model and record, the answers of a kind ("greedy", "blank", "sampled") depend on."""
+        if kind != "sampled":
+            return f"{kind}/{self.max_new_tokens}"
+        rest = f"n{self.n}/t{self.temperature}/p{self.top_p}/seed{self.seed}/b{min(self.batch_size, self.n)}"
+        return f"{kind}/{self.max_new_tokens}/{rest}"
