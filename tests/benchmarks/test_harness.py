@@ -8,6 +8,7 @@ from benchmarks.peers import list_loss_of_tokens, loop_list_loss, plain_linear_l
 from benchmarks.problems import Head, Lists, Setting, problem
 from benchmarks.test_linear_loss import ours
 from perpo_kernels import reference
+from perpo_kernels.objectives import Objective
 
 CPU = Setting("cpu", "tiny")
 
@@ -78,8 +79,7 @@ def test_the_peers_written_here_compute_the_same_loss():
     log_probs = torch.randn(3, 6, dtype=torch.float64)
     rewards = torch.rand(3, 6, dtype=torch.float64).sort(descending=True).values
     ref = torch.randn(3, 6, dtype=torch.float64)
-    exact = reference.list_losses(
-        (log_probs - ref).flatten(), rewards.flatten(), torch.arange(4) * 6, torch.ones(18, dtype=torch.bool), 0.1, 0.5
-    ).mean()
+    lists = reference.Lists(log_probs.flatten(), rewards.flatten(), torch.arange(4) * 6, ref.flatten())
+    exact = reference.list_losses(lists, Objective()).mean()
     torch.testing.assert_close(plain_list_loss(log_probs, rewards, ref), exact)
     torch.testing.assert_close(loop_list_loss(log_probs, rewards, ref), exact)

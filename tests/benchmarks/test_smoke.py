@@ -18,7 +18,8 @@ ROW_KEYS = {
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     # one thread: the suite's workers share the cores
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment}
-    env.pop("PYTEST_ADDOPTS", None)
+    # The command is a run of its own: pytest-benchmark refuses to measure what it takes for an xdist worker.
+    env = {name: value for name, value in env.items() if name != "PYTEST_ADDOPTS" and "XDIST" not in name}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
