@@ -22,6 +22,7 @@ from perpo.answer_store import Answers
 from perpo.collate import TOKEN_KEYS, collate_lists
 from perpo.data import ListRecord
 from perpo.images import open_image
+from perpo.seen_size import seen_sizes
 from perpo.vlm import Encoder
 
 
@@ -47,6 +48,7 @@ class Answerer:
         self.encoder = encoder
         self.image_root = image_root
         self.max_new_tokens = max_new_tokens
+        self.seen_size = seen_sizes(encoder.processor)
 
     def greedy(self, records: Sequence[ListRecord], *, blank: bool = False) -> list[Answers]:
         """The one greedy answer to each record, asked as one batch.
@@ -79,7 +81,7 @@ class Answerer:
             encoded = self.encoder.prompt(prompt, image)
         except ValueError as error:
             raise ValueError(f"record {record.id!r}: {error}") from error
-        return encoded, None if image is None else seen_size(self.encoder, encoded, image)
+        return encoded, None if image is None else self.seen_size(image.size)
 
     def _generate(self, prompts: Sequence[dict[str, Tensor]], **options: Any) -> list[Tensor]:
         """Token ids of an answer to each prompt, with its end token if it has one.
@@ -120,16 +122,6 @@ def blanked(image: Image.Image) -> Image.Image:
     colour = ImageStat.Stat(image.convert("RGB")).mean
     red, green, blue = (round(channel) for channel in colour)
     return Image.new("RGB", image.size, (red, green, blue))
-
-
-def seen_size(encoder: Encoder, encoded: dict[str, Tensor], image: Image.Image) -> tuple[int, int]:
-    """(width, height) of the picture that box formats in pixels refer to: as resized for the model, where its processor
-    resizes to a grid of patches (Qwen-VL), otherwise as it is."""
-    grid, patch = encoded.get("image_grid_thw"), getattr(encoder.processor.image_processor, "patch_size", None)
-    if grid is None or not isinstance(patch, int):
-        return image.size
-    _, height, width = grid[0].tolist()
-    return width * patch, height * patch
 
 
 def record_seed(seed: int, record_id: str) -> int:
