@@ -65,6 +65,7 @@ class ListRecord:
         responses: [k] candidates, in any order. None is the ground truth, unless it was put among them.
         rewards: [k] finite numbers, or None before scoring.
         ref_log_probs: [k] log-probabilities of the responses under the reference model, or None.
+        flip_probs: [k] probabilities in [0, 1) that a preference over this response is wrong, or None.
 
     Raises:
         FieldError: a field has the wrong type, length or a number that is not finite.
@@ -78,6 +79,7 @@ class ListRecord:
     responses: tuple[str, ...] = ()
     rewards: tuple[float, ...] | None = None
     ref_log_probs: tuple[float, ...] | None = None
+    flip_probs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("id", "task"):
@@ -93,10 +95,12 @@ class ListRecord:
         if not isinstance(responses, list | tuple) or not all(isinstance(text, str) for text in responses):
             raise FieldError("responses", f"must be a list of texts, got {_shown(responses)}")
         object.__setattr__(self, "responses", tuple(responses))
-        for name in ("rewards", "ref_log_probs"):
+        for name in ("rewards", "ref_log_probs", "flip_probs"):
             values = getattr(self, name)
             if values is not None:
                 object.__setattr__(self, name, _numbers(name, values, len(responses)))
+        if any(not 0 <= p < 1 for p in self.flip_probs or ()):
+            raise FieldError("flip_probs", f"must be probabilities in [0, 1), got {_shown(self.flip_probs)}")
 
     @property
     def k(self) -> int:

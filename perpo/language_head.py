@@ -1,9 +1,10 @@
 """From a model to what the loss needs: hidden states of response tokens and the language head, never the logits.
 
-`install` teaches the forward pass of a Hugging Face model two more keywords:
+`install` teaches the forward pass of a Hugging Face model three more keywords:
 
     model(**inputs, response_rows=rows)                  -> hidden states [T, H]
     model(**inputs, response_rows=rows, head_call=f)     -> f(hidden [T, H], head)
+    model(…, prefix_layout=layout)                          for a packed row, see `perpo.packing`
 
 Everything goes through the outermost module (DDP, FSDP, PeftModel, a compiled model), so that gradients are
 synchronised and sharded weights gathered as in any forward pass; and `f` runs as the forward pass of the head module
@@ -13,6 +14,7 @@ itself, so that whatever watches over its weights (sharding hooks, DDP's search 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -24,7 +26,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from perpo.attention import packed_forward
 from perpo.collate import ListBatch
+from perpo.prefix_layout import PrefixLayout
 from perpo_kernels import linear_perpo_loss, linear_token_log_probs
 
 
@@ -68,7 +72,7 @@ def install(model: nn.Module) -> None:
 def response_hidden_states(model: nn.Module, batch: ListBatch) -> Tensor:  # [T, H]
     """Last hidden states at the positions that predict response tokens."""
     install(model)
-    return model(**batch.inputs, response_rows=batch.rows)
+    return model(**batch.keywords)
 
 
 def token_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [T] fp32
@@ -79,7 +83,7 @@ def token_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [T] fp32
         weight, bias, softcap, logit_scale = head
         return linear_token_log_probs(hidden, weight, batch.labels, bias, softcap=softcap, logit_scale=logit_scale)
 
-    return model(**batch.inputs, response_rows=batch.rows, head_call=call)
+    return model(**batch.keywords, head_call=call)
 
 
 def sequence_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [S] fp32
@@ -88,10 +92,11 @@ def sequence_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [S] fp3
     install(model)
 
     def call(hidden: Tensor, head: Head) -> Tensor:
-        return perpo_output(hidden, head, batch).log_probs
+        return perpo_output(hidden, head, plain).log_probs
 
+    plain = replace(batch, ref_log_probs=None, flip_probs=None, pair_weights=None)
     with torch.no_grad():
-        return model(**batch.inputs, response_rows=batch.rows, head_call=call)
+        return model(**batch.keywords, head_call=call)
 
 
 def check_language_head(model: nn.Module) -> None:
@@ -127,12 +132,21 @@ def check_language_head(model: nn.Module) -> None:
 
 
 def _forward(
-    self: Any, *args: Any, response_rows: Tensor | None = None, head_call: HeadCall | None = None, **kwargs: Any
+    self: Any,
+    *args: Any,
+    response_rows: Tensor | None = None,
+    prefix_layout: PrefixLayout | None = None,
+    head_call: HeadCall | None = None,
+    **kwargs: Any,
 ) -> Any:
     if response_rows is None:
         return self._perpo_plain_forward(*args, **kwargs)
     given = {name: x for name, x in kwargs.items() if x is not None}  # PeftModel passes every keyword it knows
-    states = self.base_model(*args, **given, use_cache=False)[0]  # [B, L, H]
+    if prefix_layout is None:
+        states = self.base_model(*args, **given, use_cache=False)[0]  # [B, L, H]
+    else:
+        with packed_forward(self):
+            states = self.base_model(*args, **given, prefix_layout=prefix_layout, use_cache=False)[0]  # [1, T, H]
     hidden = states.reshape(-1, states.shape[-1])[response_rows]
     return hidden if head_call is None else _call_head(self, hidden, head_call)
 
@@ -244,6 +258,8 @@ def perpo_output(hidden: Tensor, head: Head, batch: ListBatch, **options: Any) -
         cu_seqlens=batch.cu_seqlens,
         cu_lists=batch.cu_lists,
         ref_log_probs=batch.ref_log_probs,
+        pair_weights=batch.pair_weights,
+        flip_probs=batch.flip_probs,
         bias=head.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,

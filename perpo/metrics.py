@@ -1,7 +1,10 @@
 """What a training run shows: sums kept on the device, averaged over ranks when something is logged.
 
 Names are TRL's where TRL has one. "chosen" and "rejected" are the candidates of highest and of lowest reward of a list;
-their numbers, the accuracy and Kendall's τ are means over active lists (those with any preference).
+their numbers, the accuracy (share of pairs with r_i > r_j and s_i > s_j) and Kendall's τ are means over active lists
+(those with any preference). prefix/token_ratio is how many times more tokens a row for every candidate would feed;
+rewards/* are β·score of the objective. Candidates that were added to a list (mDPO's, under
+a corrupted image) are in its loss and in no other number.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from perpo.collate import ListBatch
 from perpo_kernels import LinearPerPOOutput
+from perpo_kernels.objectives import Objective
 
 OVER_ACTIVE = (
     "rewards/chosen",
@@ -31,37 +35,42 @@ OVER_LISTS = ("loss", "lists/active", "lists/reward_mean", "lists/reward_spread"
 class ListMetrics:
     """Running sums since the last report. Adding costs no synchronisation; a report costs one."""
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective | None = None) -> None:
+        self.objective = objective or Objective()
         self.reset()
 
     def reset(self) -> None:
         self.sums: Tensor | None = None
         self.n_lists = 0
         self.n_tokens = 0
+        self.n_separate = 0
         self.started = time.perf_counter()
 
     @torch.no_grad()
     def add(self, batch: ListBatch, output: LinearPerPOOutput) -> None:
         """Take in one batch, with `output.loss` summed over its lists."""
-        sums = torch.cat([_list_sums(batch, output), output.loss.detach().float().reshape(1)])
+        sums = torch.cat([_list_sums(batch, output, self.objective), output.loss.detach().float().reshape(1)])
         self.sums = sums if self.sums is None else self.sums + sums
         self.n_lists += batch.n_lists
         self.n_tokens += batch.n_tokens
+        self.n_separate += batch.n_separate
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
         """Averages over all ranks since the last reset, and speed. Every rank must call it."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         sums = torch.zeros(len(OVER_ACTIVE) + len(OVER_LISTS)) if self.sums is None else self.sums
-        mine = torch.cat([sums.double().cpu(), torch.tensor([self.n_lists, self.n_tokens, peak_memory()]).double()])
+        counts = [self.n_lists, self.n_tokens, self.n_separate, peak_memory()]
+        mine = torch.cat([sums.double().cpu(), torch.tensor(counts).double()])
         everyone = accelerator.gather(mine.to(accelerator.device, torch.float32).unsqueeze(0)).double().cpu()
         totals = everyone.sum(0).tolist()
-        n_lists, n_tokens = totals[-3], totals[-2]
+        n_lists, n_tokens, n_separate = totals[-4:-1]
         values = dict(zip((*OVER_ACTIVE, *OVER_LISTS[1:], "loss"), totals, strict=False))
         n_active = values["lists/active"]
         out = {name: values[name] / max(n_active, 1) for name in OVER_ACTIVE}
         out |= {name: values[name] / max(n_lists, 1) for name in OVER_LISTS}
         out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
         out["tokens_per_second"] = n_tokens / seconds
+        out["prefix/token_ratio"] = n_separate / max(n_tokens, 1)
         out["peak_memory_gib"] = everyone[:, -1].max().item() / 2**30
         return out
 
@@ -83,39 +92,54 @@ def kendall_tau(
 
     τ-b = Σ sgn(Δs) sgn(Δr) / √(Σ |sgn Δs| · Σ |sgn Δr|) over pairs, which takes ties in either into account.
     """
-    pairs = valid.unsqueeze(2) & valid.unsqueeze(1)
-
-    def sign(x: Tensor) -> Tensor:
-        return torch.where(pairs, torch.sign(x.unsqueeze(2) - x.unsqueeze(1)), 0.0)
-
-    s, r = sign(scores), sign(rewards)
+    s, r = _signs(scores, valid), _signs(rewards, valid)
     untied = s.abs().sum((1, 2)) * r.abs().sum((1, 2))
     return (s * r).sum((1, 2)) / untied.clamp(min=1).sqrt()
 
 
-def _list_sums(batch: ListBatch, output: LinearPerPOOutput) -> Tensor:
+def pair_accuracy(
+    scores: Tensor,  # [G, k]
+    rewards: Tensor,  # [G, k]
+    valid: Tensor,  # bool [G, k]
+) -> Tensor:  # [G]
+    """Share of the pairs of unequal rewards that the scores put in the same order; equal scores are not."""
+    s, r = _signs(scores, valid), _signs(rewards, valid)
+    return (s * r > 0).sum((1, 2)) / (r != 0).sum((1, 2)).clamp(min=1)
+
+
+def _signs(x: Tensor, valid: Tensor) -> Tensor:  # [G, k, k]
+    pairs = valid.unsqueeze(2) & valid.unsqueeze(1)
+    return torch.where(pairs, torch.sign(x.unsqueeze(2) - x.unsqueeze(1)), 0.0)
+
+
+def _list_sums(batch: ListBatch, output: LinearPerPOOutput, objective: Objective) -> Tensor:
     """Σ over the lists of a batch, in the order of OVER_ACTIVE and OVER_LISTS without the loss."""
     device = output.log_probs.device
-    sizes = batch.cu_lists.diff().long()  # on the CPU, as all of the layout
+    sizes, lengths = batch.cu_lists.diff().long(), batch.cu_seqlens.diff()  # on the CPU, as all of the layout
     columns = torch.arange(int(sizes.max()) if sizes.numel() else 0)
     present = columns < sizes[:, None]  # [G, k]
     index = (batch.cu_lists[:-1, None].long() + columns).where(present, 0)
-    answered = present & (batch.cu_seqlens.diff() > 0)[index]
+    answered = present & (lengths > 0)[index]
     index, valid = index.to(device, non_blocking=True), answered.to(device, non_blocking=True)
+    if batch.added is not None:
+        valid = valid & ~batch.added[index]
 
-    log_probs, rewards = output.log_probs.float()[index], batch.rewards.float()[index]
-    reference = 0.0 if batch.ref_log_probs is None else batch.ref_log_probs.float()[index]
-    scores = log_probs - reference
-    chosen, rejected, accuracy, active = output.list_stats.float()
+    scores = output.log_probs.float()
+    if batch.ref_log_probs is not None:
+        scores = scores - batch.ref_log_probs.float()
+    if objective.length_normalized:
+        scores = scores / lengths.clamp(min=1).to(device, non_blocking=True)
+    scores, log_probs, rewards = scores[index], output.log_probs.float()[index], batch.rewards.float()[index]
     high = rewards.masked_fill(~valid, -torch.inf)
     low = rewards.masked_fill(~valid, torch.inf)
     best, worst = high.argmax(1, keepdim=True), low.argmin(1, keepdim=True)
     n_valid = valid.sum(1)
     some = n_valid > 0
+    active = output.list_stats[3].float()
     per_list = (
-        chosen,
-        rejected,
-        accuracy,
+        objective.beta * scores.gather(1, best).squeeze(1) * active,
+        objective.beta * scores.gather(1, worst).squeeze(1) * active,
+        pair_accuracy(scores, rewards, valid) * active,
         log_probs.gather(1, best).squeeze(1) * active,
         log_probs.gather(1, worst).squeeze(1) * active,
         kendall_tau(scores, rewards, valid) * active,

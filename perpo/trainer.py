@@ -18,23 +18,21 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from transformers.utils import logging
 
+from perpo import prefix_sharing
 from perpo.checkpoints import last_complete_checkpoint
 from perpo.collate import ListBatch
 from perpo.config import PerPOConfig
-from perpo.data import ListRecord, read_records
+from perpo.data import ListRecord
 from perpo.language_head import causal_lm, check_language_head, install, perpo_output, sequence_log_probs
-from perpo.lists import ListCollator, thin_out
+from perpo.lists import ListCollator, Sample, records_of, thin_out, training_lists
 from perpo.metrics import ListMetrics
 from perpo.reference_cache import ReferenceCache, weights_fingerprint
 from perpo.trainable import adapt
 from perpo.vlm import Encoder, load_model
 from perpo_kernels import LinearPerPOOutput
-
-logger = logging.get_logger(__name__)
 
 
 class PerPOTrainer(Trainer):
@@ -54,8 +52,8 @@ class PerPOTrainer(Trainer):
     """
 
     args: PerPOConfig
-    train_dataset: list[ListRecord] | None
-    eval_dataset: list[ListRecord] | None
+    train_dataset: list[Sample] | None
+    eval_dataset: list[Sample] | None
 
     def __init__(
         self,
@@ -80,6 +78,7 @@ class PerPOTrainer(Trainer):
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config: the model has adapters already; merge them or leave peft_config out")
+            set_seed(args.seed)  # as Trainer does, but after the adapters are drawn
             model = adapt(model, peft_config)
         self._check_reference(model, args, ref_model)
         install(model)
@@ -89,13 +88,16 @@ class PerPOTrainer(Trainer):
             max_prompt_length=args.max_prompt_length,
             max_response_length=args.max_response_length,
         )
-        self.metrics = {"train": ListMetrics(), "eval": ListMetrics()}
+        positions = prefix_sharing.prepare(model, args.prefix_sharing)
+        self._sharing_unchecked = positions is not None
+        self.objective = args.list_objective
+        self.metrics = {"train": ListMetrics(self.objective), "eval": ListMetrics(self.objective)}
         super().__init__(
             model=model,
             args=args,
-            data_collator=ListCollator(self.encoder, args.image_root),
-            train_dataset=self._lists("train_dataset", train_dataset, args),
-            eval_dataset=self._lists("eval_dataset", eval_dataset, args),
+            data_collator=ListCollator(self.encoder, args.image_root, positions),
+            train_dataset=None if train_dataset is None else training_lists("train_dataset", train_dataset, args),
+            eval_dataset=None if eval_dataset is None else training_lists("eval_dataset", eval_dataset, args),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -138,6 +140,7 @@ class PerPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        self._check_sharing(model)
         batch = self._with_reference(model, inputs)
         output = self._forward(model, batch)
         self.metrics["train" if model.training else "eval"].add(batch, output)
@@ -151,12 +154,11 @@ class PerPOTrainer(Trainer):
         call = partial(
             perpo_output,
             batch=batch,
-            beta=self.args.beta,
-            gamma=self.args.gamma,
+            objective=self.objective,
             reduction="sum",
             max_chunk_bytes=self.args.max_chunk_bytes,
         )
-        return LinearPerPOOutput(*model(**batch.inputs, response_rows=batch.rows, head_call=call))
+        return LinearPerPOOutput(*model(**batch.keywords, head_call=call))
 
     def _with_reference(self, model: nn.Module, batch: ListBatch) -> ListBatch:
         """The batch with reference log-probs, if they are made at every step."""
@@ -165,7 +167,25 @@ class PerPOTrainer(Trainer):
         elif self.args.reference == "adapter_off":
             with _as_reference(model):
                 batch.ref_log_probs = sequence_log_probs(model, batch)
+        elif self.args.reference != "none" and batch.ref_log_probs is None:
+            raise ValueError(
+                f"reference={self.args.reference!r}: these lists have no reference log-probs; give them to the trainer "
+                "as train_dataset or eval_dataset, and evaluate(trainer.eval_dataset)"
+            )
         return batch
+
+    def _check_sharing(self, model: nn.Module) -> None:
+        """Once, on the first lists of the data: packed rows give what separate rows give."""
+        samples = self.train_dataset or self.eval_dataset
+        if not self._sharing_unchecked or not samples:
+            return
+        self._sharing_unchecked = False
+        few = [tuple(thin_out(record, 2) for record in records_of(sample)) for sample in samples[:2]]
+        if len({record.image is None for records in few for record in records}) > 1:
+            few = few[:1]  # lists with and without an image cannot share a batch
+        separate = ListCollator(self.encoder, self.args.image_root)
+        batches = [self._prepare_inputs(collate(few)) for collate in (self.data_collator, separate)]
+        prefix_sharing.check_exact(model, *batches)
 
     def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
         """Lists in the optimizer step, on all ranks."""
@@ -204,35 +224,6 @@ class PerPOTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
-    # ----------------------------------------------------------------------------------------------------- the lists
-
-    @staticmethod
-    def _lists(name: str, source: Any, args: PerPOConfig) -> list[ListRecord] | None:
-        if source is None:
-            return None
-        if not (isinstance(source, Sequence) and all(isinstance(record, ListRecord) for record in source)):
-            source, report = read_records(source, root=args.image_root)
-            logger.info(report.summary())
-        lists = [record for record in source if record.k >= args.min_candidates]
-        unscored = next((record for record in lists if record.rewards is None), None)
-        if unscored is not None:
-            raise ValueError(f"{name}: record {unscored.id!r} has no rewards; score it first")
-        if not lists:
-            raise ValueError(f"{name}: no list has min_candidates={args.min_candidates} candidates or more")
-        if len(lists) < len(source):
-            logger.warning(
-                f"{len(source) - len(lists)} lists with fewer than {args.min_candidates} candidates left out"
-            )
-        if args.reference == "data":
-            missing = next((record for record in lists if record.ref_log_probs is None), None)
-            if missing is not None:
-                raise ValueError(f"reference='data': {name} record {missing.id!r} has no ref_log_probs")
-        if args.max_candidates is not None:
-            lists = [thin_out(record, args.max_candidates) for record in lists]
-        if args.reference == "none":  # what the records may hold is not used
-            lists = [_without_reference(record) for record in lists]
-        return lists
-
     # -------------------------------------------------------------------------------------------------- the reference
 
     @staticmethod
@@ -256,6 +247,13 @@ class PerPOTrainer(Trainer):
             dtype = next(self.model.parameters()).dtype
             ref_model = load_model(str(self.args.ref_model_name_or_path), dtype=dtype)
         install(ref_model)
+        shared = prefix_sharing.prepare(ref_model, self.args.prefix_sharing) is not None
+        same = causal_lm(ref_model).config.model_type == causal_lm(self.model).config.model_type
+        if shared != (self.data_collator.positions is not None) or (shared and not same):
+            raise ValueError(
+                f"ref_model: {type(causal_lm(ref_model)).__name__} does not take the inputs of "
+                f"{type(causal_lm(self.model)).__name__}; give a model of the same architecture"
+            )
         ref_model.requires_grad_(False)
         return self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
 
@@ -268,8 +266,10 @@ class PerPOTrainer(Trainer):
             **self.encoder.fingerprint(),
         }
         with self.args.main_process_first(desc="reference cache"):
-            cache = ReferenceCache(self.args.reference_folder, identity, self.args.process_index)
-        records = [*(self.train_dataset or []), *(self.eval_dataset or [])]
+            folder, root = self.args.reference_folder, self.args.image_root
+            cache = ReferenceCache(folder, identity, self.args.process_index, root)
+        samples = [*(self.train_dataset or []), *(self.eval_dataset or [])]
+        records = [record for sample in samples for record in records_of(sample)]
         self.accelerator.wait_for_everyone()  # all have read the folder before any writes to it
         if self.args.world_size > 1:  # machines need not share a disk
             cache.update(gather_object(cache.entries(records)))
@@ -279,14 +279,14 @@ class PerPOTrainer(Trainer):
         if self.args.world_size > 1:
             cache.update(gather_object(computed))
         if self.train_dataset is not None:
-            self.train_dataset = [cache.attach(record) for record in self.train_dataset]
+            self.train_dataset = [_attach(cache, sample) for sample in self.train_dataset]
         if self.eval_dataset is not None:
-            self.eval_dataset = [cache.attach(record) for record in self.eval_dataset]
+            self.eval_dataset = [_attach(cache, sample) for sample in self.eval_dataset]
 
     def _reference_log_probs(self, records: list[ListRecord]) -> Iterable[tuple[ListRecord, list[float]]]:
         """One list at a time, by the model as it is now without its adapters."""
         loader: DataLoader[ListBatch] = DataLoader(
-            [_without_reference(record) for record in records],  # type: ignore[arg-type]
+            [dataclasses.replace(record, ref_log_probs=None) for record in records],  # type: ignore[arg-type]
             batch_size=1,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -294,6 +294,8 @@ class PerPOTrainer(Trainer):
         hidden = self.args.disable_tqdm or not self.is_world_process_zero() or not records
         batches = tqdm(loader, desc="reference log-probs", unit="list", disable=hidden)
         with _as_reference(self.model), self.accelerator.autocast():
+            if records:
+                self._check_sharing(self.model)
             for record, batch in zip(records, batches, strict=True):
                 yield record, sequence_log_probs(self.model, self._prepare_inputs(batch)).tolist()
 
@@ -312,5 +314,6 @@ def _as_reference(model: nn.Module) -> Any:
         model.train(was_training)
 
 
-def _without_reference(record: ListRecord) -> ListRecord:
-    return dataclasses.replace(record, ref_log_probs=None)
+def _attach(cache: ReferenceCache, sample: Sample) -> Sample:
+    """The sample with its reference log-probs."""
+    return cache.attach(sample) if isinstance(sample, ListRecord) else tuple(map(cache.attach, sample))

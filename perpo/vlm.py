@@ -72,6 +72,11 @@ class Encoder:
         """A token for the end of shorter rows; no attention reaches it."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0]
 
+    @property
+    def answer_values(self) -> dict[str, int]:
+        """Keywords that run along the tokens whose value at answers is not the usual one of text."""
+        return {"token_type_ids": 1} if self._is_paligemma else {}  # what is not of the prompt is seen causally
+
     def prompt(self, prompt: Prompt, image: Image.Image | None = None) -> dict[str, Tensor]:
         """One question about one picture -> what the model's forward takes: input_ids [1, P], pixel_values, …
 
@@ -92,6 +97,7 @@ class Encoder:
         if image is not None:
             options["images"] = [image.convert("RGB")]
         encoded = dict(self.processor(text=[text], **options))
+        encoded.pop("labels", None)  # PaliGemma's, all of them "none"
         length = encoded["input_ids"].shape[1]
         if self.max_prompt_length is not None and length > self.max_prompt_length:
             raise ValueError(
@@ -105,6 +111,8 @@ class Encoder:
         messages = self._messages(prompt, with_image)
         if self._template is None:
             words = "\n".join(part["text"] for m in messages for part in m["content"] if part["type"] == "text")
+            if self._is_paligemma:  # its processor writes the beginning and the end of a prompt
+                return f"{self._image_token}{words}" if with_image else words
             return f"{self._image_token}\n{words}\n" if with_image else f"{words}\n"
         return self._apply_template(messages, add_generation_prompt=True)
 
@@ -153,6 +161,10 @@ class Encoder:
         return {name: hashlib.sha256(part.encode()).hexdigest()[:16] for name, part in parts.items()}
 
     # ------------------------------------------------------------------------------------------------------- details
+
+    @property
+    def _is_paligemma(self) -> bool:
+        return "PaliGemma" in type(self.processor).__name__
 
     @property
     def _template(self) -> Any:

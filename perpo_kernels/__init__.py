@@ -13,6 +13,7 @@ from perpo_kernels.functional import (
     perpo_loss,
     token_log_probs,
 )
+from perpo_kernels.mixture import combine_references
 from perpo_kernels.modules import LinearPerPOLoss, PerPOLoss
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "LinearPerPOLoss",
     "LinearPerPOOutput",
     "PerPOLoss",
+    "combine_references",
     "layout",
     "linear_perpo_loss",
     "linear_token_log_probs",

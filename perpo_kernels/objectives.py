@@ -32,7 +32,7 @@ term.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -238,3 +238,28 @@ def p3o(beta: float = 0.5) -> Objective:
 def _probability(name: str, value: float, below: float) -> None:
     if not 0 <= value < below:
         raise ValueError(f"{name} must lie in [0, {below}), got {value!r}")
+
+
+PRESETS: dict[str, Callable[..., Objective]] = {
+    preset.__name__: preset
+    for preset in (
+        perpo,
+        uniform_pairs,
+        dpo,
+        cdpo,
+        robust_dpo,
+        rosepo,
+        ipo,
+        hinge,
+        odpo,
+        lipo,
+        sdpo,
+        plackett_luce,
+        infonca,
+        nca,
+        simpo,
+        rpo,
+        mdpo,
+        p3o,
+    )
+}

@@ -70,6 +70,14 @@ def test_labels_without_noise_are_dpo(device, dense_backend, noisy):
     )
 
 
+def test_rpo_without_its_likelihood_term_is_dpo(device, dense_backend):
+    scores, rewards = draw(device, 5)
+    close(
+        solve(objectives.rpo(0.3, eta=0.0), scores, rewards, dense_backend),
+        solve(objectives.dpo(0.3), scores, rewards, dense_backend),
+    )
+
+
 def test_one_flip_probability_for_all_is_a_soft_target(device, dense_backend):
     scores, rewards = draw(device, 5)
     given = solve(objectives.rosepo(0.3), scores, rewards, dense_backend, flip_probs=torch.full_like(scores, 0.2))
@@ -149,6 +157,9 @@ def trl(loss_type: str, log_probs: Tensor, ref: Tensor, lengths: Tensor, beta: f
     """`dpo_loss` of trl.DPOTrainer for one pair; with "ipo", TRL divides both log-probs by the lengths first."""
     if loss_type == "ipo":
         log_probs, ref = log_probs / lengths, ref / lengths
+    if loss_type == "simpo":  # of trl.CPOTrainer, with simpo_gamma 0.5
+        chosen, rejected = log_probs / lengths
+        return -F.logsigmoid(beta * (chosen - rejected - 0.5 / beta))
     chosen, rejected = log_probs - ref
     logits = chosen - rejected
     if loss_type == "sigmoid":
@@ -172,6 +183,7 @@ OF_TRL = {
     ("hinge", 0.0): objectives.hinge(0.3),
     ("ipo", 0.0): objectives.ipo(0.3),
     ("nca_pair", 0.0): objectives.nca(0.3, target_temperature=0.0),
+    ("simpo", 0.0): objectives.simpo(0.3, 0.5),
 }
 
 
@@ -184,7 +196,8 @@ def test_a_pair_costs_what_it_costs_in_trl(device, dense_backend, loss_type, smo
     expected = trl(loss_type, leaf, ref, lengths, 0.3, smoothing)
     expected.backward()
     objective = OF_TRL[loss_type, smoothing]
-    got = solve(objective, log_probs, rewards, dense_backend, ref_log_probs=ref, lengths=lengths)
+    options = {"ref_log_probs": ref} if objective.reference else {}
+    got = solve(objective, log_probs, rewards, dense_backend, lengths=lengths, **options)
     close(got, (expected.detach(), leaf.grad))
 
 

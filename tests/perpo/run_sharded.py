@@ -12,15 +12,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from perpo.collate import ListBatch, collate_lists
+from perpo import prefix_sharing
+from perpo.collate import ListBatch
+from perpo.data import ListRecord
 from perpo.language_head import install, perpo_output
+from perpo.lists import ListCollator
 from perpo.vlm import Encoder
 from tests.perpo import tiny_models
 
 
 def backward(model: Any, batch: ListBatch) -> torch.Tensor:
     call = partial(perpo_output, batch=batch)
-    loss = model(**batch.inputs, response_rows=batch.rows, head_call=call).loss
+    loss = model(**batch.keywords, head_call=call).loss
     loss.backward()
     return loss
 
@@ -31,11 +34,12 @@ def main() -> None:
     model, processor = tiny_models.build("llava")
     encoder = Encoder.for_model(processor, model)
     image = tiny_models.picture((40, 28), dist.get_rank())  # every rank has a list of its own
-    responses = [encoder.response("[1]"), encoder.response("[2, 3]")]
-    batch = collate_lists([encoder.prompt("Where?", image)], [responses], encoder.pad_id, [[1.0, 0.0]])
+    record = ListRecord("r", image, "Where?", responses=("[1]", "[2, 3]"), rewards=(1.0, 0.0))
     install(model)
+    positions = prefix_sharing.prepare(model, "on")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for head_apart in (False, True):
+        batch = ListCollator(encoder, positions=positions if head_apart else None)([record])
         plain, sharded = copy.deepcopy(model), copy.deepcopy(model)
         for layer in sharded.model.language_model.layers:
             fully_shard(layer, mesh=mesh)

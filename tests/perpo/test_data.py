@@ -58,6 +58,7 @@ def list_records(draw: st.DrawFn) -> ListRecord:
             responses=draw(st.lists(st.text(), min_size=k, max_size=k)),
             rewards=draw(numbers),
             ref_log_probs=draw(st.one_of(st.none(), numbers)),
+            flip_probs=draw(st.one_of(st.none(), st.lists(st.floats(0, 0.999), min_size=k, max_size=k))),
         )
     except FieldError:
         return draw(list_records())  # a number beyond 1.7e308
@@ -117,6 +118,9 @@ BAD = [
     ({"responses": ["a", 1]}, "responses", "must be a list of texts"),
     ({"ref_log_probs": [-1.0]}, "ref_log_probs", "2 responses, 1 ref_log_probs"),
     ({"ref_log_probs": [-1.0, -math.inf]}, "ref_log_probs", "item 1 must be a finite number"),
+    ({"flip_probs": [0.1]}, "flip_probs", "2 responses, 1 flip_probs"),
+    ({"flip_probs": [0.1, 1.0]}, "flip_probs", r"must be probabilities in \[0, 1\)"),
+    ({"flip_probs": [-0.1, 0.5]}, "flip_probs", r"must be probabilities in \[0, 1\)"),
     ({"prompt": ...}, "prompt", "is missing or empty"),
     ({"prompt": " "}, "prompt", "must be a text that is not empty"),
     ({"prompt": [{"content": "x"}]}, "prompt", "message 0 must be"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,46 @@ def test_one_changed_parameter_changes_the_fingerprint() -> None:
     with torch.no_grad():
         model.model.language_model.norm.weight[0] += 1e-3
     assert weights_fingerprint(model) != before
+
+
+def test_a_replaced_picture_is_computed_again_and_a_moved_one_is_not(tmp_path: Path) -> None:
+    """Also where paths are relative to a root, and where the new file has as many bytes and the old time of change."""
+    root = tmp_path / "images"
+    root.mkdir()
+    first, second = (tiny_models.picture((28, 40), seed) for seed in (0, 1))
+    first.save(root / "a.bmp")
+    record = dataclasses.replace(training.records()[0], image="a.bmp")
+
+    def cache(root: Path) -> ReferenceCache:
+        return ReferenceCache(tmp_path / "cache", {}, image_root=root)
+
+    cache(root).add(record, [1.0, 2.0, 3.0])
+    before = (root / "a.bmp").stat()
+    second.save(root / "a.bmp")
+    os.utime(root / "a.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (root / "a.bmp").stat().st_size == before.st_size
+    assert record not in cache(root)
+    (tmp_path / "elsewhere").mkdir()
+    first.save(tmp_path / "elsewhere" / "b.bmp")
+    os.utime(tmp_path / "elsewhere" / "b.bmp", (1, 1))
+    assert dataclasses.replace(record, image="b.bmp") in cache(tmp_path / "elsewhere")
+
+
+def test_two_runs_share_a_folder_while_both_add_to_it(tmp_path: Path) -> None:
+    one, other = ReferenceCache(tmp_path, {}), ReferenceCache(tmp_path, {})
+    lists = training.records()
+    for cache, record in ((one, lists[0]), (other, lists[1]), (one, lists[2])):
+        cache.add(record, [0.5] * record.k)
+    both = ReferenceCache(tmp_path, {})
+    assert [record in both for record in lists] == [True, True, True, False]
+
+
+def test_a_damaged_line_is_reported_and_its_record_computed_again(tmp_path: Path) -> None:
+    cache, lists = ReferenceCache(tmp_path, {}), training.records()
+    for record in lists[:2]:
+        cache.add(record, [0.5] * record.k)
+    lines = (tmp_path / "part-00000.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "part-00000.jsonl").write_bytes(b"\0\0\0\n" + lines[1])
+    with pytest.warns(RuntimeWarning, match=r"part-00000.jsonl:1 is damaged .*computed again"):
+        again = ReferenceCache(tmp_path, {})
+    assert [record in again for record in lists[:2]] == [False, True]

@@ -9,14 +9,19 @@ are shortened copies of what each family ships with.
 from __future__ import annotations
 
 import importlib
+import sys
+from functools import partial
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
+MORE_FAMILIES = ("llava_next", "mistral3", "glm4v", "gemma3", "paligemma")
+TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
 
 HIDDEN, LAYERS, HEADS = 32, 2, 4
 TEXT = {
@@ -255,8 +260,142 @@ def _internvl() -> tuple[Any, Any, Any]:
     return _load("internvl", "InternVLForConditionalGeneration"), config, processor
 
 
+def _llava_next() -> tuple[Any, Any, Any]:
+    tok = tokenizer()
+    grid = [[28, 56], [56, 28], [56, 56]]
+    config = _load("llava_next", "LlavaNextConfig")(
+        text_config={"model_type": "llama", "vocab_size": len(tok), **TEXT},
+        vision_config={"model_type": "clip_vision_model", **VISION, "image_size": 28, "patch_size": 7},
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-2,
+        image_grid_pinpoints=grid,
+    )
+    images = _load("llava_next.image_processing_pil_llava_next", "LlavaNextImageProcessorPil")(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=grid
+    )
+    processor = _load("llava_next", "LlavaNextProcessor")(
+        images,
+        tok,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    return _load("llava_next", "LlavaNextForConditionalGeneration"), config, processor
+
+
+def _mistral3() -> tuple[Any, Any, Any]:
+    tok = tokenizer(("[IMG_BREAK]", "[IMG_END]"))
+    config = _load("mistral3", "Mistral3Config")(
+        text_config={"model_type": "mistral", "vocab_size": len(tok), **TEXT, "head_dim": 8, "sliding_window": None},
+        vision_config={"model_type": "pixtral", **VISION, "image_size": 56, "patch_size": 7, "head_dim": 8},
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+    images = _load("pixtral.image_processing_pil_pixtral", "PixtralImageProcessorPil")(
+        size={"longest_edge": 56}, patch_size={"height": 7, "width": 7}
+    )
+    absent = dict.fromkeys(("torchvision", "torchvision.transforms", "torchvision.transforms.v2"), MagicMock())
+    with patch.dict(sys.modules, absent):  # its module imports torchvision for an image processor not used here
+        pixtral_processor = _load("pixtral.processing_pixtral", "PixtralProcessor")
+    processor = pixtral_processor(
+        images,
+        tok,
+        patch_size=7,
+        spatial_merge_size=2,
+        image_token="<image>",
+        chat_template=CHATML.replace("IMAGE", "<image>"),
+    )
+    return _load("mistral3", "Mistral3ForConditionalGeneration"), config, processor
+
+
+def _glm4v() -> tuple[Any, Any, Any]:
+    tok = tokenizer(image_token=SPECIAL["image"], video_token=SPECIAL["video"])
+    config = _load("glm4v", "Glm4vConfig")(
+        text_config={
+            "vocab_size": len(tok),
+            **TEXT,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+                "partial_rotary_factor": 1.0,
+            },
+        },
+        vision_config={
+            "depth": 2,
+            "num_heads": 2,
+            "patch_size": 7,
+            "spatial_merge_size": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": HIDDEN,
+            "image_size": 28,
+        },
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        video_token_id=tok.convert_tokens_to_ids("<video>"),
+        image_start_token_id=tok.convert_tokens_to_ids("<|vision_start|>"),
+        image_end_token_id=tok.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    images = _load("glm4v.image_processing_pil_glm4v", "Glm4vImageProcessorPil")(
+        patch_size=7,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 14 * 14 * 2, "longest_edge": 42 * 42 * 2},
+    )
+    processor = _without_video(_load("glm4v", "Glm4vProcessor"))(
+        images, tok, None, chat_template=CHATML.replace("IMAGE", "<|vision_start|><image><|vision_end|>")
+    )
+    return _load("glm4v", "Glm4vForConditionalGeneration"), config, processor
+
+
+def _gemma3() -> tuple[Any, Any, Any]:
+    tok = tokenizer(image_token=SPECIAL["image"], boi_token=SPECIAL["vision_start"], eoi_token=SPECIAL["vision_end"])
+    config = _load("gemma3", "Gemma3Config")(
+        text_config={"vocab_size": len(tok), **TEXT, "head_dim": 8, "sliding_window": 16, "sliding_window_pattern": 2},
+        vision_config={**VISION, "image_size": 28, "patch_size": 7, "vision_use_head": False},
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        boi_token_index=tok.convert_tokens_to_ids("<|vision_start|>"),
+        eoi_token_index=tok.convert_tokens_to_ids("<|vision_end|>"),
+        mm_tokens_per_image=4,
+    )
+    images = _load("gemma3.image_processing_pil_gemma3", "Gemma3ImageProcessorPil")(size={"height": 28, "width": 28})
+    processor = _load("gemma3", "Gemma3Processor")(
+        images, tok, image_seq_length=4, chat_template=CHATML.replace("IMAGE", "<|vision_start|>")
+    )
+    return _load("gemma3", "Gemma3ForConditionalGeneration"), config, processor
+
+
+def _paligemma() -> tuple[Any, Any, Any]:
+    tok = tokenizer(image_token=SPECIAL["image"])
+    images = _load("siglip.image_processing_pil_siglip", "SiglipImageProcessorPil")(size={"height": 28, "width": 28})
+    images.image_seq_length = 16
+    processor = _load("paligemma", "PaliGemmaProcessor")(images, tok)
+    config = _load("paligemma", "PaliGemmaConfig")(
+        text_config={"model_type": "gemma", "vocab_size": len(tok), **TEXT, "head_dim": 8},
+        vision_config={**VISION, "image_size": 28, "patch_size": 7, "projection_dim": HIDDEN, "vision_use_head": False},
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        projection_dim=HIDDEN,
+        hidden_size=HIDDEN,
+    )
+    return _load("paligemma", "PaliGemmaForConditionalGeneration"), config, processor
+
+
+def _text(family: str) -> tuple[Any, Any, Any]:
+    tok = tokenizer()
+    tok.chat_template = CHATML
+    config = AutoConfig.for_model(family, vocab_size=len(tok), **TEXT)
+    config.head_dim = HIDDEN // HEADS
+    if getattr(config, "sliding_window", None) and family != "gemma2":  # its eager attention makes NaN of padding then
+        config.sliding_window = 16
+    return AutoModelForCausalLM.from_config, config, tok
+
+
 def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model, processor) of one of `FAMILIES`: about 50k parameters, weights fixed by the seed, in train mode."""
+    """(model, processor) of a family: about 50k parameters, weights fixed by the seed, in train mode."""
     parts = {
         "llava": _llava,
         "llava_onevision": _llava_onevision,
@@ -266,6 +405,12 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
         "idefics3": lambda: _idefics("idefics3", "Idefics3"),
         "smolvlm": lambda: _idefics("smolvlm", "SmolVLM"),
         "internvl": _internvl,
+        "llava_next": _llava_next,
+        "mistral3": _mistral3,
+        "glm4v": _glm4v,
+        "gemma3": _gemma3,
+        "paligemma": _paligemma,
+        **{name: partial(_text, name) for name in TEXT_FAMILIES},
     }
     model_class, config, processor = parts[family]()
     with torch.random.fork_rng(devices=[]):
@@ -277,7 +422,7 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
                     parameter.normal_(0, 0.2)
                 elif "norm" not in name:
                     parameter.uniform_(-0.1, 0.1)
-    tok = processor.tokenizer
+    tok = getattr(processor, "tokenizer", processor)
     model.generation_config.eos_token_id = [tok.eos_token_id, tok.convert_tokens_to_ids("<|endoftext|>")]
     model.generation_config.pad_token_id = tok.pad_token_id
     return model.train(), processor

@@ -1,0 +1,198 @@
+"""Which tokens of a packed row see which: the layout of shared prompts and their answers.
+
+A row of T tokens holds all prompts one after another, then all answers, prompt by prompt:
+
+    [prompt 1 | prompt 2 | … | answers of prompt 1: y_1 | … | y_k | answers of prompt 2 | …]
+
+so that prompts, the answers of one prompt and each answer are contiguous ranges. A token of an answer sees its prompt
+and its answer up to itself; a token of a prompt sees the prompt up to itself and, in models that let the tokens of an
+image see each other, its whole image (`blocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from perpo_kernels.layout import cumulative
+
+Range = tuple[int, int]  # start, end
+
+
+@dataclass
+class Part:
+    """n plain attentions side by side: the queries of range i see the keys of range i. The ranges lie end to end."""
+
+    queries: tuple[Range, ...]
+    keys: tuple[Range, ...]
+    causal: bool  # key ranges are the query ranges, and a token sees what is not after it
+    merge: bool  # its queries have been in a part before it
+    cu_queries: Tensor  # int32 [n + 1], from the first range's start
+    cu_keys: Tensor  # int32 [n + 1]
+
+    @property
+    def all_queries(self) -> Range:
+        return self.queries[0][0], self.queries[-1][1]
+
+    @property
+    def all_keys(self) -> Range:
+        return self.keys[0][0], self.keys[-1][1]
+
+    @property
+    def max_queries(self) -> int:
+        return max(end - start for start, end in self.queries)
+
+    @property
+    def max_keys(self) -> int:
+        return max(end - start for start, end in self.keys)
+
+
+@dataclass
+class PrefixLayout:
+    """See the module. Made on the CPU with the batch; nothing in it is read back from a device.
+
+    Attributes:
+        prompt_lengths: tokens of each prompt.
+        answer_lengths: of each prompt, tokens of each of its answers that are fed (may be 0).
+        blocks: of each prompt, ranges within it whose tokens all see each other; in order, apart from each other.
+        parts: the attentions that make up the whole.
+    """
+
+    prompt_lengths: tuple[int, ...]
+    answer_lengths: tuple[tuple[int, ...], ...]
+    blocks: tuple[tuple[Range, ...], ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.prompt_lengths) + sum(map(sum, self.answer_lengths))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with answer."""
+        pairs = zip(self.prompt_lengths, self.answer_lengths, strict=True)
+        return max((prompt + max(answers, default=0) for prompt, answers in pairs), default=0)
+
+    @property
+    def prompts(self) -> list[Range]:
+        return _ranges(0, self.prompt_lengths)
+
+    @property
+    def answers(self) -> list[list[Range]]:
+        """Of each prompt, the ranges of its answers."""
+        starts = accumulate(map(sum, self.answer_lengths), initial=sum(self.prompt_lengths))
+        return [_ranges(start, lengths) for start, lengths in zip(starts, self.answer_lengths, strict=False)]
+
+    @property
+    def n_separate(self) -> int:
+        """Tokens of a row for every answer."""
+        repeated = sum(n * len(answers) for n, answers in zip(self.prompt_lengths, self.answer_lengths, strict=True))
+        return repeated + sum(map(sum, self.answer_lengths))
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> PrefixLayout:
+        """`move` of every tensor."""
+        parts = [replace(part, cu_queries=move(part.cu_queries), cu_keys=move(part.cu_keys)) for part in self.parts]
+        return replace(self, parts=tuple(parts))
+
+    def masks(self, window: int | None, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each prompt with its answers, their places in the row [n] and who sees whom, bool [n, n]."""
+        for prompt, answers, blocks in zip(self.prompts, self.answers, self.blocks, strict=True):
+            n_prompt = prompt[1] - prompt[0]
+            ranges = [prompt, *answers]
+            index = torch.cat([torch.arange(*r, device=device) for r in ranges])
+            lengths = [end - start for start, end in ranges]
+            owner = torch.arange(len(ranges), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+            place = torch.cat(
+                [torch.arange(n, device=device) + (0 if i == 0 else n_prompt) for i, n in enumerate(lengths)]
+            )
+            back = place[:, None] - place[None, :]
+            sees = back >= 0
+            for start, end in blocks:
+                sees[start:end, start:end] = True
+            sees &= (owner[:, None] == owner[None, :]) | (owner[None, :] == 0)
+            if window is not None:
+                sees &= back < window
+            yield index, sees
+
+
+def prefix_layout(
+    prompt_lengths: Sequence[int],  # [P]
+    answer_lengths: Sequence[Sequence[int]],  # of each prompt, of each answer
+    blocks: Sequence[Sequence[Range]] | None = None,  # of each prompt
+) -> PrefixLayout:
+    """The layout of P prompts and their answers.
+
+    Raises:
+        ValueError: an empty prompt, or lists that do not belong together.
+    """
+    if len(prompt_lengths) != len(answer_lengths) or (blocks is not None and len(blocks) != len(prompt_lengths)):
+        raise ValueError(
+            f"answer_lengths and blocks: expected one list for each of {len(prompt_lengths)} prompts, got "
+            f"{len(answer_lengths)} and {None if blocks is None else len(blocks)}"
+        )
+    if any(length < 1 for length in prompt_lengths):
+        raise ValueError(f"prompt_lengths must be ≥ 1, got {list(prompt_lengths)}")
+    layout = PrefixLayout(
+        tuple(prompt_lengths),
+        tuple(map(tuple, answer_lengths)),
+        tuple(map(tuple, blocks)) if blocks is not None else ((),) * len(prompt_lengths),
+        (),
+    )
+    prompts, answers = layout.prompts, layout.answers
+    answered = [i for i, ranges in enumerate(answers) if ranges and ranges[-1][1] > ranges[0][0]]
+    groups = [(answers[i][0][0], answers[i][-1][1]) for i in answered]
+    singles = [r for ranges in answers for r in ranges if r[1] > r[0]]
+    parts = [
+        *_prompt_parts(prompts, layout.blocks),
+        *_parts(groups, [prompts[i] for i in answered], causal=False, merge=False),
+        *_parts(singles, singles, causal=True, merge=True),
+    ]
+    return replace(layout, parts=tuple(parts))
+
+
+def _prompt_parts(prompts: Sequence[Range], blocks: Sequence[Sequence[Range]]) -> list[Part]:
+    if not any(blocks):
+        return _parts(prompts, prompts, causal=True, merge=False)
+    # A prompt falls into stretches: a block sees all up to its end; others all before them, and themselves causally.
+    first: list[Range] = []
+    within: list[Range] = []
+    earlier: list[tuple[Range, Range]] = []
+    for (start, end), inside in zip(prompts, blocks, strict=True):
+        at = start
+        for low, high in [*((start + a, start + b) for a, b in inside), (end, end)]:
+            if at < low:
+                (first if at == start else within).append((at, low))
+                if at > start:
+                    earlier.append(((at, low), (start, at)))
+            if low < high:
+                earlier.append(((low, high), (start, high)))
+            at = high
+    return [
+        *_parts(first, first, causal=True, merge=False),
+        *_parts([q for q, _ in earlier], [k for _, k in earlier], causal=False, merge=False),
+        *_parts(within, within, causal=True, merge=True),
+    ]
+
+
+def _parts(queries: Sequence[Range], keys: Sequence[Range], *, causal: bool, merge: bool) -> list[Part]:
+    """One part, or one for each range where they do not lie end to end."""
+    if not queries:
+        return []
+    if not (_end_to_end(queries) and _end_to_end(keys)):
+        return [
+            part for q, k in zip(queries, keys, strict=True) for part in _parts([q], [k], causal=causal, merge=merge)
+        ]
+    cu_queries, cu_keys = (cumulative([end - start for start, end in ranges]) for ranges in (queries, keys))
+    return [Part(tuple(queries), tuple(keys), causal, merge, cu_queries, cu_keys)]
+
+
+def _end_to_end(ranges: Sequence[Range]) -> bool:
+    return all(a[1] == b[0] for a, b in pairwise(ranges))
+
+
+def _ranges(start: int, lengths: Sequence[int]) -> list[Range]:
+    return list(pairwise(accumulate(lengths, initial=start)))

@@ -1,0 +1,132 @@
+"""Whether a model is fed one row for all candidates of a list, and the proof on its own weights that it may be.
+
+What is shared is image and prompt (`perpo.packing`), through attention that knows who sees whom (`perpo.attention`). An
+architecture that does more across tokens than attention would silently go wrong, so: those that tests hold to be exact
+are shared by default, others only if asked for, and in both cases the first lists are compared with a row for each
+candidate before anything is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from perpo import attention
+from perpo.collate import ListBatch
+from perpo.language_head import causal_lm, token_log_probs
+from perpo.packing import PromptPositions
+
+logger = logging.get_logger(__name__)
+
+SETTINGS = ("auto", "on", "off")
+
+# config.model_type of the architectures that tests/perpo/test_prefix_sharing.py finds exact.
+VERIFIED = (
+    "gemma3",
+    "gemma3_text",
+    "glm4v",
+    "idefics3",
+    "internvl",
+    "llama",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mistral",
+    "mistral3",
+    "paligemma",
+    "qwen2",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3",
+    "qwen3_vl",
+    "smolvlm",
+)
+
+# Allowed rms difference of token log-probs. Rounding stays below it; a wrong position or mask gives 1 and more.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+
+
+class SharingNotExact(ValueError):
+    """Shared and separate rows give different log-probs."""
+
+
+def prepare(model: nn.Module, setting: str) -> PromptPositions | None:
+    """Install shared attention if the setting and the architecture say so: what the collator needs, or None.
+
+    Args:
+        setting: "auto": architectures known to be exact; "on": any without a known obstacle; "off".
+
+    Raises:
+        ValueError: "on" for an architecture that cannot be shared, with the reason.
+    """
+    core = causal_lm(model)
+    if setting == "off":
+        return None
+    reason = obstacle(core)
+    if reason is not None and setting == "on":
+        raise ValueError(f"prefix_sharing='on': {type(core).__name__} {reason}; use prefix_sharing='off'")
+    if reason is None and setting == "auto" and core.config.model_type not in VERIFIED:
+        reason = "is not among the architectures it was verified on; prefix_sharing='on' tries it and checks"
+    if reason is not None:
+        logger.warning(
+            f"prefix_sharing: {type(core).__name__} {reason}. Image and prompt are encoded once for every candidate "
+            "instead of once a list: with prompts of P tokens and k answers of R, k(P + R) tokens instead of P + kR"
+        )
+        return None
+    attention.install(core)
+    return PromptPositions(core)
+
+
+def obstacle(core: Any) -> str | None:
+    """What keeps an architecture from sharing prompts, as the rest of a sentence; None if nothing is known to."""
+    text = core.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"has layers of type {', '.join(sorted(kinds))}, which carry a state from token to token"
+    if getattr(text, "attention_dropout", 0.0):
+        return f"has attention_dropout={text.attention_dropout}, which attention over shared prompts does not know"
+    if core.config.is_encoder_decoder:
+        return "is an encoder–decoder"
+    if not getattr(core, "_supports_attention_backend", False):
+        return "does not let its attention be replaced"
+    return None
+
+
+def check_exact(model: nn.Module, packed: ListBatch, separate: ListBatch) -> None:
+    """Compare the token log-probs of the same lists in one packed row and in a row for each candidate.
+
+    Every rank has to call it, with batches on its device. Without gradients, in evaluation mode.
+
+    Raises:
+        SharingNotExact: they differ by more than rounding.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ours, expected = token_log_probs(model, packed), token_log_probs(model, separate)
+    finally:
+        model.train(was_training)
+    core = causal_lm(model)
+    error = _rms(ours - expected)
+    allowed = TOLERANCE[_coarsest(core.dtype, ours.device)]
+    if not error <= allowed:
+        raise SharingNotExact(
+            f"prefix_sharing: {type(core).__name__} gives other log-probs when image and prompt are shared between "
+            f"candidates (rms difference {error:.2g}, allowed {allowed:g}); use prefix_sharing='off' and please report "
+            "the model class"
+        )
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def _coarsest(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that products are computed in."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
