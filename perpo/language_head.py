@@ -151,6 +151,7 @@ def _forward(
     return hidden if head_call is None else _call_head(self, hidden, head_call)
 
 
+@torch.compiler.disable  # a compiler does not follow a module whose forward pass is swapped; the loss is fused anyway
 def _call_head(core: Any, hidden: Tensor, head_call: HeadCall) -> Any:
     """Run `head_call` as the forward pass of the head module, with the hooks that the module has."""
     outer = core.get_output_embeddings()

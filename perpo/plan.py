@@ -7,19 +7,19 @@ Memory is the sum of
     optimizer     trained parameters × 8: AdamW's two moments in fp32
     activations   what autograd keeps for the backward pass: counted, by running the model's own layers on the meta
                   device, which computes shapes and nothing else, and adding up what they save
-    momentary     the larger of two things that come one after the other: the loss (one chunk of logits, and the gradient
-                  of the response states) and the backward pass of one layer (two tensors as wide as the widest of its
-                  linear layers; with gradient checkpointing also what the layer keeps when it is run again)
+    momentary     the larger of two things that come one after the other: the loss (one chunk of logits, and the
+                  gradient of the response states) and the backward pass of one layer (two tensors as wide as the widest
+                  of its linear layers; with gradient checkpointing also what the layer keeps when it is run again)
 
 and operations (multiply and add count as two) of one list are
 
-    language model   2 T N forward, 2 T N backward, 2 T n for the gradients of n trained of its N weights
+    language model   2 T N forward, 2 T N backward, 2 T n for the gradients of n trained of its N linear weights
     attention        4 D pairs forward, 10 D pairs backward, a head and a layer
     head             2 R k V H forward and as much backward
     vision tower     2 N_v a patch, forward; three times that if it is trained
 
-with T = P + k R tokens and P²/2 + k R P + k R²/2 pairs where the prompt is shared, k (P + R) tokens and k (P + R)²/2 pairs
-where it is not. Gradient checkpointing adds the forward pass of the layers once more.
+with T = P + k R tokens and P²/2 + k R P + k R²/2 pairs where the prompt is shared, k (P + R) tokens and k (P + R)²/2
+pairs where it is not. Gradient checkpointing adds the forward pass of the layers once more.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Planner:
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
         linear = [module for module in language.modules() if isinstance(module, nn.Linear) and module is not head]
         self.linear_parameters = sum(module.weight.numel() for module in linear)
+        self.linear_trained = sum(module.weight.numel() for module in linear if module.weight.requires_grad)
         self.widest = max(max(module.in_features, module.out_features) for module in linear)
         self.vocabulary, self.hidden = head.weight.shape
         self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
@@ -104,7 +105,7 @@ class Planner:
         tokens = lists.layout.n_tokens
         forward = 2 * tokens * self.linear_parameters
         attention_forward = 4 * self.layers * self.heads * self.head_dim * lists.pairs
-        total = 2 * forward + 2 * tokens * self.trained + 3.5 * attention_forward
+        total = 2 * forward + 2 * tokens * self.linear_trained + 3.5 * attention_forward
         if self.training.gradient_checkpointing:
             total += forward + attention_forward
         total += 4 * lists.n * lists.k * lists.response_tokens * self.vocabulary * self.hidden

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +163,17 @@ def test_no_mask_is_made_for_a_packed_row_and_nothing_is_read_back(family: str, 
     assert seen == [None]
 
 
+def test_a_compiled_model_gives_the_same() -> None:
+    model, processor, _ = built("llava")
+    packed, _ = batches(model, processor)
+    prefix_sharing.prepare(model, "on")
+    install(model)
+    compiled = torch.compile(model, backend="eager")
+    expected, ours = with_gradients(model, packed), with_gradients(compiled, packed)
+    torch.testing.assert_close(ours[0], expected[0])
+    assert_same_gradients({name.removeprefix("_orig_mod."): g for name, g in ours[1].items()}, expected[1])
+
+
 def test_a_model_that_takes_packed_rows_takes_all_others_as_before() -> None:
     for family in ("llava", "qwen2_vl", "gemma3"):
         model, processor, _ = built(family)
@@ -207,3 +220,23 @@ def test_obstacles_are_refused_with_their_reason() -> None:
     model.config.text_config.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"has attention_dropout=0\.1"):
         prefix_sharing.prepare(model, "on")
+
+
+def test_the_table_in_the_docs_is_that_of_these_tests() -> None:
+    """PERPO_WRITE_DOCS=1 writes it."""
+    rows = ["| `model_type` | class | tokens of a prompt see | positions |", "|---|---|---|---|"]
+    found = {}
+    for family in FAMILIES:
+        model, _, _ = built(family)
+        kind = model.config.model_type
+        positions = PromptPositions(model)
+        sees = {"gemma3": "those before them, and all of their image", "paligemma": "the whole prompt"}
+        axes = "three axes (M-RoPE)" if positions.body is not None else "one axis"
+        found[kind] = f"| {kind} | {type(model).__name__} | {sees.get(kind, 'those before them')} | {axes} |"
+    assert set(found) == {*prefix_sharing.VERIFIED, "gemma2"}  # whose soft cap other attentions leave out
+    rows += [found[kind] for kind in prefix_sharing.VERIFIED]
+    page = Path(__file__).parents[2] / "docs" / "shared_prefix.md"
+    text, _, _ = page.read_text(encoding="utf-8").partition("| `model_type` |")
+    if os.environ.get("PERPO_WRITE_DOCS"):
+        page.write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == text + "\n".join(rows) + "\n"
