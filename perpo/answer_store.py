@@ -10,18 +10,11 @@ changed is simply asked again, and a changed ground truth is not.
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
-from types import TracebackType
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock there
-    fcntl = None  # type: ignore[assignment]
+from perpo.line_file import LineFile, read_lines
 
 
 class Key(NamedTuple):
@@ -37,31 +30,22 @@ class Answers(NamedTuple):
     n_cut: int = 0  # answers that had not ended after max_new_tokens
 
 
-class AnswerStore:
+class AnswerStore(LineFile):
     """The answers in a file, which is made if missing; use it as a context manager.
 
     Raises:
-        ValueError: a line in the middle of the file is no answer, or another run is writing to it.
+        ValueError: a line is JSON, but no answer.
+        BlockingIOError: another run is writing to it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = self.path.open("ab+")
+        super().__init__(path)
         try:
-            self._lock()
-            self._known = self._read()
+            lines = read_lines(self.path, "that question is asked again")
+            self._known = dict(_entry(place, row) for place, row in lines)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
-
-    def __enter__(self) -> AnswerStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
 
     def __contains__(self, key: Key) -> bool:
         return key in self._known
@@ -73,44 +57,21 @@ class AnswerStore:
         return len(self._known)
 
     def add(self, entries: Iterable[tuple[Key, Answers]]) -> None:
-        """Keep these answers; they are on the disk when this returns."""
+        """Keep these answers, on disk when this returns; raises as `append`."""
         new = dict(entries)
-        lines = [json.dumps({**key._asdict(), **answers._asdict()}) + "\n" for key, answers in new.items()]
-        self._file.write("".join(lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        asked = ", ".join(repr(key.record) for key in new)
+        rows = (key._asdict() | answers._asdict() for key, answers in new.items())
+        self.append(*rows, what=f"what was answered to {asked:.200}")
         self._known |= new
 
-    def _lock(self) -> None:
-        """Keep a second run out, where the file system has locks."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"output: another run is writing to {self.path}; wait for it to end, or name another folder"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-                raise
 
-    def _read(self) -> dict[Key, Answers]:
-        self._file.seek(0)
-        content = self._file.read()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):  # the last line of a killed run
-            self._file.truncate(end)
-        known = {}
-        for number, line in enumerate(content[:end].splitlines(), 1):
-            try:
-                row = json.loads(line)
-                size = row["image_size"]
-                key = Key(row["model"], row["condition"], row["record"], row["content"])
-                known[key] = Answers(tuple(row["texts"]), None if size is None else (size[0], size[1]), row["n_cut"])
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise ValueError(
-                    f"output: {self.path}:{number} is no answer of a model ({type(error).__name__}: {error}); delete "
-                    "that line, or name another folder"
-                ) from error
-        return known
+def _entry(place: str, row: Any) -> tuple[Key, Answers]:
+    try:
+        key = Key(row["model"], row["condition"], row["record"], row["content"])
+        size = row["image_size"]
+        return key, Answers(tuple(row["texts"]), None if size is None else (size[0], size[1]), row["n_cut"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"output: {place} is no answer of a model ({type(error).__name__}: {error}); delete that line, or name "
+            "another folder"
+        ) from error

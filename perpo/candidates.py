@@ -156,7 +156,7 @@ def generate(
     worker = _Worker(sampler, config, tasks)
     with Shards(folder, config.identity() | sampler.identity(), rank) as shards:
         finished = shards.read()
-        check_sources(records, finished, folder)
+        check_sources(records, finished, folder, config.image_root)
         share = records[rank::world_size]
         done = {one.id for one in finished.values() if one.error is None}
         for record in share:
@@ -167,7 +167,7 @@ def generate(
         bar = tqdm(total=len(share), initial=len(share) - len(todo), desc=label, unit="list", disable=rank != 0)
         with bar:
             for one in worker.run(todo):
-                shards.append(one)
+                shards.add(one)
                 worker.totals.add(one)
                 bar.set_postfix_str(worker.totals.short, refresh=False)
                 bar.update()
@@ -275,7 +275,7 @@ class _Worker:
         scored = score_record(answered, self.tasks.get(self.config.reward or record.task), self.tally, columns)
         return Finished(
             record.id,
-            source_of(record),
+            source_of(record, self.config.image_root),
             list(scored.responses),
             list(scored.rewards or ()),
             self.tally.unreadable - unreadable,
@@ -286,4 +286,4 @@ class _Worker:
         shown = str(error) if repr(record.id) in str(error) else f"record {record.id!r}: {error}"
         if not self.config.skip_bad:
             raise ValueError(f"{shown}\nskip_bad leaves out such records and counts them") from error
-        return Finished(record.id, source_of(record), error=shown)
+        return Finished(record.id, source_of(record, self.config.image_root), error=shown)

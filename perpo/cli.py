@@ -6,6 +6,7 @@ A sub-command is a module with `main(arguments) -> int` (the exit code) and a li
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +18,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "coco": Command("perpo.coco", "grounding records from a COCO-style file"),
     "generate": Command("perpo.generate_command", "sample and score candidate answers: lists for `perpo train`"),
+    "plan": Command("perpo.plan_command", "what a training step costs and what fits on a GPU"),
     "train": Command("perpo.train_command", "align a vision-language model with lists of scored answers"),
     "evaluate": Command("perpo.evaluate_command", "compare models on held-out records, with and without the image"),
 }
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"perpo: no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    sys.path.append(os.getcwd())  # for rewards by import path: a console script has not the folder that it runs in
     return importlib.import_module(COMMANDS[name].module).main(rest)
 
 

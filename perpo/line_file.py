@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 try:
     import fcntl
@@ -43,7 +43,7 @@ class LineFile:
             self._file.close()
             raise
 
-    def __enter__(self) -> LineFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

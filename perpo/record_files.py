@@ -5,6 +5,7 @@ atomic: a file appears whole or not at all, and what stood there before stays un
 """
 
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -18,6 +19,7 @@ from PIL import Image
 
 from perpo.images import RowImage
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _UNREADABLE = (ValueError, RecursionError)  # json: bad syntax, bad UTF-8, a number too long; nested too deeply
 
 
@@ -162,8 +164,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _DISK and error.filename is None:
+            raise OSError(error.errno, f"{error.strerror}: {path} was not written, and is as it was before") from error
         raise
     with contextlib.suppress(OSError):  # the new name itself; not every file system can
         folder = os.open(path.parent, os.O_RDONLY)

@@ -73,7 +73,10 @@ def why_no_meteor() -> str | None:
 
 
 def meteor(text: str, truth: str) -> float:
-    """METEOR in [0, 1] over words split at white space."""
+    """METEOR in [0, 1] over words split at white space, as nltk computes it.
+
+    nltk looks for synonyms of what stemming has left, so a synonym whose stem is no word (automobil) goes unmatched.
+    """
     from nltk.translate.meteor_score import single_meteor_score
 
     return float(single_meteor_score(truth.split(), text.split()))

@@ -11,6 +11,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from perpo.checkpoints import clear_disk_errors
 from perpo.config import PerPOConfig
 from perpo.data import ListRecord, read_records
 from perpo.options import ModelConfig, parse
@@ -114,9 +115,10 @@ def train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfi
         eval_dataset=eval_lists,
         peft_config=trainable.apply(model),
     )
-    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
-    trainer.save_model()
-    trainer.save_state()
+    with clear_disk_errors(str(args.output_dir)):
+        trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+        trainer.save_model()
+        trainer.save_state()
     return trainer
 
 
