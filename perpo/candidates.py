@@ -150,7 +150,7 @@ def generate(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1} (world_size - 1), got {rank}")
     path = Path(output)
-    folder = path.with_name(f"{path.name}.parts")
+    folder = parts_folder(path)
     check_output(records, path, folder)
     tasks = {name: find_task(name) for name in sorted({config.reward or record.task for record in records} - {""})}
     worker = _Worker(sampler, config, tasks)
@@ -216,6 +216,11 @@ def check_output(records: Sequence[ListRecord], path: Path, folder: Path) -> Non
         raise ValueError(f"output: {path} exists, and not by a run that could go on; move it away or name another file")
     if len({record.id for record in records}) < len(records):
         raise ValueError("records: ids must be distinct, since finished records are known by them")
+
+
+def parts_folder(output: str | os.PathLike[str]) -> Path:
+    """Where finished records are kept until the output is written, and after it."""
+    return Path(f"{os.fspath(output)}.parts")
 
 
 class _Worker:

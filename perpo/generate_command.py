@@ -29,8 +29,6 @@ from perpo.samplers.with_transformers import TransformersSampler
 from perpo.samplers.with_vllm import VllmSampler
 from perpo.vlm import Encoder, load_model, load_processor
 
-SHORT = {"--model": "--model_name_or_path"}
-
 
 @dataclass
 class GenerateConfig:
@@ -119,7 +117,7 @@ class GenerateConfig:
 
 def main(arguments: Sequence[str]) -> int:
     try:
-        model_config, config = parse((ModelConfig, GenerateConfig), [*map(_in_full, arguments)], "perpo generate")
+        model_config, config = parse((ModelConfig, GenerateConfig), arguments, "perpo generate")
         outcome = run(model_config, config)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("PERPO_TRACEBACK"):
@@ -186,11 +184,6 @@ def _end_ids(name: str, revision: str | None) -> list[int]:
         return []
     eos = config.eos_token_id
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def _in_full(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return SHORT.get(name, name) + equals + value
 
 
 def _number(variable: str, default: int) -> int:

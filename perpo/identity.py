@@ -18,6 +18,12 @@ IDENTITY = "identity.json"
 WHOLE = 1 << 20  # bytes: larger pictures are known by their size and by as much from their two ends
 
 
+def known_identity(folder: Path) -> dict[str, str]:
+    """What a folder's contents depend on; empty if there is no such folder."""
+    file = folder / IDENTITY
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
 def difference(folder: Path, identity: Mapping[str, str]) -> str:
     """In what a folder's contents differ from what would be written into it now, for people; "" if in nothing.
 
@@ -30,7 +36,7 @@ def difference(folder: Path, identity: Mapping[str, str]) -> str:
     if not file.exists():
         with atomic_file(file) as out:
             out.write(json.dumps(dict(identity), indent=1).encode())
-    there = json.loads(file.read_text(encoding="utf-8"))  # of several processes, the last one's
+    there = known_identity(folder)  # of several processes, the last one's
     return ", ".join(
         f"{name} ({there.get(name, 'none')} there, {identity.get(name, 'none')} now)"
         for name in sorted({*there, *identity})

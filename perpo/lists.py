@@ -44,6 +44,11 @@ def training_lists(name: str, source: Any, args: PerPOConfig) -> list[Sample]:
     if len(lists) < len(source):
         logger.warning(f"{len(source) - len(lists)} lists with fewer than {args.min_candidates} candidates left out")
     _require(name, lists, "rewards", "; score it first")
+    if not any(record.has_preference for record in lists):
+        raise ValueError(
+            f"{name}: in none of {len(lists)} lists has one response a higher reward than another: there is nothing to "
+            "learn; see that the rewards can read the responses"
+        )
     if args.reference == "data":
         _require(name, lists, "ref_log_probs", ", which reference='data' takes; use reference='precomputed'")
     if args.objective == "rosepo":

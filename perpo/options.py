@@ -38,7 +38,9 @@ OFTEN_SET = {
 class ModelConfig:
     """Which model, and how it is loaded."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its processor."})
+    model_name_or_path: str = field(
+        metadata={"help": "Folder or hub name of the model and its processor.", "aliases": ["--model"]}
+    )
     dtype: str = field(
         default="auto",
         metadata={

@@ -10,14 +10,19 @@ from typing import Any
 
 from peft import LoraConfig
 from torch import nn
+from transformers.utils import logging
 
+from perpo.candidates import parts_folder
 from perpo.checkpoints import clear_disk_errors
 from perpo.config import PerPOConfig
 from perpo.data import ListRecord, read_records
+from perpo.identity import known_identity
 from perpo.options import ModelConfig, parse
 from perpo.trainable import freeze, language_lora
 from perpo.trainer import PerPOTrainer
-from perpo.vlm import load_model, load_processor
+from perpo.vlm import Encoder, load_model, load_processor
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -115,6 +120,7 @@ def train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfi
         eval_dataset=eval_lists,
         peft_config=trainable.apply(model),
     )
+    _compare_pixels(data.train_file, trainer.encoder)
     with clear_disk_errors(str(args.output_dir)):
         trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
         trainer.save_model()
@@ -135,6 +141,17 @@ def _read(file: str, data: DataConfig, args: PerPOConfig) -> list[ListRecord]:
         for error in report.errors:
             print(f"  skipped: {error}", file=sys.stderr)
     return records
+
+
+def _compare_pixels(lists: str, encoder: Encoder) -> None:
+    """Boxes in pixels of the resized image mean another place once images are resized otherwise."""
+    name = "image processor"
+    sampled = known_identity(parts_folder(lists)).get(name)
+    if sampled is not None and sampled != encoder.fingerprint()[name]:
+        logger.warning(
+            f"{lists} was sampled with other settings of the image processor than it is trained with here; if answers "
+            "hold positions in pixels, give both commands the same processor_options"
+        )
 
 
 def _resume(given: str | None) -> str | bool | None:

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from peft import PeftModel
 
-from perpo import cli
+from perpo import cli, train_command
+from perpo.candidates import parts_folder
 from perpo.data import ListRecord, write_records
 from perpo.options import ModelConfig, parse
-from perpo.vlm import load_model, load_processor
+from perpo.vlm import Encoder, load_model, load_processor
 
 from . import tiny_models, training
 
@@ -50,7 +51,8 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_from_files_to_a_saved_adapter(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--config", str(project / "run.yaml"), "--max_steps", "3"]) == 0
+    model = ["--model", str(project / "model")]
+    assert cli.main(["train", "--config", str(project / "run.yaml"), "--max_steps", "3", *model]) == 0
     assert "4 lists of 2–3 answers" in capsys.readouterr().out
     state = json.loads((project / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 3  # the command line wins
@@ -62,6 +64,19 @@ def test_from_files_to_a_saved_adapter(project: Path, capsys: pytest.CaptureFixt
     again = ["train", "--config", str(project / "run.yaml"), "--max_steps", "3", "--resume_from_checkpoint", "true"]
     assert cli.main(again) == 0
     assert json.loads((project / "out" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_lists_sampled_at_another_image_size_are_noticed(project: Path, caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(train_command.logger, "propagate", True)
+    parts = parts_folder(project / "lists.jsonl")
+    parts.mkdir()
+    processor = load_processor(str(project / "model"))
+    same = Encoder.for_model(processor, load_model(str(project / "model"))).fingerprint()["image processor"]
+    for sampled, expected in ((same, False), ("another", True)):
+        (parts / "identity.json").write_text(json.dumps({"image processor": sampled}))
+        caplog.clear()
+        assert cli.main(["train", "--config", str(project / "run.yaml"), "--max_steps", "1"]) == 0
+        assert ("other settings of the image processor" in caplog.text) == expected
 
 
 def test_an_objective_from_the_command_line_and_from_yaml(project: Path) -> None:

@@ -234,11 +234,18 @@ def test_candidates_are_thinned_to_best_worst_and_between(tmp_path: Path) -> Non
     assert runner.train_dataset[0].rewards == (0.1, 0.9, 0.5)
 
 
+def test_lists_of_which_none_has_a_preference_are_an_error(tmp_path: Path) -> None:
+    lists = [dataclasses.replace(record, rewards=(0.5,) * record.k) for record in training.records()]
+    with pytest.raises(ValueError, match="train_dataset: in none of 4 lists has one response a higher reward"):
+        training.trainer("llava", tmp_path, data=lists)
+
+
 def test_a_list_of_one_and_a_list_without_preference_give_zero_loss_with_a_graph(tmp_path: Path) -> None:
     alone = ListRecord("a", None, "?", responses=("x",), rewards=(1.0,))
     equal = ListRecord("b", None, "?", responses=("x", "y"), rewards=(1.0, 1.0))
-    runner = training.trainer("llava", tmp_path, data=[alone, equal], min_candidates=1, reference="none")
-    loss = runner.compute_loss(runner.model, runner.data_collator(runner.train_dataset))
+    active = ListRecord("c", None, "?", responses=("x", "y"), rewards=(1.0, 0.0))
+    runner = training.trainer("llava", tmp_path, data=[alone, equal, active], min_candidates=1, reference="none")
+    loss = runner.compute_loss(runner.model, runner.data_collator(runner.train_dataset[:2]))
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in runner.model.parameters() if p.requires_grad)
