@@ -14,7 +14,7 @@ test: $(VENV)/ready
 check: $(VENV)/ready
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
-bench: $(VENV)/ready
+bench: $(VENV)/ready-to-bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 static-report: $(VENV)/ready
@@ -26,6 +26,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/ready-to-bench: $(VENV)/ready
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	touch $@
 
 clean:

@@ -1,39 +1,53 @@
-"""PerPO on real handwritten digits, end to end, on a processor: `python -m perpo.demo`.
+"""PerPO on real handwritten digits, start to end, by the commands that a user runs: `python -m perpo.demo`.
 
-A tiny vision-language model has learnt to answer "where is the 7?" from cheap, loose boxes. It is then aligned on the
-IoU of its own answers with exact boxes, by PerPO and by what PerPO is compared with, under one budget.
+A LLaVA of a million parameters has learnt from cheap annotation to say where a digit is (grounding) and to read a
+number (ocr). Each task is then aligned on the rewards of its own answers: `perpo generate` samples and scores lists of
+them once, `perpo train` learns from these lists by every objective under one budget, `perpo evaluate` compares.
 """
 
 import argparse
 import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
-from perpo.demo.align import Recipe
 from perpo.demo.compare import compare
-from perpo.demo.model import SHIPPED
-from perpo.demo.report import draw_boxes, draw_chart, table, write_json
-from perpo.demo.train_sft import save_model, train_sft
+from perpo.demo.report import draw_chart, draw_examples, table, write_json
+from perpo.demo.steps import Job, Recipe, claim
+from perpo.demo.tasks import SEEDS, TASKS
+from perpo_kernels.objectives import PRESETS
 
-HELD_OUT = 2000  # scenes a seed; the standard error of AP@50 is then 1 point
-QUICK = Recipe(rounds=1, lists=32, k=4, batch=16)
+PICTURES = {"grounding": "boxes.png", "ocr": "pages.png"}
+QUICK = Recipe(lists=16, k=4, held_out=24, batch=8, resamples=20, examples=2)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     recipe = Recipe()
     parser = argparse.ArgumentParser("python -m perpo.demo", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--tasks", type=_names(TASKS), default=",".join(TASKS), help="default: %(default)s")
     parser.add_argument(
-        "--rounds", type=int, default=recipe.rounds, help="sample, score, train: so many times (%(default)s)"
+        "--objectives",
+        type=_names(PRESETS),
+        default=",".join(recipe.objectives),
+        help=f"of {', '.join(PRESETS)}; default: %(default)s",
     )
-    parser.add_argument("--lists", type=int, default=recipe.lists, help="scenes a round (%(default)s)")
-    parser.add_argument("--beta", type=float, default=recipe.beta, help="sharpness of the preference (%(default)s)")
-    parser.add_argument("--gamma", type=float, default=recipe.gamma, help="power of the reward margin (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 1 2 3 4")
+    parser.add_argument("--lists", type=int, default=recipe.lists, help="pictures to sample for (%(default)s)")
+    parser.add_argument("--k", type=int, default=recipe.k, help="answers a picture (%(default)s)")
+    parser.add_argument("--held-out", type=int, default=recipe.held_out, help="pictures to judge on (%(default)s)")
+    parser.add_argument(
+        "--split",
+        choices=[s for s in SEEDS if s != "train"],
+        default=recipe.split,
+        help="of those pictures (%(default)s)",
+    )
     parser.add_argument("--lr", type=float, default=recipe.learning_rate, help="learning rate (%(default)s)")
-    parser.add_argument("--from-scratch", action="store_true", help="train the SFT model too (some 6 minutes more)")
-    parser.add_argument("--quick", action="store_true", help="a few seconds' run that shows nothing but that it runs")
+    parser.add_argument("--beta", type=float, help="of every objective; default: each as published")
+    parser.add_argument("--gamma", type=float, help="of PerPO; default: as published")
+    parser.add_argument("--quick", action="store_true", help="a short run that shows nothing but that it runs")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument(
-        "--output", type=Path, default=Path("demo_output"), help="folder for pictures and figures (%(default)s)"
+        "--output", type=Path, default=Path("demo_output"), help="folder of all that is made (%(default)s)"
     )
     return parser.parse_args(arguments)
 
@@ -41,32 +55,49 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     started = time.perf_counter()
-    options.output.mkdir(parents=True, exist_ok=True)
-    seeds, held_out = list(dict.fromkeys(options.seeds)), HELD_OUT
+    seeds = list(dict.fromkeys(options.seeds))
     recipe = Recipe(
-        rounds=options.rounds, lists=options.lists, beta=options.beta, gamma=options.gamma, learning_rate=options.lr
+        objectives=options.objectives,
+        lists=options.lists,
+        k=options.k,
+        held_out=options.held_out,
+        split=options.split,
+        learning_rate=options.lr,
+        beta=options.beta,
+        gamma=options.gamma,
     )
     if options.quick:
-        recipe, seeds, held_out = QUICK, seeds[:1], 64
-
-    checkpoint = SHIPPED
-    if options.from_scratch:
-        checkpoint = options.output / "sft.safetensors"
-        save_model(train_sft(2, 2) if options.quick else train_sft(), checkpoint)
-    results = compare(seeds, recipe, checkpoint, held_out, 1 if options.quick else options.workers)
-    seconds = time.perf_counter() - started
+        recipe, seeds = replace(QUICK, objectives=options.objectives), seeds[:1]
+    claim(options.output, recipe)
+    jobs = [Job(task, seed, recipe, options.output, seed == seeds[0]) for seed in seeds for task in options.tasks]
+    results = compare(jobs, options.workers)
 
     print(
-        f"\n{len(seeds)} seeds, {held_out} held-out scenes each; {recipe.rounds} × {recipe.lists} lists,",
-        end=" ",
+        f"\n{len(seeds)} seeds; {recipe.lists} lists of {recipe.k} answers, {recipe.held_out} held-out pictures each; "
+        f"learning rate {recipe.learning_rate:g}. Mean ± standard error over seeds; the gap is of the first seed."
     )
-    print(f"{recipe.k} answers each; β {recipe.beta:g}, γ {recipe.gamma:g}, learning rate {recipe.learning_rate:g}\n")
-    print(table(results))
-    boxes, chart, figures = (options.output / name for name in ("boxes.png", "methods.png", "results.json"))
-    draw_boxes(boxes, results, held_out)
-    draw_chart(chart, results)
-    write_json(figures, results, recipe, held_out, seconds)
-    print(f"\n{seconds:.0f} s. Boxes before and after: {boxes}; the methods: {chart}; the figures: {figures}")
+    for task in options.tasks:
+        print(f"\n{task}\n{table(task, results, recipe)}")
+        draw_examples(options.output / PICTURES[task], next(job for job in jobs if job.task == task))
+    draw_chart(options.output / "methods.png", results, recipe)
+    seconds = time.perf_counter() - started
+    write_json(options.output / "results.json", results, recipe, seconds)
+    pictures = ", ".join(["results.json", "methods.png", *(PICTURES[task] for task in options.tasks)])
+    reports = ", ".join(str(job.folder / "evaluation" / "report.html") for job in jobs if job.seed == seeds[0])
+    print(f"\n{seconds:.0f} s. In {options.output}: {pictures}\nreports of `perpo evaluate`: {reports}")
+    print(f"the commands that were run: {jobs[0].folder / 'commands.sh'} and its like")
+
+
+def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """The type of an option that lists names with commas."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
+        return names
+
+    return read
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What the demo leaves behind: the table, the two pictures and the figures as JSON."""
+"""What the demo leaves behind: the tables, the pictures and the figures as JSON."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,116 +14,159 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from PIL import Image
 
-from perpo.demo.align import PERPO, Recipe
-from perpo.demo.compare import ROWS, SFT, Result, held_out_scenes
-from perpo.demo.vocabulary import question_text
-from perpo.rewards import box_iou
+from perpo.data import ListRecord, read_records
+from perpo.demo.compare import BEST_OF_K, Result, answers
+from perpo.demo.steps import SFT, Job, Recipe
+from perpo.demo.tasks import TASKS
+from perpo.rewards import box_iou, parse_box
+from perpo.rewards.ocr import edit_similarity
 
 TRUTH, BEFORE, AFTER = "#2a9d5c", "#e07b39", "#3b6fd4"
 PICTURED = 12
-METRICS = (("ap50", 15), ("mean_iou", 17))  # with the widths of their columns
+GAP = "gap"  # of the first metric, with pictures over without
+PERPO = "perpo"
+NAMES = {
+    SFT: "SFT",
+    "dpo": "DPO, best against worst",
+    "uniform_pairs": "all pairs, equal weights",
+    PERPO: "PerPO",
+    "lipo": "LiPO-λ",
+    "sdpo": "S-DPO",
+    "plackett_luce": "Plackett–Luce",
+    BEST_OF_K: "best of k (training lists)",
+}
 
 
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation over the seeds; 0 for one seed."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error s / √n; NaN for the error of one seed."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
 
 
-def table(results: list[Result]) -> str:
-    """A row a method: mean ± standard deviation over the seeds, and the gain over SFT, seed by seed."""
-    lines = [f"{'':24}{'AP@50':>15}{'mean IoU':>17}{'AP@50 over SFT':>18}{'mean IoU over SFT':>20}"]
-    base = _by_seed(results, SFT)
-    for method in ROWS:
-        rows = _by_seed(results, method)
-        cells = [f"{method:24}"]
-        cells += [_cell([getattr(row, name) for row in rows.values()], width) for name, width in METRICS]
-        if method != SFT:
-            for name, width in (("ap50", 18), ("mean_iou", 20)):
-                gains = [getattr(rows[seed], name) - getattr(base[seed], name) for seed in rows]
-                cells.append(_cell(gains, width, signed=True))
-        lines.append("".join(cells))
+def table(task: str, results: list[Result], recipe: Recipe) -> str:
+    """A row a model: mean ± standard error over the seeds; below it, PerPO against each other objective, seed by seed.
+
+    The no-image gap is the first metric with pictures less the same with the pictures blanked, where it was measured.
+    """
+    metrics = {**TASKS[task].metrics, GAP: "gap without image"}
+    lines = [f"{'':26}" + "".join(f"{title:>20}" for title in metrics.values())]
+    for model in (SFT, *recipe.objectives, BEST_OF_K):
+        cells = [_cell(_values(results, task, model, name)).rjust(20) for name in metrics]
+        lines.append(f"{NAMES.get(model, model):26}" + "".join(cells))
+    lines += ["", *comparisons(task, results, recipe)] if PERPO in recipe.objectives else []
     return "\n".join(lines)
 
 
-def write_json(path: Path, results: list[Result], recipe: Recipe, scenes: int, seconds: float) -> None:
+def comparisons(task: str, results: list[Result], recipe: Recipe) -> list[str]:
+    """PerPO less each other objective, over the seeds that both share."""
+    lines = []
+    for other in recipe.objectives:
+        if other == PERPO:
+            continue
+        cells = []
+        for name, title in TASKS[task].metrics.items():
+            ours, theirs = (_values(results, task, model, name) for model in (PERPO, other))
+            mean, error = mean_and_error([a - b for a, b in zip(ours, theirs, strict=True)])
+            verdict = "" if math.isnan(error) else ", more than twice its error" if abs(mean) > 2 * error else ", a tie"
+            cells.append(f"{title} {mean:+.3f} ± {error:.3f}{verdict}")
+        lines.append(f"PerPO over {NAMES.get(other, other)}: {'; '.join(cells)}")
+    return lines
+
+
+def write_json(path: Path, results: list[Result], recipe: Recipe, seconds: float) -> None:
     """The figures of every run with the settings that made them."""
-    rows = [{key: value for key, value in asdict(result).items() if key != "boxes"} for result in results]
     record = {
         "recipe": asdict(recipe),
-        "held_out_scenes_per_seed": scenes,
         "seconds": round(seconds, 1),
-        "results": rows,
+        "results": [asdict(result) for result in results],
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def draw_boxes(path: Path, results: list[Result], held_out: int) -> None:
-    """The first held-out scenes of the first seed, as they come: the true box, SFT's and PerPO's.
-
-    `held_out` must be the number of scenes that were judged: another number gives other scenes.
-    """
-    seed = min(result.seed for result in results)
-    before, after = (_by_seed(results, method)[seed].boxes for method in (SFT, PERPO))
-    scenes = held_out_scenes(held_out, seed)
+def draw_examples(path: Path, job: Job) -> None:
+    """The first held-out pictures of a job, as they come, with the truth and the answers before and after alignment."""
+    figures = json.loads((job.folder / "evaluation" / "evaluation.json").read_text())
+    identities = {model["name"]: model["identity"] for model in figures["models"]}
+    after = PERPO if PERPO in identities else job.recipe.objectives[-1]
+    texts = [answers(job, identities[model]) for model in (SFT, after)]
+    records = read_records(job.folder / "held_out.jsonl", require=("answer",))[0][:PICTURED]
     figure, axes = plt.subplots(2, PICTURED // 2, figsize=(2.1 * PICTURED / 2, 5.6), layout="constrained")
-    for index, axis in enumerate(axes.flat):
-        x1, y1, x2, y2 = scenes.boxes[index].tolist()
-        truth = (x1, y1, x2, y2)
-        axis.imshow(1 - scenes.images[index, 0].numpy(), cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0))
+    for axis, record in zip(axes.flat, records, strict=False):
         axis.set(xticks=[], yticks=[])
-        ious = []
-        for box, colour, style, width in (
-            (truth, TRUTH, "-", 2.2),
-            (before[index], BEFORE, "--", 1.8),
-            (after[index], AFTER, "-", 1.8),
-        ):
-            ious.append(0.0 if box is None else box_iou(box, truth))
-            if box is not None:
-                corner, size = box[:2], (box[2] - box[0], box[3] - box[1])
-                axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linestyle=style, linewidth=width))
-        axis.set_title(question_text(int(scenes.asked[index])), fontsize=11)
-        axis.set_xlabel(f"IoU {ious[1]:.2f} → {ious[2]:.2f}", fontsize=10)
-    handles = [
-        Rectangle((0, 0), 1, 1, fill=False, edgecolor=colour, linestyle=style, linewidth=2)
-        for colour, style in ((TRUTH, "-"), (BEFORE, "--"), (AFTER, "-"))
-    ]
-    figure.legend(
-        handles, ["truth", "before (SFT)", "after (PerPO)"], loc="outside upper center", ncols=3, frameon=False
-    )
+        with Image.open(job.folder / str(record.image)) as picture:
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, 1, 1, 0))
+        show = _show_boxes if job.task == "grounding" else _show_texts
+        show(axis, record, texts[0][record.id], texts[1][record.id])
+    styles = ((TRUTH, "-"), (BEFORE, "--"), (AFTER, "-"))
+    handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=c, linestyle=s, linewidth=2) for c, s in styles]
+    names = ["truth", "before (SFT)", f"after ({NAMES.get(after, after)})"]
+    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def draw_chart(path: Path, results: list[Result]) -> None:
-    """AP@50 and mean IoU of each method: a bar for the mean over seeds, a whisker for the spread, a dot a seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
-    for axis, metric, title in zip(axes, ("ap50", "mean_iou"), ("AP@50", "mean IoU"), strict=True):
-        _bars(axis, results, metric)
-        axis.set_title(title)
+def _show_boxes(axis: Axes, record: ListRecord, before: str, after: str) -> None:
+    truth = parse_box(str(record.answer))
+    assert truth is not None
+    ious = []
+    for text, colour, style in ((record.answer, TRUTH, "-"), (before, BEFORE, "--"), (after, AFTER, "-")):
+        box = parse_box(str(text))
+        ious.append(0.0 if box is None else box_iou(box, truth))
+        if box is not None:
+            corner, size = box[:2], (box[2] - box[0], box[3] - box[1])
+            axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linestyle=style, linewidth=2))
+    axis.set_title(str(record.prompt), fontsize=11)
+    axis.set_xlabel(f"IoU {ious[1]:.2f} → {ious[2]:.2f}", fontsize=10)
+
+
+def _show_texts(axis: Axes, record: ListRecord, before: str, after: str) -> None:
+    truth = str(record.answer)
+    axis.set_title(truth, fontsize=11, color=TRUTH)
+    for line, text, colour in ((0, before, BEFORE), (1, after, AFTER)):
+        shown = f"{text}  ({edit_similarity(text, truth):.2f})"
+        at = (0.5, -0.03 - 0.1 * line)
+        axis.text(*at, shown, color=colour, fontsize=10, ha="center", va="top", transform=axis.transAxes)
+    axis.set_xlabel("\n\n\n", fontsize=8)  # keeps the room
+
+
+def draw_chart(path: Path, results: list[Result], recipe: Recipe) -> None:
+    """Each metric of each model: a bar for the mean over seeds, a whisker for its standard error, a dot a seed."""
+    tasks = list(dict.fromkeys(result.task for result in results))
+    rows = (SFT, *recipe.objectives, BEST_OF_K)
+    size = (10, (0.6 + 0.45 * len(rows)) * len(tasks) + 0.4)
+    figure, axes = plt.subplots(len(tasks), 2, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for line, task in zip(axes, tasks, strict=True):
+        for axis, (name, title) in zip(line, TASKS[task].metrics.items(), strict=True):
+            _bars(axis, {model: _values(results, task, model, name) for model in rows})
+            axis.set_title(f"{task}: {title}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _bars(axis: Axes, results: list[Result], metric: str) -> None:
-    positions = range(len(ROWS))
-    for position, method in zip(positions, ROWS, strict=True):
-        values = [getattr(row, metric) for row in _by_seed(results, method).values()]
-        mean = statistics.mean(values)
-        colour = AFTER if method == PERPO else BEFORE if method == SFT else "#c3c8d1"
-        axis.barh(position, mean, xerr=spread(values), color=colour, height=0.68, ecolor="#333333", capsize=3)
+def _bars(axis: Axes, values_of: dict[str, list[float]]) -> None:
+    for position, (model, values) in enumerate(values_of.items()):
+        mean, error = mean_and_error(values)
+        error = 0.0 if math.isnan(error) else error
+        colour = AFTER if model == PERPO else BEFORE if model == SFT else "#c3c8d1"
+        axis.barh(position, mean, xerr=error, color=colour, height=0.68, ecolor="#333333", capsize=3)
         axis.plot(values, [position] * len(values), "o", color="white", markeredgecolor="#333333", markersize=4)
-        axis.text(mean + spread(values) + 0.012, position, f"{mean:.3f}", va="center", fontsize=10)
-    axis.set_yticks(positions, ROWS)
-    axis.set_ylim(len(ROWS) - 0.5, -0.5)  # the first row on top
-    axis.set_xlim(0, 1)
+        axis.text(max(mean + error, *values, mean) + 0.02, position, f"{mean:.3f}", va="center", fontsize=10)
+    axis.set_yticks(range(len(values_of)), [NAMES.get(model, model) for model in values_of])
+    axis.set_ylim(len(values_of) - 0.5, -0.5)  # the first row on top
+    axis.set_xlim(0, 1.1)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _by_seed(results: list[Result], method: str) -> dict[int, Result]:
-    return {result.seed: result for result in results if result.method == method}
+def _values(results: list[Result], task: str, model: str, metric: str) -> list[float]:
+    """Of each seed, in the order of seeds."""
+    rows = sorted((r for r in results if (r.task, r.model) == (task, model)), key=lambda result: result.seed)
+    return [row.metrics[metric] for row in rows if metric in row.metrics]
 
 
-def _cell(values: list[float], width: int, signed: bool = False) -> str:
-    mean = statistics.mean(values)
-    return f"{mean:{'+' if signed else ''}.3f} ± {spread(values):.3f}".rjust(width)
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "–"
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"

@@ -1,32 +1,45 @@
-"""How the demo's SFT checkpoint is made: a vision tower taught first, then supervised training on coarse boxes.
+"""How the demo's SFT model is made: its eyes are taught first, then it learns to answer from cheap annotation.
 
-    python -m perpo.demo.train_sft --output perpo/demo/sft.safetensors
+    python -m perpo.demo.train_sft
 
-Every step sees fresh scenes, and boxes as cheap annotation would draw them, never the exact ones.
+Every step sees fresh pictures of training digits, boxes as cheap annotation draws them and transcripts made in a hurry.
+Some 13 minutes of one core; the shipped weights were made with OMP_NUM_THREADS=1.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
-from perpo.demo.model import PATCHES, SHIPPED, build_model, continuation_states, normalised
-from perpo.demo.scenes import Scenes, coarse_boxes, make_scenes
-from perpo.demo.vocabulary import FIRST_COORDINATE, FIRST_DIGIT, box_ids, question_ids
+from perpo.demo.digits import Pictures
+from perpo.demo.model import SHIPPED, build_model, save_model
+from perpo.demo.pages import QUESTION, hasty_transcripts, make_pages
+from perpo.demo.scenes import box_text, coarse_boxes, make_scenes, question
+from perpo.demo.vocabulary import (
+    DEVIATION,
+    END,
+    FIRST_DIGIT,
+    FIRST_STEPS,
+    IMAGE,
+    MEAN,
+    PATCHES,
+    STEPS,
+    TOKENS,
+    build_tokenizer,
+)
 
-VISION_STEPS, STEPS = 800, 600
-VISION_BATCH, BATCH = 32, 32  # scenes a step
-VISION_LEARNING_RATE, LEARNING_RATE = 2e-3, 2e-3
-VISION_SEED, SEED = 10_000_000, 20_000_000  # of the scenes; far from the seeds that the comparison uses
+EYE_STEPS, STEPS_OF_ANSWERS = 1600, 700
+BATCH = 32  # scenes, and as many pages, a step
+EYE_LEARNING_RATE, LEARNING_RATE = 2e-3, 1e-3
+EYE_SEED, SEED = 10_000_000, 20_000_000  # of the pictures; far from the seeds that the comparison uses
+TURN = "ASSISTANT:"
 
 
 class PatchWords(nn.Module):
@@ -45,35 +58,71 @@ class PatchWords(nn.Module):
 
     def coordinates(self, model: LlavaForConditionalGeneration, patches: Tensor) -> Tensor:
         """Logits [M, 4, 101] of the box around the digit that patches [M, H] show."""
-        return self.corners(patches).view(len(patches), 4, -1) @ model.lm_head.weight[FIRST_COORDINATE:].T
+        corners = self.corners(patches).view(len(patches), 4, -1).unbind(1)
+        words = [model.lm_head.weight[first : first + len(STEPS)] for first in FIRST_STEPS]
+        return torch.stack([corner @ word.T for corner, word in zip(corners, words, strict=True)], dim=1)
 
 
-def vision_loss(model: LlavaForConditionalGeneration, words: PatchWords, scenes: Scenes, seed: int) -> Tensor:
+def normalised(pictures: Pictures) -> Tensor:
+    """Pixels [N, 3, CANVAS, CANVAS] exactly as the processor gives them."""
+    return ((pictures.pixels.float() / 255 - MEAN) / DEVIATION).unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+def vision_loss(model: LlavaForConditionalGeneration, words: PatchWords, pictures: Pictures, seed: int) -> Tensor:
     """Cross-entropy of each patch's digit (binary, the target being the share of the patch in the box) and box."""
-    boxes = coarse_boxes(scenes.all_boxes, seed)  # [N, D, 4]
-    features = model.model.vision_tower(pixel_values=normalised(scenes.images)).last_hidden_state[:, 1:]
-    patches = model.model.multi_modal_projector(features)  # [N, P, H]
-    cover = patch_cover(boxes).transpose(1, 2)  # [N, P, D]
-    target = torch.zeros(len(scenes), PATCHES, 10)
-    target.scatter_(2, scenes.digits.unsqueeze(1).expand_as(cover), cover)
+    boxes = coarse_boxes(pictures.boxes, seed)  # [N, D, 4]
+    there = pictures.digits >= 0
+    patches = torch.stack(list(model.model.get_image_features(normalised(pictures)).pooler_output))  # [N, P, H]
+    cover = (patch_cover(boxes) * there.unsqueeze(2)).transpose(1, 2)  # [N, P, D]
+    target = torch.zeros(len(pictures), PATCHES, 10)
+    target.scatter_reduce_(2, pictures.digits.clamp(min=0).unsqueeze(1).expand_as(cover), cover, "amax")
     digit_loss = F.binary_cross_entropy_with_logits(words.digits(model, patches), target)
     scene, patch = (cover.amax(2) > 0.5).nonzero(as_tuple=True)
     owner = cover[scene, patch].argmax(1)
-    coordinates = box_ids(boxes)[scene, owner] - FIRST_COORDINATE  # [M, 4]
+    coordinates = (100 * boxes[scene, owner]).round().long()  # [M, 4]
     logits = words.coordinates(model, patches[scene, patch])
-    return 10 * digit_loss + F.cross_entropy(logits.flatten(0, 1), coordinates.flatten())  # about 1 and 2 at the end
+    return 10 * digit_loss + F.cross_entropy(logits.flatten(0, 1), coordinates.flatten())
 
 
-def sft_loss(model: LlavaForConditionalGeneration, scenes: Scenes, seed: int) -> Tensor:
-    """Mean negative log-likelihood of the coarse boxes' tokens, with every digit of a scene asked for in turn.
+def answer_loss(
+    model: LlavaForConditionalGeneration, pictures: Pictures, turns: Sequence[Sequence[tuple[str, str]]]
+) -> Tensor:
+    """Mean negative log-likelihood of the answers' tokens, for D questions with answers to each picture.
 
-    The image alone is the prefix here, and question and answer the continuation: three questions for one image's price.
+    The picture alone is the prefix, questions and answers the continuations: D questions for one picture's price.
     """
-    answers = box_ids(coarse_boxes(scenes.all_boxes, seed))  # [N, D, 4]
-    turns = torch.cat((question_ids(scenes.digits), answers), dim=2)  # [N, D, 5 + 4]
-    states = continuation_states(model, scenes.images, torch.empty(len(scenes), 0, dtype=torch.long), turns)
-    logits = model.lm_head(states[:, :, -answers.shape[2] :])
-    return F.cross_entropy(logits.flatten(0, 2), answers.flatten())
+    ids = torch.tensor([[TOKENS.index("USER:"), *[TOKENS.index(IMAGE)] * PATCHES]]).expand(len(pictures), -1)
+    prefix = model.model(input_ids=ids, pixel_values=normalised(pictures), use_cache=True)
+    cache = prefix.past_key_values
+    cache.batch_repeat_interleave(len(turns[0]))
+    tokens, labels = _continuations([turn for several in turns for turn in several])
+    hidden = model.model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+    wanted = labels[:, 1:]
+    return F.cross_entropy(model.lm_head(hidden[wanted >= 0]), wanted[wanted >= 0])
+
+
+def _continuations(turns: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Token ids of questions with answers [S, L], and the same with −1 for all that is no answer."""
+    tokenizer = build_tokenizer()
+    asked = tokenizer([f"{question} {TURN}" for question, _ in turns]).input_ids
+    answered = tokenizer([answer + END for _, answer in turns]).input_ids
+    rows = [torch.tensor(a + b) for a, b in zip(asked, answered, strict=True)]
+    labels = [torch.tensor([-1] * len(a) + b) for a, b in zip(asked, answered, strict=True)]
+    pad = nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-1)
+
+
+def scene_turns(scenes: Pictures, seed: int) -> list[list[tuple[str, str]]]:
+    """Every digit of a scene asked for in turn, answered with its coarse box."""
+    boxes = coarse_boxes(scenes.boxes, seed).tolist()
+    return [
+        [(question(digit), box_text(box)) for digit, box in zip(digits, of, strict=True)]
+        for digits, of in zip(scenes.digits.tolist(), boxes, strict=True)
+    ]
+
+
+def page_turns(pages: Pictures, seed: int) -> list[list[tuple[str, str]]]:
+    return [[(QUESTION, text)] for text in hasty_transcripts(pages, seed)]
 
 
 def patch_cover(boxes: Tensor) -> Tensor:
@@ -89,7 +138,7 @@ def patch_cover(boxes: Tensor) -> Tensor:
     return (side * along[1].unsqueeze(-1) * side * along[0].unsqueeze(-2)).flatten(-2)
 
 
-def train_sft(vision_steps: int = VISION_STEPS, steps: int = STEPS) -> LlavaForConditionalGeneration:
+def train_sft(eye_steps: int = EYE_STEPS, steps: int = STEPS_OF_ANSWERS) -> LlavaForConditionalGeneration:
     """The supervised model, from random weights.
 
     Before the model learns to answer, its eyes learn the words for what they see, as the vision towers of grown-up
@@ -97,7 +146,7 @@ def train_sft(vision_steps: int = VISION_STEPS, steps: int = STEPS) -> LlavaForC
     on they are frozen.
     """
     model = build_model().train()
-    teach_eyes(model, vision_steps)
+    teach_eyes(model, eye_steps)
     teach_answers(model, steps)
     return model.eval()
 
@@ -113,46 +162,45 @@ def teach_eyes(model: LlavaForConditionalGeneration, steps: int) -> None:
         words,
     )
     trained = [parameter for part in parts for parameter in part.parameters()]
-    batches = Batches("teaching the eyes", steps, VISION_BATCH, VISION_SEED)
-    _train(batches, lambda *batch: vision_loss(model, words, *batch), trained, VISION_LEARNING_RATE)
+
+    def loss(seed: int) -> Tensor:
+        scenes, pages = _pictures(seed)
+        return vision_loss(model, words, scenes, seed) + vision_loss(model, words, pages, seed)
+
+    _train("teaching the eyes", range(EYE_SEED, EYE_SEED + steps), loss, trained, EYE_LEARNING_RATE)
 
 
 def teach_answers(model: LlavaForConditionalGeneration, steps: int) -> None:
-    """Train all but the vision tower to answer with coarse boxes."""
+    """Train all but the vision tower to answer with coarse boxes and hasty transcripts."""
     model.model.vision_tower.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    batches = Batches("SFT on coarse boxes", steps, BATCH, SEED)
-    _train(batches, lambda *batch: sft_loss(model, *batch), trained, LEARNING_RATE)
+
+    def loss(seed: int) -> Tensor:
+        scenes, pages = _pictures(seed)
+        boxes = answer_loss(model, scenes, scene_turns(scenes, seed))
+        return boxes + answer_loss(model, pages, page_turns(pages, seed))
+
+    _train("SFT on cheap annotation", range(SEED, SEED + steps), loss, trained, LEARNING_RATE)
 
 
-def save_model(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """Weights in half precision: 2 bytes each, and the checkpoint is a start for training, not a result."""
-    save_file({name: weight.half().contiguous() for name, weight in model.state_dict().items()}, path)
-
-
-@dataclass(frozen=True)
-class Batches:
-    name: str  # of the progress bar
-    steps: int
-    size: int
-    seed: int  # of the first step's scenes; each step adds one
+def _pictures(seed: int) -> tuple[Pictures, Pictures]:
+    return make_scenes(BATCH, "train", seed), make_pages(BATCH, "train", seed)
 
 
 def _train(
-    batches: Batches, loss_of: Callable[[Scenes, int], Tensor], trained: list[nn.Parameter], learning_rate: float
+    name: str, seeds: range, loss_of: Callable[[int], Tensor], trained: list[nn.Parameter], learning_rate: float
 ) -> None:
     optimizer = torch.optim.AdamW(trained, learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, batches.steps))
-    with tqdm(range(batches.steps), desc=batches.name, unit="step", file=sys.stderr) as progress:
-        for step in progress:
-            seed = batches.seed + step
-            loss = loss_of(make_scenes(batches.size, "train", seed), seed)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, len(seeds)))
+    with tqdm(seeds, desc=name, unit="step", file=sys.stderr) as progress:
+        for seed in progress:
+            loss = loss_of(seed)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            if step % 20 == 0:
+            if seed % 20 == 0:
                 progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
@@ -163,13 +211,11 @@ def _warmup_cosine(step: int, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--vision-steps", type=int, default=VISION_STEPS, help=f"of {VISION_BATCH} scenes (%(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"supervised steps of {BATCH} scenes (%(default)s)")
-    parser.add_argument("--output", type=Path, default=SHIPPED, help="the safetensors file to write")
+    parser.add_argument("--eye-steps", type=int, default=EYE_STEPS, help="of the vision tower (%(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS_OF_ANSWERS, help="of answering (%(default)s)")
+    parser.add_argument("--output", type=Path, default=SHIPPED, help="the model folder to write")
     arguments = parser.parse_args()
-    save_model(train_sft(arguments.vision_steps, arguments.steps), arguments.output)
+    save_model(train_sft(arguments.eye_steps, arguments.steps), arguments.output)
     print(f"wrote {arguments.output}")
 
 

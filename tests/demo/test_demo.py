@@ -1,101 +1,225 @@
-"""The demo's parts, and a run of the whole that is too short to learn anything but long enough to break."""
+"""The demo's model folder, and a run of the whole that is too short to learn anything but long enough to break."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from transformers import LlavaForConditionalGeneration
 
-import perpo_kernels as pk
-from perpo.demo import vocabulary
-from perpo.demo.__main__ import main, parse
-from perpo.demo.align import Recipe, align, list_loss, sample_lists
-from perpo.demo.compare import ROWS
-from perpo.demo.model import PATCHES, SHIPPED, build_model, continuation_states, load_model, normalised, sample_answers
-from perpo.demo.scenes import make_scenes
+from perpo import cli
+from perpo.answers import Answerer
+from perpo.data import read_records
+from perpo.demo.__main__ import QUICK, main, parse
+from perpo.demo.compare import BEST_OF_K, Result
+from perpo.demo.model import SHIPPED, WEIGHTS, build_model
+from perpo.demo.pages import make_pages
+from perpo.demo.report import comparisons, mean_and_error, table
+from perpo.demo.scenes import box_text, make_scenes
+from perpo.demo.steps import Job, Recipe, claim, run
+from perpo.demo.tasks import SEEDS, TASKS, make_records
+from perpo.demo.train_sft import TURN, _continuations, normalised, page_turns, scene_turns, train_sft
+from perpo.demo.vocabulary import IMAGE, PATCHES, TOKENS, build_processor
 from perpo.rewards import parse_box
+from perpo.rewards.scoring import Tally, score_record
+from perpo.vlm import Encoder, load_model, load_processor
+
+TINY = Recipe(objectives=("perpo",), lists=6, k=4, held_out=8, batch=3, resamples=10, examples=2)
 
 
-def nothing(scenes: int) -> None:
-    pass
+# ------------------------------------------------------------------------------------------------------- the vocabulary
 
 
-def test_the_shipped_weights_are_exactly_the_models() -> None:
-    with safe_open(SHIPPED, "pt") as file:
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(build_processor())
+
+
+def test_a_box_is_four_tokens_that_decode_to_what_the_reward_reads(encoder: Encoder) -> None:
+    for box in make_scenes(100, "train", 0).boxes[:, 0].tolist():
+        ids = encoder.response(box_text(box))
+        assert len(ids) == 5
+        assert encoder.decode(ids) == box_text(box)
+        assert parse_box(encoder.decode(ids)) == pytest.approx(box, abs=0.00501)
+
+
+def test_a_number_is_one_token_a_digit(encoder: Encoder) -> None:
+    assert [TOKENS[i] for i in encoder.response("40719")] == ["4", "0", "7", "1", "9", "<end>"]
+    assert encoder.decode(encoder.response("40719")) == "40719"
+
+
+def test_any_sequence_of_tokens_is_trained_as_it_was_sampled(encoder: Encoder) -> None:
+    """Whatever a model says, its text must lead back to tokens that say the same."""
+    generator = torch.Generator().manual_seed(0)
+    answers = list(range(len(TOKENS) - 303, len(TOKENS)))
+    for _ in range(200):
+        said = torch.tensor(answers)[torch.randint(0, len(answers), (4,), generator=generator)].tolist()
+        text = encoder.decode(said)
+        assert encoder.decode(encoder.response(text)) == text
+
+
+def test_supervised_training_sees_tokens_and_pixels_as_the_commands_encode_them(encoder: Encoder) -> None:
+    for make, turns_of in ((make_scenes, scene_turns), (make_pages, page_turns)):
+        pictures = make(3, "train", 0)
+        turns = turns_of(pictures, 0)
+        for i, ((question, answer), *_) in enumerate(turns):
+            encoded = encoder.prompt(question, Image.fromarray(pictures.pixels[i].numpy()))
+            prefix = [TOKENS.index("USER:"), *[TOKENS.index(IMAGE)] * PATCHES]
+            tokens, labels = _continuations([(question, answer)])
+            assert [*prefix, *tokens[0].tolist()] == [*encoded["input_ids"][0].tolist(), *encoder.response(answer)]
+            assert labels[0][labels[0] >= 0].tolist() == encoder.response(answer)
+            assert tokens[0, labels[0].eq(-1).sum() - 1] == TOKENS.index(TURN)
+            torch.testing.assert_close(encoded["pixel_values"][0], normalised(pictures)[i], atol=1e-6, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def test_the_shipped_folder_is_a_stock_llava_of_a_few_megabytes() -> None:
+    model, processor = load_model(str(SHIPPED)), load_processor(str(SHIPPED))
+    assert type(model) is LlavaForConditionalGeneration
+    assert model.dtype == torch.float32
+    assert processor.tokenizer.get_vocab() == {token: i for i, token in enumerate(TOKENS)}
+    with safe_open(SHIPPED / WEIGHTS, "pt") as file:
         shipped = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert shipped == {name: tuple(weight.shape) for name, weight in build_model().state_dict().items()}
-    assert SHIPPED.stat().st_size < 8_000_000
-    load_model()
+    built = build_model()
+    assert sum(map(torch.Size.numel, map(torch.Size, shipped.values()))) == sum(p.numel() for p in built.parameters())
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 4_000_000
 
 
-def test_the_vocabulary_writes_boxes_that_the_reward_reads_back() -> None:
-    boxes = make_scenes(200, "train", 0).boxes
-    texts = vocabulary.box_texts(vocabulary.box_ids(boxes))
-    assert torch.allclose(torch.tensor([parse_box(text) for text in texts]), boxes, atol=0.00501)
-    assert parse_box(vocabulary.box_texts(torch.tensor([[2, 3, 4, 5]]))[0]) is None
+@pytest.mark.parametrize(("name", "least"), [("grounding", 0.35), ("ocr", 0.5)])
+def test_the_shipped_model_answers_far_above_chance_with_room_above_it(name: str, least: float, tmp_path: Path) -> None:
+    task = TASKS[name]
+    records, _ = read_records(make_records(task, 100, "validation", 0, tmp_path, "held_out"), require=("answer",))
+    model, processor = load_model(str(SHIPPED)).eval(), load_processor(str(SHIPPED))
+    ask = Answerer(model, Encoder.for_model(processor, model), image_root=tmp_path, max_new_tokens=task.max_new_tokens)
+    mean = {}
+    for blank in (False, True):
+        answers, tally = ask.greedy(records, blank=blank), Tally()
+        scored = [
+            score_record(type(r)(r.id, r.image, r.prompt, r.answer, r.task, answer.texts), None, tally).rewards
+            for r, answer in zip(records, answers, strict=True)
+        ]
+        mean[blank] = sum(rewards[0] for rewards in scored if rewards) / len(records)
+        assert blank or tally.unreadable <= 2
+    assert least < mean[False] < 0.85
+    assert mean[False] > mean[True] + 0.2  # it looks
 
 
-def test_answers_from_a_shared_prefix_are_what_separate_forwards_give() -> None:
-    model, scenes = build_model().eval(), make_scenes(3, "train", 0)
-    answers, sampled_from = sample_answers(model, scenes, 4, torch.Generator().manual_seed(0))
-    questions = vocabulary.question_ids(scenes.asked)
-    shared = continuation_states(model, scenes.images, questions, answers)
-    image = torch.full((3, PATCHES), vocabulary.IMAGE)
-    for candidate in range(4):
-        ids = torch.cat((image, questions, answers[:, candidate, :-1]), dim=1)
-        alone = model.model(input_ids=ids, pixel_values=normalised(scenes.images)).last_hidden_state[:, -4:]
-        torch.testing.assert_close(shared[:, candidate], alone, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sampled_from, shared, atol=1e-5, rtol=1e-4)
+def test_supervised_training_runs_and_is_reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perpo.demo.train_sft.BATCH", 2)
+    first, second = train_sft(2, 2).state_dict(), train_sft(2, 2).state_dict()
+    start = build_model().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], start[name]) for name in first)
 
 
-def test_the_loss_of_the_sampling_policy_is_that_of_a_coin() -> None:
-    model, scenes = load_model().eval(), make_scenes(4, "train", 0)
-    lists = sample_lists(model, scenes, 8, torch.Generator().manual_seed(0), nothing)
-    # Policy and reference are one here, so every score is 0 and every pair's loss is log 2.
-    assert list_loss(model, lists, beta=1.0, gamma=0.5).item() == pytest.approx(
-        torch.log(torch.tensor(2.0)).item(), abs=1e-4
-    )
-    pair = lists.best_and_worst()
-    assert torch.equal(pair.rewards, torch.stack((lists.rewards.amax(1), lists.rewards.amin(1)), dim=1))
+# ---------------------------------------------------------------------------------------------------------- the whole
 
 
-def test_a_step_raises_the_likelihood_of_better_answers_and_leaves_the_head_and_the_eyes_alone() -> None:
-    sft, scenes = load_model().eval(), make_scenes(16, "train", 1_000_000)
-    recipe = Recipe(rounds=1, lists=16, k=8, batch=16)
-    lists = sample_lists(sft, scenes, 8, torch.Generator().manual_seed(1_000_000), nothing)
-    aligned = align(sft, "PerPO", recipe, seed=0, advance=nothing)
-    assert list_loss(aligned, lists, 1.0, 0.5).item() < list_loss(sft, lists, 1.0, 0.5).item()
-    for name, weight in sft.state_dict().items():
-        frozen = name.startswith(("lm_head", "model.vision_tower"))
-        if frozen:
-            assert torch.equal(weight, aligned.state_dict()[name]), name
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("demo")
+    main(["--quick", "--objectives", "perpo,lipo", "--workers", "1", "--output", str(output)])
+    return output
 
 
-def test_dpo_is_the_list_loss_on_two_answers() -> None:
-    log_probs = torch.tensor([-1.0, -3.0], requires_grad=True)
-    loss = pk.perpo_loss(
-        log_probs, torch.tensor([0.9, 0.2]), cu_lists=torch.tensor([0, 2], dtype=torch.int32), beta=1.0
-    )
-    assert loss.item() == pytest.approx(torch.nn.functional.softplus(torch.tensor(-2.0)).item())
-
-
-def test_the_whole_demo_runs_and_leaves_its_table_pictures_and_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(["--quick", "--output", str(tmp_path / "out")])
-    printed = capsys.readouterr().out
-    assert all(row in printed for row in ROWS)
-    for name in ("boxes.png", "methods.png"):
-        with Image.open(tmp_path / "out" / name) as picture:
+def test_a_run_leaves_pictures_figures_reports_and_models(quick: Path) -> None:
+    for name in ("boxes.png", "pages.png", "methods.png"):
+        with Image.open(quick / name) as picture:
             assert min(picture.size) > 300
-    figures = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {row["method"] for row in figures["results"]} == set(ROWS)
-    assert all(0 <= row["ap50"] <= 1 and 0 <= row["mean_iou"] <= 1 for row in figures["results"])
+    figures = json.loads((quick / "results.json").read_text())
+    rows = {(row["task"], row["model"]) for row in figures["results"]}
+    assert rows == {(task, model) for task in TASKS for model in ("sft", "perpo", "lipo", BEST_OF_K)}
+    for row in figures["results"]:
+        assert row["metrics"].keys() - {"gap"} == TASKS[row["task"]].metrics.keys()
+        assert all(-1 <= value <= 1 for value in row["metrics"].values())
+    for task in TASKS:
+        folder = quick / task / "seed0"
+        assert "<html" in (folder / "evaluation" / "report.html").read_text()
+        assert load_model(str(folder / "perpo")).dtype == torch.float32
 
 
-def test_the_defaults_are_three_seeds_and_the_shipped_weights() -> None:
+def test_all_objectives_train_once_through_the_same_lists(quick: Path) -> None:
+    for task in TASKS:
+        commands = (quick / task / "seed0" / "commands.sh").read_text().splitlines()
+        words = [shlex.split(line) for line in commands]
+        assert [line[:2] for line in words] == [["perpo", "generate"], *[["perpo", "train"]] * 2, ["perpo", "evaluate"]]
+        trained = [dict(zip(line[2::2], line[3::2], strict=True)) for line in words[1:3]]
+        assert [settings.pop("--objective") for settings in trained] == ["perpo", "lipo"]
+        assert [Path(settings.pop("--output_dir")).name for settings in trained] == ["perpo", "lipo"]
+        assert trained[0] == trained[1]
+
+
+def test_held_out_pictures_are_drawn_from_digits_that_are_never_trained_on(quick: Path) -> None:
+    for name, task in TASKS.items():
+        folder = quick / name / "seed0"
+        for part, split, count in (("train", "train", QUICK.lists), ("held_out", "test", QUICK.held_out)):
+            expected = task.pictures(count, split, SEEDS[split]).pixels
+            files = sorted((folder / part).iterdir())
+            assert len(files) == count
+            for file, pixels in zip(files, expected, strict=True):
+                with Image.open(file) as picture:
+                    assert picture.tobytes() == pixels.numpy().tobytes()
+
+
+def test_a_command_that_the_demo_ran_runs_as_it_stands(quick: Path) -> None:
+    _, *generate = shlex.split((quick / "grounding" / "seed0" / "commands.sh").read_text().splitlines()[0])
+    before = (quick / "grounding" / "seed0" / "lists.jsonl").read_bytes()
+    assert cli.main(generate) == 0  # resumed: all answers are there
+    assert (quick / "grounding" / "seed0" / "lists.jsonl").read_bytes() == before
+
+
+def test_a_finished_job_is_not_done_again_and_the_same_job_elsewhere_gives_the_same(tmp_path: Path) -> None:
+    jobs = [Job("grounding", 3, TINY, tmp_path / name) for name in ("one", "other")]
+    for job in jobs:
+        run(job)
+    files = [(job.folder / "lists.jsonl").read_text() for job in jobs]
+    assert files[0] == files[1]
+    weights = [(job.folder / "perpo" / WEIGHTS).read_bytes() for job in jobs]
+    assert weights[0] == weights[1]
+    assert weights[0] != (SHIPPED / WEIGHTS).read_bytes()
+    times = (jobs[0].folder / "perpo" / WEIGHTS).stat().st_mtime_ns
+    run(jobs[0])
+    assert (jobs[0].folder / "perpo" / WEIGHTS).stat().st_mtime_ns == times
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    claim(tmp_path, TINY)
+    claim(tmp_path, Recipe(**{**vars(TINY), "objectives": ("dpo",)}))  # one more objective
+    with pytest.raises(ValueError, match="another learning_rate"):
+        claim(tmp_path, Recipe(**{**vars(TINY), "learning_rate": 1.0}))
+
+
+def test_a_command_that_fails_says_where_its_log_is(tmp_path: Path) -> None:
+    job = Job("ocr", 0, Recipe(**{**vars(TINY), "k": 0}), tmp_path)
+    with pytest.raises(RuntimeError, match=r"generate failed.*log\.txt"):
+        run(job)
+    assert "k must be" in (job.folder / "log.txt").read_text()
+
+
+def test_a_difference_within_twice_its_error_is_called_a_tie() -> None:
+    recipe = Recipe(objectives=("dpo", "perpo"))
+    values = {"sft": (0.4, 0.4, 0.4), "dpo": (0.5, 0.52, 0.54), "perpo": (0.6, 0.62, 0.65), BEST_OF_K: (0.9, 0.9, 0.9)}
+    results = [
+        Result("grounding", seed, model, {"ap50": value, "mean_iou": 0.5 + 0.01 * seed * (model == "dpo")})
+        for model, row in values.items()
+        for seed, value in enumerate(row)
+    ]
+    (line,) = comparisons("grounding", results, recipe)
+    assert "AP@50 +0.103 ± 0.003, more than twice its error" in line
+    assert "mean IoU -0.010 ± 0.006, a tie" in line
+    assert "0.520 ± 0.012" in table("grounding", results, recipe)
+    assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
+
+
+def test_the_defaults_compare_three_objectives_on_both_tasks_with_five_seeds() -> None:
     options = parse([])
-    assert options.seeds == [0, 1, 2]
-    assert not options.from_scratch
+    assert options.seeds == [0, 1, 2, 3, 4]
+    assert options.tasks == tuple(TASKS)
+    assert options.objectives == ("dpo", "uniform_pairs", "perpo")
+    with pytest.raises(SystemExit):
+        parse(["--objectives", "perpo,nothing"])
