@@ -1,7 +1,7 @@
 """What is measured for each perception task, each metric as terms of every record and a function of their sums.
 
     grounding         AP@50: share of answers with IoU > 0.5; mean IoU
-    ocr               edit distance (normalised, lower is better), word F1, precision and recall, BLEU, METEOR
+    ocr               edit distance (normalised, lower is better), exact, word F1, precision and recall, BLEU, METEOR
     counting/numeric  share of exact answers; closeness
     exact             share of exact answers
     your own reward   its mean
@@ -23,7 +23,7 @@ from perpo.data import ListRecord
 from perpo.rewards.boxes import Size, box_reward
 from perpo.rewards.completions import RewardFunction
 from perpo.rewards.counting import read_count, read_number
-from perpo.rewards.ocr import edit_similarity, word_scores
+from perpo.rewards.ocr import edit_similarity, normalise, word_scores
 from perpo.rewards.scoring import Tally, Task, find_task, score_record
 from perpo.text_scores import bleu_from_sums, bleu_terms, meteor, why_no_meteor
 
@@ -121,6 +121,7 @@ def metrics_of(task: str, bleu_tokenize: str = "13a") -> tuple[list[Metric], dic
     elif task in ("ocr", "ocr-words"):
         metrics = [
             mean_metric("edit_distance", "edit distance", lambda a: 1 - edit_similarity(a.text, _truth(a)), False),
+            mean_metric("exact", "exact", lambda a: float(normalise(a.text) == normalise(_truth(a)))),
             mean_metric("f1", "word F1", lambda a: word_scores(a.text, _truth(a)).f1),
             mean_metric("precision", "word precision", lambda a: word_scores(a.text, _truth(a)).precision),
             mean_metric("recall", "word recall", lambda a: word_scores(a.text, _truth(a)).recall),

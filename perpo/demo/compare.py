@@ -17,10 +17,9 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from perpo.data import ListRecord, read_records
+from perpo.data import read_records
 from perpo.demo.steps import Job, run
 from perpo.demo.tasks import TASKS
-from perpo.rewards.ocr import normalise
 from perpo.task_metrics import AP_THRESHOLD
 
 BEST_OF_K = "best of k"
@@ -58,7 +57,6 @@ def results(job: Job) -> list[Result]:
     """Read off the files of a finished job."""
     evaluated = json.loads((job.folder / "evaluation" / "evaluation.json").read_text())
     (figures,) = evaluated["tasks"]
-    records, _ = read_records(job.folder / "held_out.jsonl", require=("answer",))
     found = []
     for model in evaluated["models"]:
         measured = figures["models"][model["name"]]["metrics"]
@@ -66,8 +64,6 @@ def results(job: Job) -> list[Result]:
         first = next(iter(measured.values()))
         values |= {"gap": first["gap"]["value"]} if first["gap"] else {}
         if job.task == "ocr":
-            texts = answers(job, model["identity"])
-            values["exact"] = statistics.mean(float(_same(texts[record.id], record)) for record in records)
             values["edit_similarity"] = 1 - values["edit_distance"]
             values |= {"gap": -values["gap"]} if "gap" in values else {}
         kept = [name for name in (*TASKS[job.task].metrics, "gap") if name in values]
@@ -89,10 +85,6 @@ def _best_of_k(job: Job) -> dict[str, float]:
     if job.task == "ocr":
         return {"edit_similarity": statistics.mean(best), "exact": statistics.mean(float(r == 1) for r in best)}
     return {"ap50": statistics.mean(float(r > AP_THRESHOLD) for r in best), "mean_iou": statistics.mean(best)}
-
-
-def _same(text: str, record: ListRecord) -> bool:
-    return normalise(text) == record.answer
 
 
 def _show(bar: tqdm, job: Job, step: str) -> None:

@@ -115,7 +115,7 @@ def test_who_is_in_a_hurry_passes_over_faint_digits_and_seldom_dark_ones() -> No
         assert least <= 1 - kept <= most
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=str)
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_every_turn_of_a_task_is_about_its_picture(task) -> None:
     pictures = task.pictures(20, "train", 0)
     for (question, answer), digits in zip(task.turns(pictures), pictures.digits.tolist(), strict=True):
