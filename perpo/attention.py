@@ -32,6 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from perpo import flash_parts
+from perpo.flash_parts import Gradients, Row
 from perpo.prefix_layout import PrefixLayout
 
 NAME = "perpo_prefix"
@@ -130,23 +131,21 @@ def masked_prefix_attention(
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-        flash = flash_parts.of(query)
-        out = torch.empty_like(query)
-        lse = query.new_empty(query.shape[1], query.shape[2], dtype=_wide(query.dtype))  # [heads, T]
+        lse = query.new_empty(query.shape[1], query.shape[2], dtype=_wide(query.dtype))
+        row = Row(query, key, value, torch.empty_like(query), lse)
         for part in layout.parts:
-            flash.forward(query, key, value, part, scale, out, lse)
-        ctx.save_for_backward(query, key, value, out, lse)
+            flash_parts.of(query).forward(row, part, scale)
+        ctx.save_for_backward(*row)
         ctx.layout, ctx.scale = layout, scale
-        return out
+        return row.out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        query, key, value, out, lse = ctx.saved_tensors
-        flash = flash_parts.of(query)
-        d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        row = Row(*ctx.saved_tensors)
+        d = Gradients(grads[0], *(torch.zeros_like(x) for x in (row.query, row.key, row.value)))
         for part in ctx.layout.parts:
-            flash.backward(grads[0], query, key, value, part, ctx.scale, out, lse, d_query, d_key, d_value)
-        return d_query, d_key, d_value, None, None
+            flash_parts.of(row.query).backward(row, d, part, ctx.scale)
+        return d.query, d.key, d.value, None, None
 
 
 def _attention(

@@ -6,7 +6,7 @@ heads as they are and write into the whole row's output, merging where a part sa
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,29 +19,31 @@ _CUDA_FORWARD = torch.ops.aten._flash_attention_forward
 _CUDA_BACKWARD = torch.ops.aten._flash_attention_backward
 
 
-class FlashParts(Protocol):
-    """query, out, d_query [1, heads, T, D]; key, value, d_key, d_value [1, key heads, T, D]; lse [heads, T]."""
+class Row(NamedTuple):
+    """A packed row of T tokens."""
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float, out: Tensor, lse: Tensor
-    ) -> None:
+    query: Tensor  # [1, heads, T, D]
+    key: Tensor  # [1, key heads, T, D]
+    value: Tensor  # [1, key heads, T, D]
+    out: Tensor  # [1, heads, T, D]
+    lse: Tensor  # [heads, T]
+
+
+class Gradients(NamedTuple):
+    """Of a row's tensors, in their shapes."""
+
+    out: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class FlashParts(Protocol):
+    def forward(self, row: Row, part: Part, scale: float) -> None:
         """Write the part's output and log-sum-exp into those of the row, or merge them."""
 
-    def backward(
-        self,
-        d_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        part: Part,
-        scale: float,
-        out: Tensor,
-        lse: Tensor,
-        d_query: Tensor,
-        d_key: Tensor,
-        d_value: Tensor,
-    ) -> None:
-        """Add the part's share of the gradients, given the merged output and log-sum-exp."""
+    def backward(self, row: Row, d: Gradients, part: Part, scale: float) -> None:
+        """Add the part's share to the gradients of query, key and value, given the merged output and log-sum-exp."""
 
 
 def supports(query: Tensor) -> bool:
@@ -55,68 +57,40 @@ def of(query: Tensor) -> FlashParts:
     return _Cuda() if query.device.type == "cuda" else _Cpu()
 
 
-def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
-    """out [heads, n, D], lse [heads, n] become those of attention over both key sets. Weights and sum in fp32."""
-    total = torch.logaddexp(lse, new_lse)
-    share = (new_lse - total).exp_().unsqueeze(-1)
-    out.copy_(torch.lerp(out.to(share.dtype), new_out.to(share.dtype), share))
-    lse.copy_(total)
-
-
 class _Cpu:
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float, out: Tensor, lse: Tensor
-    ) -> None:
+    def forward(self, row: Row, part: Part, scale: float) -> None:
         for q, k in zip(part.queries, part.keys, strict=True):
-            o, log_sum = _CPU_FORWARD(_of(query, q), _of(key, k), _of(value, k), 0.0, part.causal, scale=scale)
-            if part.merge:
-                merge(out[0, :, slice(*q)], lse[:, slice(*q)], o[0], log_sum[0])
-            else:
-                out[:, :, slice(*q)] = o
-                lse[:, slice(*q)] = log_sum[0]
+            out, lse = _CPU_FORWARD(
+                _of(row.query, q), _of(row.key, k), _of(row.value, k), 0.0, part.causal, scale=scale
+            )
+            _write(row, part, q, out[0], lse[0])
 
-    def backward(
-        self,
-        d_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        part: Part,
-        scale: float,
-        out: Tensor,
-        lse: Tensor,
-        d_query: Tensor,
-        d_key: Tensor,
-        d_value: Tensor,
-    ) -> None:
+    def backward(self, row: Row, d: Gradients, part: Part, scale: float) -> None:
         for q, k in zip(part.queries, part.keys, strict=True):
-            dq, dk, dv = _CPU_BACKWARD(
-                _of(d_out, q),
-                _of(query, q),
-                _of(key, k),
-                _of(value, k),
-                _of(out, q),
-                lse[None, :, slice(*q)],
+            shares = _CPU_BACKWARD(
+                _of(d.out, q),
+                _of(row.query, q),
+                _of(row.key, k),
+                _of(row.value, k),
+                _of(row.out, q),
+                row.lse[None, :, slice(*q)],
                 0.0,
                 part.causal,
                 scale=scale,
             )
-            _of(d_query, q).add_(dq)
-            _of(d_key, k).add_(dk)
-            _of(d_value, k).add_(dv)
+            for total, share, where in zip((d.query, d.key, d.value), shares, (q, k, k), strict=True):
+                _of(total, where).add_(share)
 
 
 class _Cuda:
     """The variable-length kernel wants [tokens, heads, D] and head sizes that are multiples of 8."""
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float, out: Tensor, lse: Tensor
-    ) -> None:
+    def forward(self, row: Row, part: Part, scale: float) -> None:
         queries, keys = part.all_queries, part.all_keys
-        o, log_sum, *_ = _CUDA_FORWARD(
-            _tokens_first(query, queries),
-            _tokens_first(key, keys),
-            _tokens_first(value, keys),
+        out, lse, *_ = _CUDA_FORWARD(
+            _tokens_first(row.query, queries),
+            _tokens_first(row.key, keys),
+            _tokens_first(row.value, keys),
             part.cu_queries,
             part.cu_keys,
             part.max_queries,
@@ -126,47 +100,42 @@ class _Cuda:
             False,
             scale=scale,
         )
-        o = o[..., : query.shape[-1]].transpose(0, 1)  # [heads, n, D]
-        if part.merge:
-            merge(out[0, :, slice(*queries)], lse[:, slice(*queries)], o, log_sum)
-        else:
-            out[0, :, slice(*queries)] = o
-            lse[:, slice(*queries)] = log_sum
+        _write(row, part, queries, out[..., : row.query.shape[-1]].transpose(0, 1), lse)
 
-    def backward(
-        self,
-        d_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        part: Part,
-        scale: float,
-        out: Tensor,
-        lse: Tensor,
-        d_query: Tensor,
-        d_key: Tensor,
-        d_value: Tensor,
-    ) -> None:
+    def backward(self, row: Row, d: Gradients, part: Part, scale: float) -> None:
         queries, keys = part.all_queries, part.all_keys
-        dq, dk, dv = _CUDA_BACKWARD(
-            _tokens_first(d_out, queries),
-            _tokens_first(query, queries),
-            _tokens_first(key, keys),
-            _tokens_first(value, keys),
-            _tokens_first(out, queries),
-            lse[:, slice(*queries)].contiguous(),
+        shares = _CUDA_BACKWARD(
+            _tokens_first(d.out, queries),
+            _tokens_first(row.query, queries),
+            _tokens_first(row.key, keys),
+            _tokens_first(row.value, keys),
+            _tokens_first(row.out, queries),
+            row.lse[:, slice(*queries)].contiguous(),
             part.cu_queries,
             part.cu_keys,
             part.max_queries,
             part.max_keys,
             0.0,
             part.causal,
-            torch.zeros(2, dtype=torch.uint64, device=query.device),  # state of random numbers: there is no dropout
-            torch.empty(0, device=query.device),
+            torch.zeros(2, dtype=torch.uint64, device=d.out.device),  # of random numbers: there is no dropout
+            torch.empty(0, device=d.out.device),
             scale=scale,
         )
-        for total, share, where in ((d_query, dq, queries), (d_key, dk, keys), (d_value, dv, keys)):
-            total[0, :, slice(*where)] += share[..., : total.shape[-1]].transpose(0, 1)
+        for total, share, where in zip((d.query, d.key, d.value), shares, (queries, keys, keys), strict=True):
+            _of(total, where)[0].add_(share[..., : total.shape[-1]].transpose(0, 1))
+
+
+def _write(row: Row, part: Part, queries: Range, out: Tensor, lse: Tensor) -> None:
+    """A part's out [heads, n, D] and lse [heads, n] become, or are merged into, those of the row; sums in fp32."""
+    there, lse_there = _of(row.out, queries)[0], row.lse[:, slice(*queries)]
+    if not part.merge:
+        there.copy_(out)
+        lse_there.copy_(lse)
+        return
+    total = torch.logaddexp(lse_there, lse)
+    share = (lse - total).exp_().unsqueeze(-1)
+    there.copy_(torch.lerp(there.to(share.dtype), out.to(share.dtype), share))
+    lse_there.copy_(total)
 
 
 def _of(x: Tensor, r: Range) -> Tensor:  # [1, heads, n, D]
