@@ -37,7 +37,7 @@ class PromptPositions:
             self.body = kind.__new__(kind)
             nn.Module.__init__(self.body)
             self.body.config = core.base_model.config
-            self._arguments = inspect.signature(self.body.get_rope_index).parameters
+            self._arguments = tuple(inspect.signature(self.body.get_rope_index).parameters)
 
     def positions(self, prompt: dict[str, Tensor], longest: int) -> tuple[Tensor, Tensor]:
         """Of a prompt of P tokens and `longest` tokens after it: int64 [P] and [longest], or both with 3 rows."""
