@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from perpo.evaluation import ANSWERS, FIGURES, Evaluation, evaluate
-from perpo.evaluation_config import EvaluationConfig
+from perpo.evaluation.config import EvaluationConfig
+from perpo.evaluation.evaluate import ANSWERS, FIGURES, Evaluation, evaluate
+from perpo.evaluation.report import write_report
 from perpo.options import parse
-from perpo.report import write_report
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from perpo.data import read_records
 from perpo.demo.steps import Job, run
 from perpo.demo.tasks import TASKS
-from perpo.task_metrics import AP_THRESHOLD
+from perpo.evaluation.metrics import AP_THRESHOLD
 
 BEST_OF_K = "best of k"
 

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
 from perpo import cli
-from perpo.answers import Answerer
 from perpo.data import read_records
 from perpo.demo.__main__ import QUICK, main, parse
 from perpo.demo.compare import BEST_OF_K, Result
@@ -23,6 +22,7 @@ from perpo.demo.steps import Job, Recipe, claim, run
 from perpo.demo.tasks import SEEDS, TASKS, make_records
 from perpo.demo.train_sft import TURN, _continuations, normalised, page_turns, scene_turns, train_sft
 from perpo.demo.vocabulary import IMAGE, PATCHES, TOKENS, build_processor
+from perpo.evaluation.answers import Answerer
 from perpo.rewards import parse_box
 from perpo.rewards.scoring import Tally, score_record
 from perpo.vlm import Encoder, load_model, load_processor

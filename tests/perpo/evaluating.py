@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import perpo.evaluation
-from perpo.answer_store import Answers
+import perpo.evaluation.evaluate
 from perpo.data import ListRecord, write_records
-from perpo.evaluation import Evaluation, evaluate
-from perpo.evaluation_config import EvaluationConfig
+from perpo.evaluation.answer_store import Answers
+from perpo.evaluation.config import EvaluationConfig
+from perpo.evaluation.evaluate import Evaluation, evaluate
 
 from . import tiny_models
 
@@ -70,5 +70,5 @@ def evaluate_made_up(
             for kind, texts in given.items()
         }
 
-    monkeypatch.setattr(perpo.evaluation, "_ask", ask)
+    monkeypatch.setattr(perpo.evaluation.evaluate, "_ask", ask)
     return evaluate(settings(folder, *answers, **options))

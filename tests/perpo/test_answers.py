@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from perpo.answer_store import Answers, AnswerStore, Key
-from perpo.answers import Answerer, blanked, left_padded
-from perpo.compared_models import ModelSource, parse_models
 from perpo.data import ListRecord
+from perpo.evaluation.answer_store import Answers, AnswerStore, Key
+from perpo.evaluation.answers import Answerer, blanked, left_padded
+from perpo.evaluation.models import ModelSource, parse_models
 from perpo.vlm import Encoder
 
 from . import tiny_models

@@ -14,12 +14,12 @@ import torch
 import yaml
 
 from perpo import cli
-from perpo.answer_store import AnswerStore
-from perpo.answers import Answerer
-from perpo.compared_models import ModelSource
 from perpo.data import ListRecord, write_records
-from perpo.evaluation import evaluate
-from perpo.evaluation_config import EvaluationConfig
+from perpo.evaluation.answer_store import AnswerStore
+from perpo.evaluation.answers import Answerer
+from perpo.evaluation.config import EvaluationConfig
+from perpo.evaluation.evaluate import evaluate
+from perpo.evaluation.models import ModelSource
 from perpo.trainable import adapt, language_lora
 
 from . import tiny_models

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
-import perpo.task_metrics
-from perpo.bootstrap import draw_counts, interval, resampled_sums
+import perpo.evaluation.metrics
 from perpo.data import ListRecord
-from perpo.figures import ModelAnswers, expected_best, figures
+from perpo.evaluation.bootstrap import draw_counts, interval, resampled_sums
+from perpo.evaluation.figures import ModelAnswers, expected_best, figures
+from perpo.evaluation.metrics import Judged, judge, metrics_of
+from perpo.evaluation.text_scores import bleu_from_sums, bleu_terms, check_tokenizer, why_no_meteor
 from perpo.rewards.scoring import Tally, UnreadableAnswers
-from perpo.task_metrics import Judged, judge, metrics_of
-from perpo.text_scores import bleu_from_sums, bleu_terms, check_tokenizer, why_no_meteor
 
 from .evaluating import evaluate_made_up
 
@@ -107,8 +107,8 @@ def test_meteor_is_measured_or_left_out_with_the_reason(monkeypatch: pytest.Monk
     metrics, left_out = metrics_of("ocr")
     assert ("meteor" in {m.name for m in metrics}) == (why_no_meteor() is None)
     assert left_out == ({} if why_no_meteor() is None else {"METEOR": why_no_meteor()})
-    monkeypatch.setattr(perpo.task_metrics, "why_no_meteor", lambda: None)
-    monkeypatch.setattr(perpo.task_metrics, "meteor", lambda text, truth: 0.25 * (text == truth))
+    monkeypatch.setattr(perpo.evaluation.metrics, "why_no_meteor", lambda: None)
+    monkeypatch.setattr(perpo.evaluation.metrics, "meteor", lambda text, truth: 0.25 * (text == truth))
     assert value_of("meteor", "ocr", [("a", "a"), ("a", "b")]) == 0.125
 
 
@@ -127,7 +127,7 @@ def test_every_draw_is_of_as_many_records_and_repeats_with_its_seed() -> None:
 def test_blocks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     terms = np.random.default_rng(0).normal(size=(11, 3))
     whole = resampled_sums(terms, 50, seed=1)
-    monkeypatch.setattr("perpo.bootstrap._BLOCK", 22)
+    monkeypatch.setattr("perpo.evaluation.bootstrap._BLOCK", 22)
     assert resampled_sums(terms, 50, seed=1) == pytest.approx(whole)
 
 

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from perpo.data import ListRecord
-from perpo.evaluation import Evaluation
-from perpo.examples import choose_examples, example_picture, question, true_boxes
-from perpo.report import report_html, write_report
-from perpo.report_plots import TRUTH, metrics_plot, model_colours, picture
+from perpo.evaluation.evaluate import Evaluation
+from perpo.evaluation.examples import choose_examples, example_picture, question, true_boxes
+from perpo.evaluation.plots import TRUTH, metrics_plot, model_colours, picture
+from perpo.evaluation.report import report_html, write_report
 
 from .evaluating import evaluate_made_up
 

@@ -13,7 +13,7 @@ pytest.importorskip("nltk", reason="METEOR is nltk's")
 SYNSETS = {"noun": [("n", ["car", "auto"])], "verb": [("v", ["stop", "halt"])], "adj": [], "adv": []}
 ASK = """
 import json, sys
-from perpo.text_scores import meteor, why_no_meteor
+from perpo.evaluation.text_scores import meteor, why_no_meteor
 print(json.dumps([why_no_meteor(), [meteor(*pair) for pair in json.loads(sys.argv[1])]]))
 """
 

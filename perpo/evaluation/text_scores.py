@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from perpo.bootstrap import Array
+from perpo.evaluation.bootstrap import Array
 
 ORDER = 4  # longest n-gram
 

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
-from perpo.bootstrap import Interval
-from perpo.evaluation import TaskEvaluation
+from perpo.evaluation.bootstrap import Interval
+from perpo.evaluation.evaluate import TaskEvaluation
+from perpo.evaluation.metrics import Metric
 from perpo.rewards.grounding import Box
-from perpo.task_metrics import Metric
 
 TRUTH = "#1f9d55"
 _FIRST, _LAST = "#e07b39", "#3b6fd4"

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from perpo.data import ListRecord
-from perpo.evaluation import TaskEvaluation
+from perpo.evaluation.evaluate import TaskEvaluation
+from perpo.evaluation.metrics import Judged, is_grounding
+from perpo.evaluation.plots import TRUTH, picture
 from perpo.images import ImageError, open_image
-from perpo.report_plots import TRUTH, picture
 from perpo.rewards.boxes import parse_boxes
 from perpo.rewards.grounding import Box
-from perpo.task_metrics import Judged, is_grounding
 
 
 @dataclass(frozen=True)

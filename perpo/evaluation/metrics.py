@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from perpo.bootstrap import Array
 from perpo.data import ListRecord
+from perpo.evaluation.bootstrap import Array
+from perpo.evaluation.text_scores import bleu_from_sums, bleu_terms, meteor, why_no_meteor
 from perpo.rewards.boxes import Size, box_reward
 from perpo.rewards.completions import RewardFunction
 from perpo.rewards.counting import read_count, read_number
 from perpo.rewards.ocr import edit_similarity, normalise, word_scores
 from perpo.rewards.scoring import Tally, Task, find_task, score_record
-from perpo.text_scores import bleu_from_sums, bleu_terms, meteor, why_no_meteor
 
 AP_THRESHOLD = 0.5
 

@@ -18,9 +18,9 @@ import torch
 from PIL import Image, ImageStat
 from torch import Tensor, nn
 
-from perpo.answer_store import Answers
 from perpo.collate import TOKEN_KEYS, collate_lists
 from perpo.data import ListRecord
+from perpo.evaluation.answer_store import Answers
 from perpo.images import open_image
 from perpo.seen_size import seen_sizes
 from perpo.vlm import Encoder

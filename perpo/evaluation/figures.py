@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perpo.bootstrap import Array, Interval, interval, resampled_sums
-from perpo.task_metrics import Judged, Metric
+from perpo.evaluation.bootstrap import Array, Interval, interval, resampled_sums
+from perpo.evaluation.metrics import Judged, Metric
 
 
 @dataclass(frozen=True)

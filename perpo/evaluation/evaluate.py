@@ -3,7 +3,7 @@
     evaluation = evaluate(EvaluationConfig(["base=…", "aligned=…"], records="held_out.jsonl", output="out"))
 
 Answers are kept in `out/answers.jsonl` as they are given (a killed run goes on from there), the figures go to
-`out/evaluation.json`; `perpo.report` makes a page of them.
+`out/evaluation.json`; `perpo.evaluation.report` makes a page of them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from perpo.answer_store import Answers, AnswerStore, Key
-from perpo.answers import Answerer
-from perpo.compared_models import ModelSource, parse_models
 from perpo.data import ListRecord, read_records
-from perpo.evaluation_config import EvaluationConfig
-from perpo.figures import Figures, ModelAnswers, figures
+from perpo.evaluation.answer_store import Answers, AnswerStore, Key
+from perpo.evaluation.answers import Answerer
+from perpo.evaluation.config import EvaluationConfig
+from perpo.evaluation.figures import Figures, ModelAnswers, figures
+from perpo.evaluation.metrics import Metric, judge, metrics_of, task_in_format
+from perpo.evaluation.models import ModelSource, parse_models
+from perpo.evaluation.text_scores import check_tokenizer
 from perpo.images import resolve_image
 from perpo.record_files import atomic_file
 from perpo.reference_cache import record_key
 from perpo.rewards.scoring import Tally, UnreadableAnswers, find_task
-from perpo.task_metrics import Metric, judge, metrics_of, task_in_format
-from perpo.text_scores import check_tokenizer
 
 ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
 
