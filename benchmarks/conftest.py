@@ -37,14 +37,17 @@ def setting_of(config: pytest.Config) -> Setting:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`head`, `lists` and `point` take the shapes of the chosen size."""
+    """`head`, `lists`, `prefix` and `point` take the shapes of the chosen size."""
     setting = setting_of(metafunc.config)
     if "head" in metafunc.fixturenames:
         metafunc.parametrize("head", setting.heads, ids=lambda head: head.name)
     if "lists" in metafunc.fixturenames:
         metafunc.parametrize("lists", setting.lists, ids=lambda lists: f"T{lists.n_tokens}")
+    if "prefix" in metafunc.fixturenames:
+        metafunc.parametrize("prefix", setting.prefixes, ids=lambda prefix: str(prefix).replace(" ", "-"))
     if "point" in metafunc.fixturenames:
-        metafunc.parametrize("point", setting.points, ids=lambda point: f"T{point[1].n_tokens}-{point[0].name}")
+        ids = [f"{p.curve}-T{p.lists.n_tokens}-{p.head.name}" for p in setting.points]
+        metafunc.parametrize("point", setting.points, ids=ids)
 
 
 @pytest.fixture
@@ -87,6 +90,31 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, setting: Setting) ->
         if path is not None:
             rows.append(path, rows_)
         benchmark.extra_info.update({row["peer"]: row["ratio_to_ours"] for row in rows_})
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
+        return race
+
+    return run
+
+
+@pytest.fixture
+def inspect(request: pytest.FixtureRequest, benchmark: Any, setting: Setting) -> Compare:
+    """inspect(question, case, cases, shapes, dtype): what each case returns goes into its row; nothing is timed.
+    With memory=True their memory is counted instead."""
+
+    def run(
+        question: str,
+        case: str,
+        cases: Sequence[Case],
+        told: dict[str, Any],
+        dtype: torch.dtype,
+        memory: bool = False,
+    ) -> Race:
+        race = Race(cases, setting.device, memory=False)
+        benchmark.pedantic(race.count_memory if memory else race.inspect, rounds=1, iterations=1)
+        path = request.config.getoption("--rows")
+        if path is not None:
+            rows.append(path, race.rows(question, case, told, str(dtype).removeprefix("torch.")))
         if setting.device == "cuda":
             torch.cuda.empty_cache()
         return race

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and one file of rows, in about 20 minutes at most.
+# Everything that needs a GPU, in one command and one file of rows, in 36 minutes at most.
 #
 #   bash benchmarks/gpu.sh [WHEELS] [--stages a,b,...] [--out FILE] [--dry-run]
 #
 #   WHEELS        a folder of wheels of peers (Liger, cut-cross-entropy, ...), installed without network for this run only
-#   --stages      of: tests kernels tune from_logits list_loss linear_loss pairs memory; default all, in this order
+#   --stages      of: tests kernels tune from_logits list_loss linear_loss pairs shared_prefix step generation accuracy
+#                 memory; default all, in this order
 #   --out FILE    default benchmarks/results/<date>-<gpu>.json; FILE.log gets what the stages print
 #   --dry-run     print what would be run, run nothing
 #
-# Needs Python >= 3.11 with torch, triton, pytest, pytest-benchmark and hypothesis (PYTHON=... picks it). A stage that fails or
-# runs out of time is written down as a row and does not stop the others; the exit status is 1 if any did.
+# Needs Python >= 3.11 with torch, triton, pytest, pytest-benchmark and hypothesis (PYTHON=... picks it), and what
+# `pip install .[train]` brings for shared_prefix, step and generation. A stage that fails or runs out of time is
+# written down as a row and does not stop the others; the exit status is 1 if any did.
 # PERPO_BENCH_SMOKE=1 goes through all stages at tiny sizes, on a CPU too, to see that the script works.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-ALL="tests kernels tune from_logits list_loss linear_loss pairs memory"
+ALL="tests kernels tune from_logits list_loss linear_loss pairs shared_prefix step generation accuracy memory"
 stages=$ALL out="" wheels="" dry_run=""
 
 while [ $# -gt 0 ]; do
@@ -47,7 +49,11 @@ command_of() {
         list_loss) seconds=70; cmd=("${bench[@]}" benchmarks/test_list_loss.py) ;;
         linear_loss) seconds=220; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_linear_loss) ;;
         pairs) seconds=100; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_pairs_against_liger_dpo) ;;
-        memory) seconds=100; cmd=("${bench[@]}" benchmarks/test_memory.py) ;;
+        shared_prefix) seconds=150; cmd=("${bench[@]}" benchmarks/test_shared_prefix.py) ;;
+        step) seconds=420; cmd=("${bench[@]}" benchmarks/test_step.py) ;;
+        generation) seconds=240; cmd=("${bench[@]}" benchmarks/test_generation.py) ;;
+        accuracy) seconds=90; cmd=("${bench[@]}" benchmarks/test_accuracy.py) ;;
+        memory) seconds=140; cmd=("${bench[@]}" benchmarks/test_memory.py) ;;
     esac
 }
 

@@ -40,6 +40,7 @@ class Case:
     prepare: Callable[[], object] | None = None  # fresh inputs before each sample, not timed; then a sample is one run
     graph: bool = False
     slowest_s: float = 20.0  # a case slower than this is sampled once
+    compiles: bool = True  # the first run may take longer than others; False: a slow case is run once
     extra: dict[str, Any] = field(default_factory=dict)
     # filled in by Race
     samples: list[float] = field(default_factory=list)  # seconds
@@ -102,25 +103,46 @@ class Race:
 
     def _start(self, case: Case) -> None:
         for _ in range(2):  # the first call compiles
-            if case.prepare:
-                case.prepare()
-            self._synchronize()
-            start = self.clock()
-            case.run()
-            self._synchronize()
-            elapsed = self.clock() - start
-        if elapsed > case.slowest_s:
-            case.samples.append(elapsed)
-            case.one_sample = True
-            return
+            elapsed = self._once(case)
+            if elapsed > case.slowest_s and not case.compiles:
+                break
         if self.memory:
             if case.prepare:
                 case.prepare()
             case.peak_extra_bytes = peak_extra_bytes(case.run, self.device)
+        if elapsed > case.slowest_s:
+            case.samples.append(elapsed)
+            case.one_sample = True
+            return
         if case.graph and self.device == "cuda":
             case.run = self._capture(case.run)
         if case.prepare is None:
             case.repeats = max(1, min(1000, round(SHORTEST_SAMPLE_S[self.device] / max(elapsed, 1e-6))))
+
+    def _once(self, case: Case) -> float:
+        if case.prepare:
+            case.prepare()
+        self._synchronize()
+        start = self.clock()
+        case.run()
+        self._synchronize()
+        return self.clock() - start
+
+    def inspect(self) -> None:
+        """Run every case once, untimed; what it returns, a dict, is written into its row."""
+        for case in self.cases:
+            if case.problem is None:
+                self._guarded(case, lambda case=case: case.extra.update(case.run()))  # type: ignore[misc]
+
+    def count_memory(self) -> None:
+        """Every case twice, untimed: once to warm up, once with its memory counted."""
+        for case in self.cases:
+            if case.problem is None:
+                self._guarded(case, partial(self._count_memory, case))
+
+    def _count_memory(self, case: Case) -> None:
+        case.run()
+        case.peak_extra_bytes = peak_extra_bytes(case.run, self.device)
 
     def _capture(self, run: Callable[[], object]) -> Callable[[], object]:
         side = torch.cuda.Stream()
@@ -195,6 +217,13 @@ class Race:
             return statistics.median(case.samples) / statistics.median(other.samples)
         return statistics.median(a / b for a, b in zip(case.samples, other.samples, strict=True))
 
+    @staticmethod
+    def _throughput(case: Case) -> Row:
+        """Tokens of answers that are trained on or generated in a second, where a case says how many it has."""
+        if "answer_tokens" not in case.extra or not case.samples or case.problem is not None:
+            return {}
+        return {"answer_tokens_per_s": round(case.extra["answer_tokens"] / statistics.median(case.samples))}
+
     def rows(self, question: str, case: str, shapes: Row, dtype: str) -> list[Row]:
         """A row for each case, in the order they were given."""
         here = machine(self.device)
@@ -216,7 +245,7 @@ class Race:
                 **here,
                 "ok": c.problem is None,
                 "reason": c.problem,
-                "extra": c.extra,
+                "extra": c.extra | self._throughput(c),
             }
             for c in self.cases
         ]

@@ -1,16 +1,22 @@
-"""python -m benchmarks.report FILE... [--short]: measured rows as Markdown tables, one a question.
+"""python -m benchmarks.report FILE... [--short] [--into DIR]: measured rows as Markdown tables and plots.
 
-Every figure comes from a row; nothing is computed here but ratios that the rows already hold. `--short` prints
-one line a case: ours, how far from the floor, and the fastest of the others.
+The tables are printed and, with the plots (`benchmarks.plots`), written into a folder, docs/benchmarks unless told
+otherwise. Every figure comes from a row; nothing is computed here but quotients of what one row holds. `--short` prints
+one line a case (ours, how far from the floor, and the fastest of the others) and writes nothing.
 """
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from benchmarks.harness import FLOOR, OURS
 from benchmarks.rows import Row, read
+
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
+ERRORS = ("log_probs", "loss", "d_hidden", "d_weight")
+UNTOLD = ("logits_bytes", "estimated_bytes", "pairs", *ERRORS)  # in a row, not in the notes of a table
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -39,7 +45,7 @@ def memory_cell(row: Row) -> str:
 
 def note_cell(row: Row) -> str:
     notes = [] if row["ok"] else [row["reason"]]
-    notes += [f"{name}: {value}" for name, value in row.get("extra", {}).items() if name != "logits_bytes"]
+    notes += [f"{name}: {value}" for name, value in row.get("extra", {}).items() if name not in UNTOLD]
     return "; ".join(str(note).replace("|", "/") for note in notes)
 
 
@@ -65,28 +71,47 @@ def grouped(rows: Iterable[Row], *keys: str) -> Iterator[tuple[tuple[str, ...], 
 
 
 def full(rows: Iterable[Row]) -> Iterator[str]:
-    for (question, device, torch, triton, clock), part in grouped(
-        rows, "question", "device", "torch", "triton", "clock"
+    for (question, file, device, torch, triton, clock), part in grouped(
+        rows, "question", "file", "device", "torch", "triton", "clock"
     ):
         dates = sorted(row["date"] for row in part)
+        timed = any(row["time_ms"] for row in part)
+        how = f"; {clock}, median (quartiles)" if timed else ""
         yield f"\n## {question}\n"
-        yield f"{device}; torch {torch}, triton {triton}; {dates[0]} to {dates[-1]}; {clock}, median (quartiles)\n"
+        yield f"{device}; torch {torch}, triton {triton}; {dates[0]} to {dates[-1]}{how}; rows: {file}"
         for (case, dtype), group in grouped(part, "case", "dtype"):
             yield f"\n**{case}, {dtype}**\n"
-            yield from table(
-                ["peer", "ms", "× floor", "× ours", "extra MiB", "notes"],
-                [
-                    [
-                        row["peer"],
-                        time_cell(row),
-                        number(row["ratio_to_floor"]),
-                        number(row["ratio_to_ours"]),
-                        memory_cell(row),
-                        note_cell(row),
-                    ]
-                    for row in group
-                ],
-            )
+            yield from accuracy(group) if question == "accuracy" else times(group)
+
+
+def times(rows: Iterable[Row]) -> Iterator[str]:
+    yield from table(
+        ["peer", "ms", "× floor", "× ours", "extra MiB", "notes"],
+        [
+            [
+                row["peer"],
+                time_cell(row),
+                number(row["ratio_to_floor"]),
+                number(row["ratio_to_ours"]),
+                memory_cell(row),
+                note_cell(row),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def accuracy(rows: Iterable[Row]) -> Iterator[str]:
+    """rms error of a token's log-prob, |error| of the loss, relative errors of the gradients."""
+
+    def cell(row: Row, name: str) -> str:
+        error = row["extra"].get(name)
+        return "" if error is None else f"{error:.2e}"
+
+    yield from table(
+        ["peer", "log-probs", "loss", "d hidden", "d weight", "notes"],
+        [[row["peer"], *(cell(row, name) for name in ERRORS), note_cell(row)] for row in rows],
+    )
 
 
 def short(rows: Iterable[Row]) -> Iterator[str]:
@@ -98,7 +123,11 @@ def short(rows: Iterable[Row]) -> Iterator[str]:
             status = "ok" if all(row["ok"] for row in group) else "FAILED: " + str(group[0]["reason"])[-160:]
             lines.append([question, case, "", "", "", status.replace("|", "/").replace("\n", " ")])
             continue
-        rivals = [r for name, r in by_peer.items() if not name.startswith((OURS, FLOOR, "bare")) and r["ratio_to_ours"]]
+        rivals = [  # a case with a note does another job
+            row
+            for name, row in by_peer.items()
+            if not name.startswith((OURS, FLOOR, "bare")) and row["ratio_to_ours"] and "note" not in row["extra"]
+        ]
         best = min(rivals, key=lambda row: row["ratio_to_ours"], default=None)
         rival = f"{best['peer']} × {number(best['ratio_to_ours'])}" if best else ""
         ours_ms = number(ours["time_ms"]["median"]) if ours["time_ms"] else ""
@@ -106,14 +135,31 @@ def short(rows: Iterable[Row]) -> Iterator[str]:
     yield from table(["question", "case", "ours ms", "× floor", "extra MiB", "fastest other, × ours"], lines)
 
 
+def write(rows: Sequence[Row], into: Path) -> list[Path]:
+    """Tables and plots; without matplotlib the tables alone."""
+    into.mkdir(parents=True, exist_ok=True)
+    tables = into / "tables.md"
+    tables.write_text("\n".join(["# Measured rows", *full(rows)]) + "\n")
+    try:
+        from benchmarks import plots
+    except ImportError as error:
+        print(f"no plots: {error}", file=sys.stderr)
+        return [tables]
+    return [tables, *plots.draw(rows, into)]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="measured rows as Markdown tables")
+    parser = argparse.ArgumentParser(description="measured rows as Markdown tables and plots")
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--short", action="store_true", help="one line a case")
+    parser.add_argument("--short", action="store_true", help="one line a case; write nothing")
+    parser.add_argument("--into", type=Path, default=DOCS, help="folder of the tables and plots")
     args = parser.parse_args()
-    rows = [row for file in args.files for row in read(file)]
+    rows = [row | {"file": file.name} for file in args.files for row in read(file)]
     for line in (short if args.short else full)(rows):
         print(line)
+    if not args.short:
+        for path in write(rows, args.into):
+            print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

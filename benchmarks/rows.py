@@ -1,8 +1,9 @@
 """What a measurement is written down as: one dict a case, with the machine, the versions and the date it was taken on.
 
     {question, case, peer, time_ms: {median, min, max, quartiles, n} | None, ratio_to_floor, ratio_to_ours,
-     peak_extra_bytes, shapes, dtype, clock, device, torch, triton, python, date, ok, reason,
-     extra}
+     peak_extra_bytes, shapes, dtype, clock, device, load, torch, triton, python, date, ok, reason, extra}
+
+`load` is that of the machine in the last minute: what is above the number of threads is others'.
 
 Ratios are medians of ratios of neighbours in time (the same round of an interleaved run), so that a machine that slows
 down halfway slows both sides. A case that could not run is a row too: ok is false and `reason` says why.
@@ -50,6 +51,7 @@ def machine(device: str) -> Row:
     """What every row says about where and when it was taken."""
     return {
         "device": device_name(device),
+        "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "triton": version("triton"),
         "python": platform.python_version(),

@@ -6,8 +6,9 @@ T 1600, V 32000 on the CPU ours is at most a quarter of plain PyTorch's, and it 
 
 Floor. None: memory is counted by the allocator, exactly. `extra.logits_bytes` is the size of one [T, V].
 
-Shapes. One curve over T at the head's V, one over V at a fixed T; frozen and trainable head. The hidden size is
-narrow on the CPU (it does not change what is asked) and full on a GPU.
+Shapes. One curve over T at the head's V, one over V at a fixed T, one over k at a fixed length of the answers (so that
+T grows with it); frozen and trainable head. The hidden size is narrow on the CPU (it does not change what is asked) and
+full on a GPU.
 """
 
 from typing import Any
@@ -16,13 +17,13 @@ import pytest
 
 from benchmarks import peers
 from benchmarks.harness import OURS, Case
-from benchmarks.problems import Head, Lists, Setting, problem, shapes
+from benchmarks.problems import Point, Setting, problem, shapes
 from benchmarks.test_linear_loss import ours, theirs
 
 
 @pytest.mark.parametrize("mode", ["frozen", "trainable"])
-def test_memory(benchmark: Any, compare: Any, setting: Setting, point: tuple[Head, Lists], mode: str) -> None:
-    head, lists = point
+def test_memory(benchmark: Any, inspect: Any, setting: Setting, point: Point, mode: str) -> None:
+    _, head, lists = point
     p = problem(head, lists, setting, mode == "trainable")
     extra = {"logits_bytes": lists.n_tokens * head.n_vocab * p.hidden.element_size()}
     cases = [Case(OURS, ours(p, True), extra=extra)]
@@ -31,4 +32,6 @@ def test_memory(benchmark: Any, compare: Any, setting: Setting, point: tuple[Hea
             case = theirs(peer, p, True)
             case.extra.update(extra)
             cases.append(case)
-    compare("memory", f"{mode} T{lists.n_tokens} V{head.n_vocab}", cases, shapes(head, lists), rounds=1)
+    name = f"over {point.curve}, {mode} T{lists.n_tokens} V{head.n_vocab} k{lists.k}"
+    told = {**shapes(head, lists), "curve": point.curve, "head": mode}
+    inspect("memory", name, cases, told, setting.dtype, memory=True)

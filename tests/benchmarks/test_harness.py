@@ -75,6 +75,25 @@ def test_a_peer_that_fails_is_a_row_with_its_reason_and_ours_is_an_error():
         Race([Case(OURS, broken)], "cpu", memory=False).warm_up()
 
 
+def test_a_slow_case_is_sampled_once_and_never_while_it_compiles():
+    ticks = iter([0, 9, 9, 10, 10, 19, 19, 28, 28, 40])  # two runs each but for the last, which does not compile
+    runs = []
+
+    def case(name, **options):
+        return Case(name, lambda: runs.append(name), slowest_s=5, **options)
+
+    race = Race(
+        [case(OURS, prepare=lambda: None), case("slow"), case("once", compiles=False)],
+        "cpu",
+        memory=False,
+        clock=lambda: next(ticks),
+    )
+    race.warm_up()
+    assert runs == [OURS, OURS, "slow", "slow", "once"]
+    assert [c.samples for c in race.cases] == [[], [9], [12]]
+    assert [c.one_sample for c in race.cases] == [False, True, True]
+
+
 def test_the_peers_written_here_compute_the_same_loss():
     log_probs = torch.randn(3, 6, dtype=torch.float64)
     rewards = torch.rand(3, 6, dtype=torch.float64).sort(descending=True).values

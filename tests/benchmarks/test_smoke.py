@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROW_KEYS = {
     "question", "case", "peer", "time_ms", "ratio_to_floor", "ratio_to_ours", "peak_extra_bytes", "shapes", "dtype",
-    "clock", "device", "torch", "triton", "python", "date", "ok", "reason", "extra",
+    "clock", "device", "load", "torch", "triton", "python", "date", "ok", "reason", "extra",
 }  # fmt: skip
 
 
@@ -34,23 +34,28 @@ def rows_file(tmp_path_factory):
 
 def test_every_question_writes_complete_rows(rows_file):
     rows = json.loads(rows_file.read_text())
-    questions = {"linear_loss", "linear_pairs", "from_logits", "list_loss", "memory"}
-    assert {row["question"] for row in rows} == questions
+    questions = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
+    assert {row["question"] for row in rows} == questions | {"linear_pairs"}
     for row in rows:
         assert set(row) == ROW_KEYS
         assert row["ok"] or row["reason"]
         if row["peer"] in ("perpo_kernels", "plain PyTorch"):
             assert row["ok"], row
-            assert row["time_ms"]["median"] > 0
+            if row["question"] == "accuracy":
+                assert set(row["extra"]) == {"log_probs", "loss", "d_hidden", "d_weight"}
+                continue
+            assert row["question"] == "memory" or row["time_ms"]["median"] > 0
             assert row["peak_extra_bytes"] >= 0
 
 
 @pytest.mark.parametrize("options", [[], ["--short"]])
-def test_the_report_shows_every_case(rows_file, options):
-    done = run(sys.executable, "-m", "benchmarks.report", str(rows_file), *options)
+def test_the_report_shows_every_case(rows_file, options, tmp_path):
+    done = run(sys.executable, "-m", "benchmarks.report", str(rows_file), "--into", str(tmp_path), *options)
     assert done.returncode == 0, done.stderr
     for row in json.loads(rows_file.read_text()):
         assert row["case"] in done.stdout
+    drawn = {"tables.md", *(f"{name}-cpu.png" for name in ("floor", "memory", "prefix-sharing"))}
+    assert {path.name for path in tmp_path.iterdir()} == (set() if options else drawn)
 
 
 def test_rows_are_added_to_a_file_whole_or_not_at_all(tmp_path):
