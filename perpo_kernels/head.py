@@ -17,6 +17,7 @@ from perpo_kernels.ops import accumulation_dtype
 CHUNK_BYTES = {"cpu": 100 << 20}  # 800 rows at V = 32000 in fp32: GEMMs within a few per cent of their rate
 CHUNK_BYTES_ELSEWHERE = 1 << 30  # 3500 rows at V = 152064 in bf16: GEMMs at full rate
 ROW_MULTIPLE = 128  # rows of a GEMM tile
+FP32_COPY = 4096  # of the vocabulary at once, where low-precision factors have to be copied into fp32
 ALIGNMENT = 64  # bytes; the row stride of Z, so that every row starts on a cache line and a 16-byte vector
 
 
@@ -109,6 +110,18 @@ class HeadGradient:
             add_product(self.weight, derivative.t(), scaled)
 
 
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b; in fp32 also of low-precision factors, if out is. Scaled later, it is then rounded once and not twice."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.device.type == "cuda":
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.zero_()
+        for part, rows in zip(a.split(FP32_COPY, dim=1), b.split(FP32_COPY), strict=True):
+            out.addmm_(part.to(out.dtype), rows.to(out.dtype))
+
+
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b. Low-precision factors are multiplied into an fp32 sum, never rounded in between."""
     if out.dtype == a.dtype:
@@ -116,5 +129,5 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     elif out.device.type == "cuda":
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        for rows, part in zip(out.split(4096), a.split(4096), strict=True):  # bounds the fp32 copies
+        for rows, part in zip(out.split(FP32_COPY), a.split(FP32_COPY), strict=True):
             rows.addmm_(part.to(out.dtype), b.to(out.dtype))

@@ -5,8 +5,8 @@ chunk at a time:
 
     Z = X_c Wᵀ (GEMM)      log_prob, and Z overwritten by D = onehot − softmax (row kernel)      U_c = D W (GEMM)
 
-and keeps U [T, H]. The backward pass is a row scale, dX = g ⊙ U, for any loss above. A frozen head is done with that:
-two GEMMs for forward and backward. A trainable head needs dW = Dᵀ (g ⊙ X):
+and keeps U [T, H], in fp32. The backward pass is a row scale, dX = g ⊙ U, for any loss above. A frozen head is done
+with that: two GEMMs for forward and backward. A trainable head needs dW = Dᵀ (g ⊙ X):
 
 - under a list loss, g is known once a whole list has been seen, so chunks of whole lists add their share while D is
   still in memory: three GEMMs. A list that does not fit the budget is swept twice, four GEMMs.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from perpo_kernels.backends import ListProblem
-from perpo_kernels.head import HeadGradient, bind_head, chunks, kept_rows
+from perpo_kernels.head import HeadGradient, bind_head, chunks, kept_rows, multiply
 from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import (
@@ -65,13 +65,13 @@ def linear_log_probs(
         return (
             log_probs.new_zeros(n).index_copy_(0, kept, log_probs),
             lse.new_zeros(2, n).index_copy_(1, kept, lse),
-            hidden.new_zeros(n, hidden.shape[1]).index_copy_(0, kept, derivative) if keep_derivative else derivative,
+            lse.new_zeros(n, hidden.shape[1]).index_copy_(0, kept, derivative) if keep_derivative else derivative,
         )
     head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
     n_tokens, n_hidden = hidden.shape
     log_probs = hidden.new_empty(n_tokens, dtype=accumulation_dtype(hidden.dtype))
     lse = log_probs.new_empty(2, n_tokens)
-    derivative = torch.empty_like(hidden) if keep_derivative else hidden.new_empty(0, n_hidden)
+    derivative = lse.new_empty(n_tokens if keep_derivative else 0, n_hidden)
     rows = head.chunk_rows(n_tokens)
     buffer = head.buffer(rows)
     step = head.kernels.fused_rows_ if keep_derivative else head.kernels.log_prob_rows
@@ -79,7 +79,7 @@ def linear_log_probs(
         z = head.project(hidden[c], buffer)
         log_probs[c], lse[:, c] = step(z, labels[c], head.z)
         if keep_derivative:
-            torch.mm(z, weight, out=derivative[c])
+            multiply(z, weight, derivative[c])
     return log_probs, lse, derivative
 
 
@@ -88,7 +88,7 @@ def _(hidden: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     keep_derivative = options[-1]
     n_tokens, n_hidden = hidden.shape
     log_probs = hidden.new_empty(n_tokens, dtype=accumulation_dtype(hidden.dtype))
-    derivative = hidden.new_empty(n_tokens if keep_derivative else 0, n_hidden)
+    derivative = log_probs.new_empty(n_tokens if keep_derivative else 0, n_hidden)
     return log_probs, log_probs.new_empty(2, n_tokens), derivative
 
 
@@ -149,6 +149,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     hidden, weight, labels, bias, *ctx.options, _ = inputs
     _, lse, derivative = output
     need_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+    ctx.hidden_dtype = hidden.dtype
     # A frozen head needs U alone: hidden states and lse are let go.
     saved = (hidden, weight, labels, lse, bias) if need_head else (None,) * 5
     ctx.save_for_backward(derivative, *saved)
@@ -162,7 +163,7 @@ def _linear_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | 
     if grad is None:
         return (None,) * 11
     derivative, hidden, weight, labels, lse, bias = ctx.saved_tensors
-    d_hidden = scaled(derivative, grad.unsqueeze(1), derivative.dtype) if need_hidden else None
+    d_hidden = scaled(derivative, grad.unsqueeze(1), ctx.hidden_dtype) if need_hidden else None
     d_weight = d_bias = None
     if need_weight or need_bias:
         d_weight, d_bias = linear_log_probs_head_backward(
@@ -236,7 +237,7 @@ def linear_list_loss(
         )
     )
     result = new_list_result(problem)
-    derivative = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0, n_hidden)
+    derivative = log_probs.new_empty(n_tokens if need_hidden else 0, n_hidden)
     gradient = HeadGradient(head, need_weight, need_bias)
     rows = head.max_rows()
     buffer = head.buffer(min(rows, n_tokens))
@@ -252,7 +253,7 @@ def linear_list_loss(
 
     def add_chunk(z: Tensor, c: slice) -> None:
         if need_hidden:
-            torch.mm(z, weight, out=derivative[c])
+            multiply(z, weight, derivative[c])
         gradient.add(z, hidden[c], result.coefficients[c] / unit, labels[c])
 
     for segment in _segments(cu_seqlens, cu_lists, n_tokens, rows):
@@ -319,7 +320,7 @@ def _(
         new(n_tokens),
         new(rewards.shape[0]),
         new(4, cu_lists.shape[0] - 1),
-        hidden.new_empty(n_tokens if need_hidden else 0, n_hidden),
+        new(n_tokens if need_hidden else 0, n_hidden),
         new(*(weight.shape if need_weight else (0, 0))),
         new(weight.shape[0] if need_bias else 0),
     )
@@ -329,7 +330,7 @@ def _linear_list_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _, coefficients, _, _, derivative, d_weight, d_bias = output
     ctx.save_for_backward(coefficients, derivative, d_weight, d_bias)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.weight_dtype = inputs[1].dtype
+    ctx.hidden_dtype, ctx.weight_dtype = inputs[0].dtype, inputs[1].dtype
     ctx.unit = _coefficient_unit(Objective.from_numbers(inputs[-4]))
     ctx.set_materialize_grads(False)
 
@@ -341,7 +342,7 @@ def _linear_list_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tens
     coefficients, derivative, d_weight, d_bias = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     return (
-        scaled(derivative, (coefficients * grad).unsqueeze(1), derivative.dtype) if need_hidden else None,
+        scaled(derivative, (coefficients * grad).unsqueeze(1), ctx.hidden_dtype) if need_hidden else None,
         scaled(d_weight, grad * ctx.unit, ctx.weight_dtype) if need_weight else None,
         None,
         scaled(d_bias, grad * ctx.unit, ctx.weight_dtype) if need_bias else None,
