@@ -111,7 +111,7 @@ class HeadGradient:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b; in fp32 also of low-precision factors, if out is. Scaled later, it is then rounded once and not twice."""
+    """out = a b; in fp32 also of low-precision factors, if out is: scaled later, it is rounded once and not twice."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif out.device.type == "cuda":
