@@ -2,7 +2,7 @@
 
 What is replaced: the model by a tiny Qwen2.5-VL, the data by a few pictures, torchrun's eight processes by one,
 hundreds of new tokens by a few, bf16 where there is no GPU. Every step is logged. A tiny model says nothing readable,
-so between sampling and training its answers become boxes.
+so between sampling and training its answers become boxes, texts and dates near the true ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 import perpo.vlm
 from perpo import cli
-from perpo.data import read_records, write_records
+from perpo.data import ListRecord, read_records, write_records
 from perpo.images import open_image
 from perpo.rewards.boxes import write_boxes
 from perpo.rewards.scoring import UnreadableAnswers, find_task, score_records
@@ -156,13 +156,22 @@ def make_readable(path: Path) -> None:
     """Answers such as a large model gives: boxes near the true ones, in pixels of the resized image, with rewards."""
     draw = random.Random(0)
     size_of = seen_sizes(tiny_qwen.Processor.from_pretrained(NAME, max_pixels=802816))
-    sizes, answered = {}, []
-    for record in read_records(path)[0]:
-        sizes[record.id] = size_of(open_image(record.image, "images").size)  # type: ignore[arg-type]
-        answers = [[_near(box, draw) for box in record.answer] for _ in range(record.k)]
-        texts = tuple(write_boxes(boxes, "qwen2.5-vl", sizes[record.id]) for boxes in answers)
-        answered.append(replace(record, responses=texts, rewards=None))
-    write_records(score_records(answered, columns=lambda record: {"image_size": sizes[record.id]}), path)
+
+    def columns(record: ListRecord) -> dict[str, Any]:
+        return {"image_size": size_of(open_image(record.image, "images").size)}  # type: ignore[arg-type]
+
+    def say(record: ListRecord) -> str:
+        boxes = [_near(box, draw) for box in record.answer]
+        return write_boxes(boxes, "qwen2.5-vl", columns(record)["image_size"])
+
+    answer_anew(path, say, columns=columns)
+
+
+def answer_anew(path: Path, say: Callable[[ListRecord], str], **options: Any) -> None:
+    """Every response of a file's lists becomes what `say` gives for its record, scored again."""
+    records = read_records(path)[0]
+    answered = [replace(record, responses=tuple(say(record) for _ in range(record.k))) for record in records]
+    write_records(score_records(answered, **options), path)
 
 
 def _near(box: list[float], draw: random.Random) -> tuple[float, float, float, float]:
@@ -210,16 +219,21 @@ def test_grounding(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_reading_text(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _words, _shown in run_section("2", project, capsys):
-        pass
+    draw = random.Random(0)
+    for words, _shown in run_section("2", project, capsys):
+        if words[1] == "generate":
+            answer_anew(project / "page_lists.jsonl", lambda record: record.answer[: draw.randint(1, 6)])
     assert len(read_records("page_lists.jsonl")[0]) == 3
     figures = json.loads((project / "runs/pages/evaluation/evaluation.json").read_text())["tasks"][0]
     assert set(figures["metrics"]) >= {"edit_distance", "f1", "precision", "recall", "bleu"}
 
 
 def test_a_reward_of_one_s_own(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _words, _shown in run_section("3", project, capsys):
-        pass
+    draw = random.Random(0)
+    for words, _shown in run_section("3", project, capsys):
+        if words[1] == "generate":
+            lists = project / "date_lists.jsonl"
+            answer_anew(lists, lambda _: f"On 2024-05-{draw.randint(10, 29)}.", reward=option(words, "--reward"))
     scope: dict[str, Any] = {}
     exec((project / "my_rewards.py").read_text(), scope)
     texts = ["It was 2024-05-30.", "2024-05-31", "May", "2024-02-31"]
