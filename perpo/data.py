@@ -3,18 +3,22 @@
     {"id": "glass-1", "image": "train/0001.jpg", "prompt": "Where is …?", "answer": "[0.61, 0.1, 0.77, 0.54]",
      "task": "grounding", "responses": ["[0.6, 0.1, 0.8, 0.5]", …], "rewards": [0.8, …], "ref_log_probs": [-3.1, …]}
 
+Whatever else a record holds is kept in its `columns`, for a reward of one's own.
+
 Files are JSONL (one record a line), JSON (an array) or Parquet; a `datasets.Dataset` or any iterable of mappings does
 too. The records of PerPO's authors (image_id, image_path, question, answer, answers_gen, iou_scores) read as they are.
 Records without responses or rewards are what there is before sampling and scoring; `require` says what a reader needs.
 """
 
+import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 from PIL import Image
 
 from perpo.images import ImageError, ImageSource, RowImage, resolve_image
@@ -32,6 +36,8 @@ _AUTHORS = {
     "responses": "answers_gen",
     "rewards": "iou_scores",
 }
+_PER_RESPONSE = ("rewards", "ref_log_probs", "flip_probs", "complete")
+_FILLED = ("prompt", "responses", "rewards")  # where required, not empty; an empty answer is one
 _KEPT_ERRORS = 20  # of skipped records, to show; all are counted
 
 
@@ -66,6 +72,11 @@ class ListRecord:
         rewards: [k] finite numbers, or None before scoring.
         ref_log_probs: [k] log-probabilities of the responses under the reference model, or None.
         flip_probs: [k] probabilities in [0, 1) that a preference over this response is wrong, or None.
+        complete: [k] whether a response ended by itself; one that was cut is trained without an end of turn. None:
+            all did.
+        columns: further columns of the record, which rewards are given by their names. What JSON can hold.
+
+    NumPy's arrays and numbers become lists and numbers of Python.
 
     Raises:
         FieldError: a field has the wrong type, length or a number that is not finite.
@@ -80,8 +91,12 @@ class ListRecord:
     rewards: tuple[float, ...] | None = None
     ref_log_probs: tuple[float, ...] | None = None
     flip_probs: tuple[float, ...] | None = None
+    complete: tuple[bool, ...] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("answer", "responses", *_PER_RESPONSE, "columns"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         for name in ("id", "task"):
             if not isinstance(getattr(self, name), str):
                 raise FieldError(name, f"must be a text, got {_shown(getattr(self, name))}")
@@ -101,10 +116,21 @@ class ListRecord:
                 object.__setattr__(self, name, _numbers(name, values, len(responses)))
         if any(not 0 <= p < 1 for p in self.flip_probs or ()):
             raise FieldError("flip_probs", f"must be probabilities in [0, 1), got {_shown(self.flip_probs)}")
+        if self.complete is not None:
+            object.__setattr__(self, "complete", _booleans("complete", self.complete, len(responses)))
+        if not isinstance(self.columns, Mapping) or not all(isinstance(name, str) for name in self.columns):
+            raise FieldError("columns", f"must be a mapping by name, got {_shown(self.columns)}")
 
     @property
     def k(self) -> int:
         return len(self.responses)
+
+    def answered(
+        self, responses: Sequence[str], rewards: Sequence[float] | None = None, complete: Sequence[bool] | None = None
+    ) -> Self:
+        """The record with other responses, and nothing of what was known of those it had."""
+        known = {"rewards": rewards, "complete": None if complete is None or all(complete) else complete}
+        return replace(self, responses=tuple(responses), **(dict.fromkeys(_PER_RESPONSE) | known))  # type: ignore[arg-type]
 
     @property
     def has_preference(self) -> bool:
@@ -125,7 +151,8 @@ class ReadReport:
     n_repeated: int = 0  # lists with two equal responses
     sizes: Counter[int] = field(default_factory=Counter)  # k -> lists
     errors: list[RecordError] = field(default_factory=list)  # the first few
-    ignored: Counter[str] = field(default_factory=Counter)  # fields that are not a record's -> rows
+    further: Counter[str] = field(default_factory=Counter)  # columns of no use but to a reward of one's own -> rows
+    ignored: Counter[str] = field(default_factory=Counter)  # the same, left out since JSON cannot hold them -> rows
 
     def add(self, record: ListRecord) -> None:
         self.sizes[record.k] += 1
@@ -144,6 +171,7 @@ class ReadReport:
             f"{self.n_inactive} without any preference ({kept})" if self.n_inactive else "",
             f"{self.n_tied} with ties" if self.n_tied else "",
             f"{self.n_repeated} with repeated answers" if self.n_repeated else "",
+            f"further columns: {', '.join(sorted(self.further))}" if self.further else "",
             f"fields not used: {', '.join(sorted(self.ignored))}" if self.ignored else "",
         ]
         return "; ".join(part for part in parts if part)
@@ -164,7 +192,8 @@ def read_records(
     becomes "7#2" and so on.
 
     Args:
-        require: fields that must be there and not be empty: ("answer",) before sampling, the default for training.
+        require: fields that must be there: ("answer",) before sampling, the default for training. Prompt, responses
+            and rewards must not be empty either; an answer may be (a blank page, no object).
         skip_bad: leave out bad records and count them, instead of raising at the first.
         drop_inactive: leave out scored lists whose rewards are all equal (they have no gradient).
         check_images: that every path is a file under `root` (nothing is decoded).
@@ -209,7 +238,7 @@ def read_records(
 
 def write_records(records: Iterable[ListRecord], path: Where) -> int:
     """Write records to a .jsonl or .parquet file, whole or not at all, and return how many there were."""
-    return write_rows(({f.name: getattr(record, f.name) for f in fields(record)} for record in records), path)
+    return write_rows(({f.name: getattr(record, f.name) for f in fields(ListRecord)} for record in records), path)
 
 
 def _parse(
@@ -220,7 +249,7 @@ def _parse(
     seen: Counter[str] = Counter()  # image_id of the authors' records
     for number, (place, values, problem) in enumerate(rows, 1):
         if isinstance(values, ListRecord):
-            values = {f.name: getattr(values, f.name) for f in fields(values)}
+            values = {f.name: getattr(values, f.name) for f in fields(ListRecord)}
         if problem or not isinstance(values, Mapping):
             yield (
                 place,
@@ -229,9 +258,8 @@ def _parse(
             continue
         authors = "answers_gen" in values or {"question", "image_path"} <= values.keys()
         names = _AUTHORS if authors else {f.name: f.name for f in fields(ListRecord)}
-        report.ignored.update(name for name in values if name not in names.values())
         given = {ours: values[name] for ours, name in names.items() if values.get(name) is not None}
-        identity = given.get("id", number)
+        identity = _plain(given.get("id", number))
         given["id"] = str(identity) if isinstance(identity, int) and not isinstance(identity, bool) else identity
         if authors:
             given["task"] = "grounding"
@@ -239,9 +267,10 @@ def _parse(
                 seen[given["id"]] += 1
                 given["id"] += f"#{seen[given['id']]}" if seen[given["id"]] > 1 else ""
         try:
+            given["columns"] = _further(values, {*names.values(), "columns"}, report)
             for name in ("prompt", *require):
-                if name not in given or (isinstance(given[name], Sequence) and len(given[name]) == 0):
-                    raise FieldError(name, "is missing or empty")
+                if name not in given or (name in _FILLED and isinstance(given[name], Sized) and not len(given[name])):
+                    raise FieldError(name, "is missing or empty" if name in _FILLED else "is missing")
             given["prompt"] = _without_nulls(given["prompt"])
             record = ListRecord(**{"image": None, **given})
             if record.id in places:
@@ -279,6 +308,42 @@ def _numbers(name: str, values: Any, k: int) -> tuple[float, ...]:
         if not finite:  # NaN compares false
             raise FieldError(name, f"item {i} must be a finite number, got {_shown(value)}")
     return tuple(float(value) for value in values)
+
+
+def _booleans(name: str, values: Any, k: int) -> tuple[bool, ...]:
+    if not isinstance(values, list | tuple) or not all(isinstance(value, bool) for value in values):
+        raise FieldError(name, f"must be a list of true and false, got {_shown(values)}")
+    if len(values) != k:
+        raise FieldError(name, f"must hold one value a response: {k} responses, {len(values)} {name}")
+    return tuple(values)
+
+
+def _further(values: Mapping[str, Any], known: Collection[str], report: ReadReport) -> dict[str, Any]:
+    """Columns of a row that are no field of a record: side by side with the fields, or gathered in one of them."""
+    gathered = values.get("columns") or {}
+    if not isinstance(gathered, Mapping):
+        raise FieldError("columns", f"must be a mapping by name, got {_shown(gathered)}")
+    found = {}
+    for name, value in {**gathered, **{name: values[name] for name in values if name not in known}}.items():
+        if value is None:
+            continue
+        try:
+            json.dumps(plain := _plain(value), allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            report.ignored[name] += 1
+        else:
+            found[name] = plain
+            report.further[name] += 1
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, and numbers of NumPy, wherever they are in the value, as lists and numbers of Python."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def _without_nulls(value: Any) -> Any:

@@ -20,6 +20,7 @@ from PIL import Image
 from perpo.images import RowImage
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_IN_JSON = ("prompt", "answer", "columns")  # fields of any type, which Parquet holds as JSON in NAME_json
 _UNREADABLE = (ValueError, RecursionError)  # json: bad syntax, bad UTF-8, a number too long; nested too deeply
 
 
@@ -106,8 +107,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for values in batch.to_pylist():
                 number += 1
                 try:
-                    for name in [name for name in values if name.endswith("_json") and values[name] is not None]:
-                        values[name.removesuffix("_json")] = json.loads(values.pop(name))
+                    for name in [name for name in _IN_JSON if values.get(f"{name}_json") is not None]:
+                        values[name] = json.loads(values.pop(f"{name}_json"))
                 except _UNREADABLE as error:
                     yield Row(f"row {number}", None, f"not valid JSON: {error}")
                 else:
@@ -148,7 +149,9 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) 
                 raise ValueError(
                     f"record {row.get('id')!r} holds its image itself, and JSON holds only paths: write .parquet"
                 )
-            file.write(_json(row, row) + b"\n")
+            flat = {**row.get("columns", {}), **row}
+            flat.pop("columns", None)
+            file.write(_json(flat, row) + b"\n")
             n += 1
         return n
 
@@ -189,10 +192,11 @@ def _json(value: Any, row: Mapping[str, Any]) -> bytes:
 
 def _write_parquet(rows: Sequence[Mapping[str, Any]], file: IO[bytes]) -> int:
     """A column has one type in Parquet: `prompt` and `answer` are texts, or else JSON in `prompt_json`, `answer_json`;
-    images are paths, or else the pairs of bytes and path that `datasets` knows."""
+    further columns are JSON together; images are paths, or else the pairs of bytes and path that `datasets` knows."""
     arrow, parquet = _optional("pyarrow"), _optional("pyarrow.parquet")
     text, numbers = arrow.string(), arrow.list_(arrow.float64())
-    types = {"id": text, "task": text, "responses": arrow.list_(text), "rewards": numbers, "ref_log_probs": numbers}
+    types = {"id": text, "task": text, "responses": arrow.list_(text), "complete": arrow.list_(arrow.bool_())}
+    types |= dict.fromkeys(("rewards", "ref_log_probs", "flip_probs"), numbers)
     columns = {name: arrow.array([row[name] for row in rows], kind) for name, kind in types.items()}
     for name in ("prompt", "answer"):
         values = [row[name] for row in rows]
@@ -200,6 +204,8 @@ def _write_parquet(rows: Sequence[Mapping[str, Any]], file: IO[bytes]) -> int:
             columns[name] = arrow.array(values, text)
         else:
             columns[f"{name}_json"] = arrow.array([_json(row[name], row).decode() for row in rows], text)
+    if any(row["columns"] for row in rows):
+        columns["columns_json"] = arrow.array([_json(row["columns"], row).decode() for row in rows], text)
     images = [_plain_path(row["image"]) for row in rows]
     if all(image is None or isinstance(image, str) for image in images):
         columns["image"] = arrow.array(images, text)

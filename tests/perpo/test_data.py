@@ -1,11 +1,13 @@
 """Records survive every format, a bad one is named by file, line and field, and nothing is half written."""
 
 import dataclasses
+import datetime
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,7 @@ def list_records(draw: st.DrawFn) -> ListRecord:
             rewards=draw(numbers),
             ref_log_probs=draw(st.one_of(st.none(), numbers)),
             flip_probs=draw(st.one_of(st.none(), st.lists(st.floats(0, 0.999), min_size=k, max_size=k))),
+            complete=draw(st.one_of(st.none(), st.lists(st.booleans(), min_size=k, max_size=k))),
         )
     except FieldError:
         return draw(list_records())  # a number beyond 1.7e308
@@ -121,6 +124,9 @@ BAD = [
     ({"flip_probs": [0.1]}, "flip_probs", "2 responses, 1 flip_probs"),
     ({"flip_probs": [0.1, 1.0]}, "flip_probs", r"must be probabilities in \[0, 1\)"),
     ({"flip_probs": [-0.1, 0.5]}, "flip_probs", r"must be probabilities in \[0, 1\)"),
+    ({"complete": [True]}, "complete", "2 responses, 1 complete"),
+    ({"complete": [True, 0]}, "complete", "must be a list of true and false"),
+    ({"columns": 3}, "columns", "must be a mapping by name"),
     ({"prompt": ...}, "prompt", "is missing or empty"),
     ({"prompt": " "}, "prompt", "must be a text that is not empty"),
     ({"prompt": [{"content": "x"}]}, "prompt", "message 0 must be"),
@@ -220,7 +226,7 @@ def test_what_is_odd_but_usable_is_kept_and_counted() -> None:
     assert report.sizes == {3: 2, 2: 2, 1: 1}
     assert report.summary() == (
         "list: 5 lists of 1–3 answers; 2 without any preference (kept); 2 with ties; 1 with repeated answers; "
-        "fields not used: note"
+        "further columns: note"
     )
     records, report = read_records(rows, drop_inactive=True)
     assert [record.id for record in records] == ["ragged", "tied", "repeated"]
@@ -237,6 +243,52 @@ def test_records_before_sampling_need_only_what_is_required(tmp_path: Path) -> N
     assert (report.n_inactive, report.n_tied) == (0, 0)
     with pytest.raises(ValueError, match=r"require must name fields .* got \['label'\]"):
         read_records(path, require=("label",))
+
+
+@pytest.mark.parametrize("answer", ["", []])
+def test_an_empty_answer_is_an_answer(answer: Any, tmp_path: Path) -> None:
+    """A blank page has no text, and some images none of the objects that are asked for."""
+    (record,), _ = read_records(jsonl(tmp_path / "a.jsonl", good(answer=answer)), require=("answer",))
+    assert record.answer == answer
+    with pytest.raises(RecordError, match="answer: is missing$"):
+        read_records(jsonl(tmp_path / "a.jsonl", good(answer=...)), require=("answer",))
+
+
+def test_arrays_and_numbers_of_numpy_are_taken_for_lists_and_numbers() -> None:
+    row = {
+        "id": np.int64(5),
+        "prompt": "?",
+        "answer": np.array([[0.5, 0.25]]),
+        "responses": np.array(["a", "b"]),
+        "rewards": np.array([1, 0], dtype=np.float32),
+        "ref_log_probs": [np.float32(-1), np.float64(-2)],
+        "complete": np.array([True, False]),
+        "size": np.array([4, 5]),
+    }
+    (record,), _ = read_records([row])
+    assert record == ListRecord(
+        "5", None, "?", [[0.5, 0.25]], "", ("a", "b"), (1, 0), (-1, -2), complete=(True, False), columns={"size": [4, 5]}
+    )
+    assert type(record.answer[0][0]) is float
+    assert type(record.responses[0]) is str
+
+
+def test_what_else_a_record_holds_is_kept_for_rewards_if_json_can_hold_it(tmp_path: Path) -> None:
+    when = datetime.date(2024, 5, 31)
+    (record,), report = read_records([good(page=3, meta={"a": [1]}, empty=None, taken=when, odd=math.nan)])
+    assert record.columns == {"page": 3, "meta": {"a": [1]}}
+    assert (report.further, report.ignored) == ({"page": 1, "meta": 1}, {"taken": 1, "odd": 1})
+    assert "further columns: meta, page; fields not used: odd, taken" in report.summary()
+    write_records([record], tmp_path / "a.jsonl")
+    assert json.loads((tmp_path / "a.jsonl").read_text()).items() >= {"page": 3, "meta": {"a": [1]}}.items()
+    assert read_records(tmp_path / "a.jsonl")[0] == [record]
+
+
+def test_other_responses_come_without_what_was_known_of_the_old() -> None:
+    record = ListRecord("a", None, "?", 3, "t", ("x",), (1.0,), (-1.0,), (0.1,), (False,), {"page": 1})
+    assert record.answered(["y", "z"]) == ListRecord("a", None, "?", 3, "t", ("y", "z"), columns={"page": 1})
+    assert record.answered(["y"], [0.5], [True]).complete is None  # as usual
+    assert record.answered(["y", "z"], [0.5, 1], [True, False]).complete == (True, False)
 
 
 def test_images_are_checked_where_asked(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Parquet and `datasets` hold what JSONL holds, and images besides."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -39,6 +40,22 @@ def test_parquet_gives_back_what_was_written(tmp_path: Path) -> None:
     for records in (plain, mixed):
         assert write_records(records, tmp_path / "a.parquet") == 3
         assert read_records(tmp_path / "a.parquet", require=())[0] == records
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_no_field_is_lost(suffix: str, tmp_path: Path) -> None:
+    whole = record(
+        task="ocr",
+        ref_log_probs=(-1.5, -2.0),
+        flip_probs=(0.1, 0.0),
+        complete=(True, False),
+        columns={"page": 3, "note_json": "no JSON"},
+    )
+    for one in dataclasses.fields(ListRecord):
+        default = one.default_factory() if one.default_factory is not dataclasses.MISSING else one.default
+        assert getattr(whole, one.name) != default, f"{one.name} is not tested"
+    write_records([whole, record(id="b")], tmp_path / f"a{suffix}")
+    assert read_records(tmp_path / f"a{suffix}")[0] == [whole, record(id="b")]
 
 
 def test_parquet_holds_images_of_every_kind(tmp_path: Path) -> None:
