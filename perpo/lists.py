@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
@@ -149,6 +150,16 @@ class ListCollator:
             return self.encoder.prompt(_messages(record), image)
         except ValueError as error:
             raise ValueError(f"record {record.id!r}: {error}") from error
+
+
+def leave_out(batch: ListBatch, n_kept: int) -> ListBatch:
+    """The batch with only its first lists in loss and metrics: candidates without a reward take part in nothing.
+
+    The ranks must take equally many steps, so data loaders fill up the last one with lists that were there already.
+    """
+    rewards = batch.rewards.clone()
+    rewards[int(batch.cu_lists[n_kept]) :] = torch.nan
+    return dataclasses.replace(batch, rewards=rewards)
 
 
 def records_of(sample: Sample) -> tuple[ListRecord, ...]:

@@ -1,10 +1,12 @@
 """What a training run shows: sums kept on the device, averaged over ranks when something is logged.
 
-Names are TRL's where TRL has one. "chosen" and "rejected" are the candidates of highest and of lowest reward of a list;
-their numbers, the accuracy (share of pairs with r_i > r_j and s_i > s_j) and Kendall's τ are means over active lists
-(those with any preference). prefix/token_ratio is how many times more tokens a row for every candidate would feed;
-rewards/* are β·score of the objective. Candidates that were added to a list (mDPO's, under
-a corrupted image) are in its loss and in no other number.
+Names are TRL's where TRL has one, and mean what they mean there: "chosen" and "rejected" are the candidates of highest
+and of lowest reward of a list, rewards/accuracies is the share of lists whose best candidate has a higher score than the
+worst. lists/pair_accuracy is the share of all pairs with r_i > r_j that have s_i > s_j. These and Kendall's τ are means
+over active lists (those with any preference). prefix/token_ratio is how many times more tokens a row for every
+candidate would feed; rewards/* are β·score of the objective. Candidates that were added to a list (mDPO's, under a
+corrupted image) are in its loss and in no other number; lists that only fill up the last batch
+(`perpo.lists.leave_out`) are in none.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ OVER_ACTIVE = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
+    "lists/pair_accuracy",
     "logps/chosen",
     "logps/rejected",
     "lists/kendall_tau",
 )
-OVER_LISTS = ("loss", "lists/active", "lists/reward_mean", "lists/reward_spread")
+OVER_LISTS = ("lists/active", "lists/reward_mean", "lists/reward_spread", "loss")
 
 
 class ListMetrics:
@@ -41,7 +44,6 @@ class ListMetrics:
 
     def reset(self) -> None:
         self.sums: Tensor | None = None
-        self.n_lists = 0
         self.n_tokens = 0
         self.n_separate = 0
         self.started = time.perf_counter()
@@ -51,20 +53,19 @@ class ListMetrics:
         """Take in one batch, with `output.loss` summed over its lists."""
         sums = torch.cat([_list_sums(batch, output, self.objective), output.loss.detach().float().reshape(1)])
         self.sums = sums if self.sums is None else self.sums + sums
-        self.n_lists += batch.n_lists
         self.n_tokens += batch.n_tokens
         self.n_separate += batch.n_separate
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
         """Averages over all ranks since the last reset, and speed. Every rank must call it."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
-        sums = torch.zeros(len(OVER_ACTIVE) + len(OVER_LISTS)) if self.sums is None else self.sums
-        counts = [self.n_lists, self.n_tokens, self.n_separate, peak_memory()]
+        sums = torch.zeros(1 + len(OVER_ACTIVE) + len(OVER_LISTS)) if self.sums is None else self.sums
+        counts = [self.n_tokens, self.n_separate, peak_memory()]
         mine = torch.cat([sums.double().cpu(), torch.tensor(counts).double()])
         everyone = accelerator.gather(mine.to(accelerator.device, torch.float32).unsqueeze(0)).double().cpu()
         totals = everyone.sum(0).tolist()
-        n_lists, n_tokens, n_separate = totals[-4:-1]
-        values = dict(zip((*OVER_ACTIVE, *OVER_LISTS[1:], "loss"), totals, strict=False))
+        n_lists, *of_lists, n_tokens, n_separate, _ = totals
+        values = dict(zip((*OVER_ACTIVE, *OVER_LISTS), of_lists, strict=True))
         n_active = values["lists/active"]
         out = {name: values[name] / max(n_active, 1) for name in OVER_ACTIVE}
         out |= {name: values[name] / max(n_lists, 1) for name in OVER_LISTS}
@@ -113,7 +114,7 @@ def _signs(x: Tensor, valid: Tensor) -> Tensor:  # [G, k, k]
 
 
 def _list_sums(batch: ListBatch, output: LinearPerPOOutput, objective: Objective) -> Tensor:
-    """Σ over the lists of a batch, in the order of OVER_ACTIVE and OVER_LISTS without the loss."""
+    """Number of lists and Σ over them, in the order of OVER_ACTIVE and OVER_LISTS without the loss."""
     device = output.log_probs.device
     sizes, lengths = batch.cu_lists.diff().long(), batch.cu_seqlens.diff()  # on the CPU, as all of the layout
     columns = torch.arange(int(sizes.max()) if sizes.numel() else 0)
@@ -121,6 +122,8 @@ def _list_sums(batch: ListBatch, output: LinearPerPOOutput, objective: Objective
     index = (batch.cu_lists[:-1, None].long() + columns).where(present, 0)
     answered = present & (lengths > 0)[index]
     index, valid = index.to(device, non_blocking=True), answered.to(device, non_blocking=True)
+    finite = batch.rewards.isfinite()[index]
+    counted, valid = finite[:, 0], valid & finite
     if batch.added is not None:
         valid = valid & ~batch.added[index]
 
@@ -136,9 +139,12 @@ def _list_sums(batch: ListBatch, output: LinearPerPOOutput, objective: Objective
     n_valid = valid.sum(1)
     some = n_valid > 0
     active = output.list_stats[3].float()
+    chosen, rejected = scores.gather(1, best).squeeze(1), scores.gather(1, worst).squeeze(1)
     per_list = (
-        objective.beta * scores.gather(1, best).squeeze(1) * active,
-        objective.beta * scores.gather(1, worst).squeeze(1) * active,
+        counted,
+        objective.beta * chosen * active,
+        objective.beta * rejected * active,
+        (chosen > rejected) * active,
         pair_accuracy(scores, rewards, valid) * active,
         log_probs.gather(1, best).squeeze(1) * active,
         log_probs.gather(1, worst).squeeze(1) * active,

@@ -27,7 +27,7 @@ from perpo.collate import ListBatch
 from perpo.config import PerPOConfig
 from perpo.data import ListRecord
 from perpo.language_head import causal_lm, check_language_head, install, perpo_output, sequence_log_probs
-from perpo.lists import ListCollator, Sample, records_of, thin_out, training_lists
+from perpo.lists import ListCollator, Sample, leave_out, records_of, thin_out, training_lists
 from perpo.metrics import ListMetrics
 from perpo.reference_cache import ReferenceCache, weights_fingerprint
 from perpo.trainable import adapt
@@ -188,11 +188,22 @@ class PerPOTrainer(Trainer):
         prefix_sharing.check_exact(model, *batches)
 
     def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
-        """Lists in the optimizer step, on all ranks."""
+        """Lists in the optimizer step, on all ranks. Takes those that only fill up the last batch out of it."""
         n_lists = sum(batch.n_lists for batch in batch_samples)
         if not batch_samples or self.args.world_size == 1:
             return n_lists or None
+        n_lists -= batch_samples[-1].n_lists
+        batch_samples[-1], n_last = self._without_filling(batch_samples[-1])
+        n_lists += n_last
         return self.accelerator.gather(torch.tensor([n_lists], device=device)).sum()
+
+    def _without_filling(self, batch: ListBatch) -> tuple[ListBatch, int]:
+        """The batch that the data loader gave last, and how many of its lists are of this pass over the data."""
+        state, n_lists = self.accelerator.gradient_state, batch.n_lists
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return batch, n_lists
+        n_kept = min(max(state.remainder - self.args.process_index * n_lists, 0), n_lists)
+        return (batch if n_kept == n_lists else leave_out(batch, n_kept)), n_kept
 
     def _prepare_inputs(self, inputs: ListBatch) -> ListBatch:
         return inputs.to(self.args.device, non_blocking=True)
@@ -213,8 +224,9 @@ class PerPOTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: ListBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, None, None]:
+        batch, _ = self._without_filling(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = self.compute_loss(model, self._prepare_inputs(batch))
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

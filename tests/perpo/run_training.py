@@ -1,6 +1,6 @@
 """A training run in a process of its own: `python -m tests.perpo.run_training OUTPUT_DIR JSON [KILL_AT_STEP]`.
 
-Saves the trained parameters and the log of rank 0. With KILL_AT_STEP the process kills itself after that step, and
+Saves the trained parameters and the log of rank 0; with "evaluate" it only evaluates, on the same lists. With KILL_AT_STEP the process kills itself after that step, and
 leaves a checkpoint behind that looks as if it was being written.
 """
 
@@ -35,10 +35,14 @@ def train(folder: Path, kill_at: int | None = None, **options: Any) -> None:
     torch.set_num_threads(1)
     family, n_lists, lora = options.pop("family", "llava"), options.pop("n_lists", 4), options.pop("lora", True)
     resume, dropout = options.pop("resume", None), options.pop("dropout", 0.0)
+    evaluate = options.pop("evaluate", False)
     runner = training.trainer(family, folder, lora=lora, data=training.records(n_lists), dropout=dropout, **options)
     if kill_at is not None:
         runner.add_callback(KillAt(kill_at))
-    runner.train(resume_from_checkpoint=resume)
+    if evaluate:
+        runner.evaluate(runner.train_dataset)
+    else:
+        runner.train(resume_from_checkpoint=resume)
     if runner.is_world_process_zero():
         torch.save((training.trained(runner.model), runner.state.log_history), folder / "trained.pt")
 

@@ -54,6 +54,8 @@ def test_sums_over_batches_are_means_over_lists() -> None:
         "rewards/chosen": 0.1 * (a[0] + b[1]).item() / 2,
         "rewards/margins": 0.1 * (a[0] + b[1] - a[1] - b[0]).item() / 2,
         "lists/kendall_tau": sum(taus) / 2,
+        "lists/pair_accuracy": sum((tau + 1) / 2 for tau in taus) / 2,  # without ties
+        "rewards/accuracies": (float(a[0] > a[1]) + float(b[1] > b[0])) / 2,
     }
     for name, value in expected.items():
         torch.testing.assert_close(report[name], float(value), atol=1e-4, rtol=1e-4, msg=name)

@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_the_formula_on_full_logits(name: str, tmp_path: Pat
 
     # metrics, of the record's own answers
     beta, active, taus = numbers["beta"], 0, 0.0
-    chosen = rejected = right = 0.0
+    chosen = rejected = right = won = 0.0
     for one, record in zip(lists, records(), strict=True):
         scores = one.ratio / one.lengths if name in ("ipo", "simpo") else one.ratio
         scores, rewards = beta * scores[: record.k], one.rewards[: record.k]
@@ -89,11 +89,17 @@ def test_the_loss_is_that_of_the_formula_on_full_logits(name: str, tmp_path: Pat
             continue
         active += 1
         chosen, rejected = chosen + scores[rewards.argmax()].item(), rejected + scores[rewards.argmin()].item()
+        won += bool(scores[rewards.argmax()] > scores[rewards.argmin()])
         pairs = [(i, j) for i in range(record.k) for j in range(record.k) if rewards[i] > rewards[j]]
         right += sum(bool(scores[i] > scores[j]) for i, j in pairs) / len(pairs)
         taus += kendalltau(scores.numpy(), rewards.numpy()).statistic
     shown = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
-    for key, value in {**shown, "rewards/accuracies": right, "lists/kendall_tau": taus}.items():
+    for key, value in {
+        **shown,
+        "rewards/accuracies": won,
+        "lists/pair_accuracy": right,
+        "lists/kendall_tau": taus,
+    }.items():
         assert log[key] == pytest.approx(value / active, rel=1e-3, abs=1e-4), key
 
 

@@ -45,16 +45,42 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
     ids=["lora", "adapter_off", "full"],
 )
 def test_two_processes_equal_one_that_accumulates(options: dict[str, Any], tmp_path: Path) -> None:
-    options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1, "n_lists": 6} | options
+    options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1, "n_lists": 7} | options
     two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
     assert two.returncode == 0, two.stderr[-3000:]
     train(tmp_path / "one", gradient_accumulation_steps=2, **options)
     (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
     assert_same(ours, theirs)
-    assert len(our_log) == 4
-    for a, b in zip(our_log[:3], their_log[:3], strict=True):
+    assert len(our_log) == 5  # the last step has one list
+    for a, b in zip(our_log[:4], their_log[:4], strict=True):
         for name in ("loss", "rewards/accuracies", "lists/active", "lists/reward_mean", "logps/rejected"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_lists_that_fill_up_the_last_batch_count_once(tmp_path: Path) -> None:
+    """5 lists in batches of 2 on 2 ranks: in the last step one has a list and one that was there, the other only such."""
+    options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1, "n_lists": 5}
+    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", per_device_train_batch_size=2, **options)
+    assert two.returncode == 0, two.stderr[-3000:]
+    train(tmp_path / "one", gradient_accumulation_steps=4, **options)
+    (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
+    assert_same(ours, theirs)
+    for a, b in zip(our_log[:2], their_log[:2], strict=True):
+        for name in ("loss", "rewards/accuracies", "lists/active", "lists/reward_mean", "logps/rejected"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_evaluation_on_two_processes_equals_one_also_if_they_do_not_divide_the_lists(tmp_path: Path) -> None:
+    options = {"n_lists": 3, "reference": "none", "evaluate": True}
+    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
+    assert two.returncode == 0, two.stderr[-3000:]
+    train(tmp_path / "one", **options)
+    (_, (ours,)), (_, (theirs,)) = trained(tmp_path / "two"), trained(tmp_path / "one")
+    of_lists = [name for name in theirs if name == "eval_loss" or "/" in name]
+    assert len(of_lists) > 9
+    for name in of_lists:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
