@@ -94,7 +94,7 @@ def thin_out(record: ListRecord, max_candidates: int) -> ListRecord:
     step = (record.k - 1) / (max_candidates - 1)
     kept = sorted(ranked[round(j * step)] for j in range(max_candidates))
 
-    def pick(values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    def pick(values: tuple[Any, ...] | None) -> Any:
         return None if values is None else tuple(values[i] for i in kept)
 
     return dataclasses.replace(
@@ -103,6 +103,7 @@ def thin_out(record: ListRecord, max_candidates: int) -> ListRecord:
         rewards=pick(record.rewards),
         ref_log_probs=pick(record.ref_log_probs),
         flip_probs=pick(record.flip_probs),
+        complete=pick(record.complete),
     )
 
 
@@ -125,7 +126,7 @@ class ListCollator:
         lists = [records_of(sample) for sample in samples]
         records = [record for one_list in lists for record in one_list]
         prompts = [self._prompt(record) for record in records]
-        responses = [[self.encoder.response(text) for text in record.responses] for record in records]
+        responses = [self._responses(record) for record in records]
         known = candidate_tensors(
             responses,
             [record.rewards or (0.0,) * record.k for record in records],
@@ -141,6 +142,10 @@ class ListCollator:
             return ListBatch(inputs, rows, **known, n_tokens=n_tokens)
         inputs, rows, layout = packed_row(prompts, responses, self.positions, self.encoder.answer_values)
         return ListBatch(inputs, rows, **known, layout=layout, n_tokens=layout.n_tokens)
+
+    def _responses(self, record: ListRecord) -> list[list[int]]:
+        ended = record.complete or (True,) * record.k
+        return [self.encoder.response(text, whole) for text, whole in zip(record.responses, ended, strict=True)]
 
     def _prompt(self, record: ListRecord) -> dict[str, Tensor]:
         try:

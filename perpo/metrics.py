@@ -1,7 +1,7 @@
 """What a training run shows: sums kept on the device, averaged over ranks when something is logged.
 
 Names are TRL's where TRL has one, and mean what they mean there: "chosen" and "rejected" are the candidates of highest
-and of lowest reward of a list, rewards/accuracies is the share of lists whose best candidate has a higher score than the
+and of lowest reward of a list, rewards/accuracies is the share of lists whose best candidate scores higher than their
 worst. lists/pair_accuracy is the share of all pairs with r_i > r_j that have s_i > s_j. These and Kendall's τ are means
 over active lists (those with any preference). prefix/token_ratio is how many times more tokens a row for every
 candidate would feed; rewards/* are β·score of the objective. Candidates that were added to a list (mDPO's, under a

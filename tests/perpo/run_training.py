@@ -1,7 +1,8 @@
 """A training run in a process of its own: `python -m tests.perpo.run_training OUTPUT_DIR JSON [KILL_AT_STEP]`.
 
-Saves the trained parameters and the log of rank 0; with "evaluate" it only evaluates, on the same lists. With KILL_AT_STEP the process kills itself after that step, and
-leaves a checkpoint behind that looks as if it was being written.
+Saves the trained parameters and the log of rank 0; with "evaluate" it only evaluates, on the same lists. With
+KILL_AT_STEP the process kills itself after that step, and leaves a checkpoint behind that looks as if it was being
+written.
 """
 
 import json

@@ -234,6 +234,15 @@ def test_candidates_are_thinned_to_best_worst_and_between(tmp_path: Path) -> Non
     assert runner.train_dataset[0].rewards == (0.1, 0.9, 0.5)
 
 
+def test_a_response_that_was_cut_is_trained_without_an_end_of_turn(tmp_path: Path) -> None:
+    answers = {"responses": ("abc", "abcd", "ab"), "rewards": (0.1, 0.5, 0.2), "complete": (True, False, True)}
+    record = ListRecord("a", None, "?", **answers)
+    runner = training.trainer("llava", tmp_path, data=[record], max_candidates=2, reference="none")
+    first, second = runner.data_collator(runner.train_dataset).labels.split([4, 4])  # a token a letter
+    assert first.tolist()[:3] == second.tolist()[:3]
+    assert first[3] == runner.encoder.turn.end_id != second[3]
+
+
 def test_lists_of_which_none_has_a_preference_are_an_error(tmp_path: Path) -> None:
     lists = [dataclasses.replace(record, rewards=(0.5,) * record.k) for record in training.records()]
     with pytest.raises(ValueError, match="train_dataset: in none of 4 lists has one response a higher reward"):
