@@ -238,9 +238,11 @@ def test_a_response_that_was_cut_is_trained_without_an_end_of_turn(tmp_path: Pat
     answers = {"responses": ("abc", "abcd", "ab"), "rewards": (0.1, 0.5, 0.2), "complete": (True, False, True)}
     record = ListRecord("a", None, "?", **answers)
     runner = training.trainer("llava", tmp_path, data=[record], max_candidates=2, reference="none")
-    first, second = runner.data_collator(runner.train_dataset).labels.split([4, 4])  # a token a letter
-    assert first.tolist()[:3] == second.tolist()[:3]
-    assert first[3] == runner.encoder.turn.end_id != second[3]
+    batch, end = runner.data_collator(runner.train_dataset), runner.encoder.turn.end_id
+    first, second = batch.labels.split(batch.cu_seqlens.diff().tolist())
+    assert first[-1] == end
+    assert end not in second
+    assert len(second) == len(first)  # one letter more
 
 
 def test_lists_of_which_none_has_a_preference_are_an_error(tmp_path: Path) -> None:
