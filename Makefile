@@ -1,4 +1,5 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer; everything else is installed into .venv.
+# `make bench` ends with a table of ours, every peer and the floor; BENCH='--full' or any option of benchmarks/conftest.py
+# is passed on. `make demo` and `make test` need nothing but Python 3.11 or newer; everything else is installed into .venv.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -15,7 +16,7 @@ check: $(VENV)/ready
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 bench: $(VENV)/ready-to-bench
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)
 
 static-report: $(VENV)/ready
 	$(BIN)/python -m benchmarks.static_report

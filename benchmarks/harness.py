@@ -1,11 +1,16 @@
 """How things are timed and how their memory is counted.
 
-Time. Cases are run in turn, A B C A B C …, so that a machine whose speed drifts (other users, heat) drifts for
-all of them; what is reported is the median over rounds, and ratios are taken between the runs of one round. On a
-GPU a sample is the time between two device events, after a write that empties the caches; on the CPU it is wall
-time, or, for a machine that others use at the same time, the processor time of one thread
-(`clock=time.process_time`). A case that is short is repeated within its sample. With `graph=True` a case is
-captured in a CUDA graph and its replays are timed: that is the cost of its kernels without the host's.
+Time. Every case runs before it is timed. Then cases are run in turn, A B C, B C A, …, so that a machine whose speed
+drifts (other users, heat) drifts for all of them and none always follows the same one; what is reported is the median
+over rounds, and ratios are taken between the runs of one round. On the CPU a sample is wall time, or, for a machine
+that others use at the same time, the processor time of one thread (`clock=time.process_time`). A case that is short is
+repeated within its sample; one that takes more than 20 s is sampled twice.
+
+On a GPU a sample is the time between two device events, after a write that empties the caches. The host queues both
+events and all that is between them while the device is held in a wait, so that only what the device does is measured,
+unless a case itself makes the host wait. What a caller waits for from an idle device, launches included, is measured
+apart, without that wait: `extra.with_host_ms`, for cases of a few milliseconds at most, where it may be what counts.
+With `graph=True` a case is captured in a CUDA graph and its replays are timed.
 
 Memory. On a GPU, `torch.cuda.max_memory_allocated` above what was allocated before. On the CPU, PyTorch's
 profiler reports every allocation and release of the allocator with its size; the peak of their running sum is
@@ -13,10 +18,12 @@ exact to the byte and the same on every run. (The resident size that the system 
 library keeps for later and the GEMM library's scratch, and changes from run to run.)
 """
 
+import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,8 +34,19 @@ from benchmarks.rows import Row, machine
 
 OURS = "perpo_kernels"
 FLOOR = "floor"
+BARE = "bare GEMMs"
+OWN = (OURS, FLOOR, BARE)  # names of cases that may not fail start with one of these
 FLUSH_BYTES = 512 << 20  # more than the L2 of any GPU
-SHORTEST_SAMPLE_S = {"cpu": 5e-3, "cuda": 5e-4}
+SHORTEST_SAMPLE_S = {"cpu": 5e-3, "cuda": 1e-3}
+MOST_QUEUED_S = 4e-3  # of the host's time: some 800 launches, what a device's queue holds
+LONGEST_WAIT_S = 20e-3
+LONG_S = 1.0  # a run this long needs no second one to be warm
+TWICE_S = 20.0
+WITH_HOST_BELOW_S = 5e-3
+
+
+class DeviceLost(RuntimeError):
+    """After an illegal access every further call fails, in this process."""
 
 
 @dataclass
@@ -38,16 +56,21 @@ class Case:
     name: str
     run: Callable[[], object]
     prepare: Callable[[], object] | None = None  # fresh inputs before each sample, not timed; then a sample is one run
+    release: Callable[[], object] | None = None  # after each sample: what `prepare` made
     graph: bool = False
-    slowest_s: float = 20.0  # a case slower than this is sampled once
-    compiles: bool = True  # the first run may take longer than others; False: a slow case is run once
+    risky: bool = False  # may take the device down with it: run after all others
     extra: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None  # why it isn't run
     # filled in by Race
     samples: list[float] = field(default_factory=list)  # seconds
+    with_host: list[float] = field(default_factory=list)  # seconds
     repeats: int = 1
+    wait_s: float = LONGEST_WAIT_S
     peak_extra_bytes: int | None = None
-    problem: str | None = None
-    one_sample: bool = False
+
+    def again(self) -> "Case":
+        """The same, not yet measured."""
+        return Case(self.name, self.run, self.prepare, self.release, self.graph, self.risky)
 
 
 def peak_extra_bytes(run: Callable[[], object], device: str) -> int:
@@ -85,6 +108,19 @@ def kernel_launches(run: Callable[[], object]) -> int:
     return sum(e.device_type() == on_device for e in profile.profiler.kineto_results.events())
 
 
+@functools.cache
+def cycles_per_second() -> float:
+    """Of the wait on the device, by its own clock."""
+    cycles = 20_000_000
+    for _ in range(2):  # the first wakes the device
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize()
+    return cycles / (start.elapsed_time(end) / 1e3)
+
+
 class Race:
     """Cases timed in turn. Call `warm_up`, then `round` as often as wanted, then `rows`."""
 
@@ -96,59 +132,64 @@ class Race:
         self._turn = 0
 
     def warm_up(self) -> None:
-        """Compile, find the number of repeats, count memory. A case that fails here is out, with its reason."""
+        """Compile, count memory, find the number of repeats. A case that fails here is out, with its reason."""
         for case in self.cases:
-            if case.problem is None:
-                self._guarded(case, partial(self._start, case))
+            self._guarded(case, partial(self._start, case))
 
     def _start(self, case: Case) -> None:
-        for _ in range(2):  # the first call compiles
-            elapsed = self._once(case)
-            if elapsed > case.slowest_s and not case.compiles:
-                break
+        elapsed = self._once(case)  # compiles
         if self.memory:
-            if case.prepare:
-                case.prepare()
-            case.peak_extra_bytes = peak_extra_bytes(case.run, self.device)
-        if elapsed > case.slowest_s:
-            case.samples.append(elapsed)
-            case.one_sample = True
-            return
-        if case.graph and self.device == "cuda":
-            case.run = self._capture(case.run)
-        if case.prepare is None:
-            case.repeats = max(1, min(1000, round(SHORTEST_SAMPLE_S[self.device] / max(elapsed, 1e-6))))
+            elapsed = self._once(case, partial(self._count, case))
+        if elapsed < LONG_S:
+            elapsed = self._once(case)
+        if self.device == "cuda":
+            if case.graph:
+                case.run = self._capture(case.run)
+            self._fit_to_device(case)
+        elif case.prepare is None:
+            case.repeats = max(1, min(1000, round(SHORTEST_SAMPLE_S["cpu"] / max(elapsed, 1e-6))))
 
-    def _once(self, case: Case) -> float:
+    @contextmanager
+    def _fresh(self, case: Case) -> Iterator[None]:
         if case.prepare:
             case.prepare()
+        if self._flush is not None:
+            self._flush.random_()
         self._synchronize()
-        start = self.clock()
-        case.run()
-        self._synchronize()
-        return self.clock() - start
+        try:
+            yield
+        finally:
+            if case.release:
+                case.release()
+
+    def _once(self, case: Case, run: Callable[[], object] | None = None) -> float:
+        with self._fresh(case):
+            start = self.clock()
+            (run or case.run)()
+            self._synchronize()
+            return self.clock() - start
+
+    def _count(self, case: Case) -> None:
+        case.peak_extra_bytes = peak_extra_bytes(case.run, self.device)
 
     def inspect(self) -> None:
         """Run every case once, untimed; what it returns, a dict, is written into its row."""
         for case in self.cases:
-            if case.problem is None:
-                self._guarded(case, lambda case=case: case.extra.update(case.run()))  # type: ignore[misc]
+            self._guarded(case, lambda case=case: case.extra.update(case.run()))  # type: ignore[misc]
 
     def count_memory(self) -> None:
-        """Every case twice, untimed: once to warm up, once with its memory counted."""
+        """Every case with its memory counted, untimed; on a GPU, where the first run compiles, the second one's."""
         for case in self.cases:
-            if case.problem is None:
-                self._guarded(case, partial(self._count_memory, case))
-
-    def _count_memory(self, case: Case) -> None:
-        case.run()
-        case.peak_extra_bytes = peak_extra_bytes(case.run, self.device)
+            if self.device == "cuda":
+                self._guarded(case, case.run)
+            self._guarded(case, partial(self._count, case))
 
     def _capture(self, run: Callable[[], object]) -> Callable[[], object]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run()
+            for _ in range(3):
+                run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -161,7 +202,7 @@ class Race:
 
     def sample(self, case: Case) -> None:
         """One sample of one case."""
-        if case.problem is None and not case.one_sample:
+        if not (len(case.samples) > 1 and case.samples[0] > TWICE_S):
             self._guarded(case, lambda: case.samples.append(self._time(case)))
 
     def round(self) -> None:
@@ -171,60 +212,97 @@ class Race:
             self.sample(self.cases[(i + self._turn) % len(self.cases)])
 
     def _time(self, case: Case) -> float:
-        if case.prepare:
-            case.prepare()
-        if self._flush is not None:
-            self._flush.random_()
-        self._synchronize()
         if self.device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            seconds, _ = self._on_device(case)
+            if seconds < WITH_HOST_BELOW_S:
+                case.with_host.append(self._by_clock(case))
+            return seconds
+        return self._by_clock(case)
+
+    def _by_clock(self, case: Case) -> float:
+        with self._fresh(case):
+            begin = self.clock()
             for _ in range(case.repeats):
                 case.run()
+            self._synchronize()
+            return (self.clock() - begin) / case.repeats
+
+    def _on_device(self, case: Case) -> tuple[float, float]:
+        """Seconds of a run between two events, and those that the host takes to queue it."""
+        with self._fresh(case):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(round(case.wait_s * cycles_per_second()))
+            start.record()
+            begin = time.perf_counter()
+            for _ in range(case.repeats):
+                case.run()
+            queued = time.perf_counter() - begin
             end.record()
             torch.cuda.synchronize()
-            return start.elapsed_time(end) / 1e3 / case.repeats
-        begin = self.clock()
-        for _ in range(case.repeats):
-            case.run()
-        return (self.clock() - begin) / case.repeats
+            return start.elapsed_time(end) / 1e3 / case.repeats, queued / case.repeats
+
+    def _fit_to_device(self, case: Case) -> None:
+        """How many runs make a sample, and for how long the device waits while the host queues them."""
+        self._on_device(case)  # a graph's first replay uploads it
+        seconds, queued = self._on_device(case)
+        if case.prepare is None:
+            wanted, most = SHORTEST_SAMPLE_S["cuda"] / max(seconds, 1e-6), MOST_QUEUED_S / max(queued, 1e-6)
+            case.repeats = max(1, round(min(wanted, most, 1000)))
+        case.wait_s = min(LONGEST_WAIT_S, 2e-4 + 2 * queued * case.repeats)
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def _guarded(self, case: Case, do: Callable[[], object]) -> None:
-        """A peer may fail in any way it likes; ours and the floor may not."""
+        """A peer may fail in any way it likes; ours and the floor may only be too large for the memory."""
+        if case.problem is not None:
+            return
         try:
             do()
         except Exception as error:
-            if case.name in (FLOOR, OURS) and not isinstance(error, torch.OutOfMemoryError):
-                raise
             first_line = (str(error).strip().splitlines() or [""])[0][:200]
             memory = isinstance(error, torch.OutOfMemoryError)
             case.problem = "out of memory" if memory else f"{type(error).__name__}: {first_line}"
+            self._still_there(case)
+            if case.name.startswith(OWN) and not memory:
+                raise
         finally:
-            if case.problem and self.device == "cuda":
+            if case.problem and self.device == "cuda" and "device_lost" not in case.extra:
                 gc.collect()
                 torch.cuda.empty_cache()
+
+    def _still_there(self, case: Case) -> None:
+        try:
+            self._synchronize()
+        except Exception as error:
+            case.extra["device_lost"] = True
+            raise DeviceLost(f"the device is lost after {case.name}: {case.problem}") from error
 
     def ratio(self, case: Case, base: str) -> float | None:
         """Median over rounds of this case's time over that of `base` in the same round."""
         other = next((c for c in self.cases if c.name == base), None)
         if other is None or not other.samples or not case.samples:
             return None
-        if len(case.samples) != len(other.samples):
-            return statistics.median(case.samples) / statistics.median(other.samples)
-        return statistics.median(a / b for a, b in zip(case.samples, other.samples, strict=True))
+        # a case that is sampled less often than others is sampled in the first rounds
+        return statistics.median(a / b for a, b in zip(case.samples, other.samples, strict=False))
 
     @staticmethod
-    def _throughput(case: Case) -> Row:
-        """Tokens of answers that are trained on or generated in a second, where a case says how many it has."""
-        if "answer_tokens" not in case.extra or not case.samples or case.problem is not None:
+    def _told(case: Case) -> Row:
+        """Tokens of answers that are trained on or generated in a second, where a case says how many it has; the time
+        with the host's."""
+        if not case.samples or case.problem is not None:
             return {}
-        return {"answer_tokens_per_s": round(case.extra["answer_tokens"] / statistics.median(case.samples))}
+        told: Row = {}
+        if "answer_tokens" in case.extra:
+            told["answer_tokens_per_s"] = round(case.extra["answer_tokens"] / statistics.median(case.samples))
+        if case.with_host:
+            told["with_host_ms"] = float(f"{1e3 * statistics.median(case.with_host):.4g}")
+        return told
 
-    def rows(self, question: str, case: str, shapes: Row, dtype: str) -> list[Row]:
+    def rows(
+        self, question: str, case: str, shapes: Row, dtype: str, of: Callable[[Case], bool] = lambda c: True
+    ) -> list[Row]:
         """A row for each case, in the order they were given."""
         here = machine(self.device)
         clock = "wall" if self.clock is time.perf_counter else "processor time"
@@ -245,9 +323,10 @@ class Race:
                 **here,
                 "ok": c.problem is None,
                 "reason": c.problem,
-                "extra": c.extra | self._throughput(c),
+                "extra": c.extra | self._told(c),
             }
             for c in self.cases
+            if of(c)
         ]
 
 

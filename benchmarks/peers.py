@@ -29,9 +29,11 @@ class Peer(NamedTuple):
     task: str
     load: Callable[[], Function]
     needs_cuda: bool = False
-    slow_start: bool = False  # compiles for each shape: run at one shape only, and not at tiny sizes
+    slow_start: bool = False  # compiles for each shape: run at some shapes only, and not at tiny sizes
     sums: bool = False  # returns Σ −log p instead of one value a token
+    risky: bool = False  # generates code of its own for one GPU generation: last, should it lose the device
     largest_k: int = 1 << 30
+    remark: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------------- plain PyTorch
@@ -86,10 +88,16 @@ def _torch_cross_entropy() -> Function:
     return lambda logits, labels: -F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def _torch_linear_cross_entropy() -> Function:
-    if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)")
-    return lambda hidden, weight, labels: -F.linear_cross_entropy(hidden, weight, labels, reduction="none")
+def _torch_linear(chunked: bool) -> Callable[[], Function]:
+    def load() -> Function:
+        if not hasattr(F, "linear_cross_entropy"):
+            raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)")
+        options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+        return lambda hidden, weight, labels: -F.linear_cross_entropy(
+            hidden, weight, labels, reduction="none", options=options
+        )
+
+    return load
 
 
 def _trl_selective() -> Function:
@@ -98,19 +106,20 @@ def _trl_selective() -> Function:
     return selective_log_softmax
 
 
+TRL_CHUNK = 32768  # of the vocabulary, as TRL's trainers set it
+
+
 def _trl_chunked() -> Function:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    chunk = 32768  # of the vocabulary, as TRL's trainers set it
     return lambda hidden, weight, labels: ChunkedLogProbFunction.apply(
-        hidden, weight, None, labels, 1.0, chunk, None, 1.0, ()
+        hidden, weight, None, labels, 1.0, TRL_CHUNK, None, 1.0, ()
     )[0]
 
 
 def _liger_cross_entropy() -> Function:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    # writes its gradient over the logits in the forward pass: a view, so that autograd does not see the leaf change
     return lambda logits, labels: -liger_cross_entropy(logits.view_as(logits), labels, reduction="none")
 
 
@@ -131,47 +140,74 @@ def _apple(filter_eps: str | None) -> Callable[[], Function]:
     return load
 
 
-def _flash() -> Function:
-    module = importlib.import_module("flash_attn.ops.triton.cross_entropy")
-    return lambda logits, labels: -module.cross_entropy_loss(logits, labels)[0]
+def _flash(inplace: bool) -> Callable[[], Function]:
+    def load() -> Function:
+        module = importlib.import_module("flash_attn.ops.triton.cross_entropy")
+        return lambda logits, labels: -module.cross_entropy_loss(logits, labels, inplace_backward=inplace)[0]
+
+    return load
 
 
-def _quack_cross_entropy() -> Function:
-    from quack.cross_entropy import cross_entropy
+def _quack_cross_entropy(inplace: bool) -> Callable[[], Function]:
+    def load() -> Function:
+        from quack.cross_entropy import cross_entropy
 
-    return lambda logits, labels: -cross_entropy(logits, labels, reduction="none")
+        return lambda logits, labels: -cross_entropy(logits, labels, reduction="none", inplace_backward=inplace)
+
+    return load
+
+
+QUACK_ROWS = 8  # it takes a multiple of so many
 
 
 def _quack_linear() -> Function:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return functools.partial(chunked_linear_cross_entropy, reduction="sum")
+    def summed(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        missing = -len(labels) % QUACK_ROWS
+        if missing:
+            hidden, labels = F.pad(hidden, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=-100)
+        return chunked_linear_cross_entropy(hidden, weight, labels, reduction="sum", tuned=False)
+
+    return summed
 
 
-def liger_dpo(beta: float = 0.1) -> Function:
+def liger_dpo(beta: float = 0.1, compiled: bool = True) -> Function:
     """fn(hidden [2B, R, H], weight, labels [2B, R]) -> DPO loss without a reference; chosen first, then rejected."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    loss = LigerFusedLinearDPOLoss(beta=beta, use_ref_model=False)
+    loss = LigerFusedLinearDPOLoss(beta=beta, use_ref_model=False, compiled=compiled)
     return lambda hidden, weight, labels: loss(weight, hidden, labels)[0]
 
 
+QUACK_REMARK = "T padded to a multiple of 8; its GEMM of dW without its tuner; its older path where V % 128"
 PEERS = [
     Peer("plain PyTorch", "token_log_probs", lambda: plain_token_log_probs),
     Peer("F.cross_entropy", "token_log_probs", _torch_cross_entropy),
     Peer("torch.compile", "token_log_probs", _compiled(plain_token_log_probs), slow_start=True),
     Peer("TRL selective_log_softmax", "token_log_probs", _trl_selective),
     Peer("Liger cross_entropy", "token_log_probs", _liger_cross_entropy, needs_cuda=True),
-    Peer("flash-attn cross_entropy", "token_log_probs", _flash, needs_cuda=True),
-    Peer("quack cross_entropy", "token_log_probs", _quack_cross_entropy, needs_cuda=True),
+    Peer("flash-attn cross_entropy", "token_log_probs", _flash(False), needs_cuda=True),
+    Peer("flash-attn cross_entropy in place", "token_log_probs", _flash(True), needs_cuda=True),
+    Peer("quack cross_entropy", "token_log_probs", _quack_cross_entropy(False), needs_cuda=True, risky=True),
+    Peer("quack cross_entropy in place", "token_log_probs", _quack_cross_entropy(True), needs_cuda=True, risky=True),
     Peer("plain PyTorch", "linear_log_probs", lambda: plain_linear_log_probs),
     Peer("torch.compile", "linear_log_probs", _compiled(plain_linear_log_probs), slow_start=True),
-    Peer("F.linear_cross_entropy", "linear_log_probs", _torch_linear_cross_entropy),
+    Peer("F.linear_cross_entropy", "linear_log_probs", _torch_linear(False)),
+    Peer("F.linear_cross_entropy, chunked", "linear_log_probs", _torch_linear(True)),
     Peer("TRL chunked log-prob", "linear_log_probs", _trl_chunked),
-    Peer("Liger scaled CE", "linear_log_probs", _liger_scaled, needs_cuda=True),
     Peer("Apple CCE (default)", "linear_log_probs", _apple("high"), needs_cuda=True),
-    Peer("Apple CCE (exact)", "linear_log_probs", _apple(None), needs_cuda=True),
-    Peer("quack chunked CE", "linear_log_probs", _quack_linear, needs_cuda=True, sums=True),
+    Peer("Apple CCE (unfiltered)", "linear_log_probs", _apple(None), needs_cuda=True),
+    Peer("Liger scaled CE", "linear_log_probs", _liger_scaled, risky=True),
+    Peer(
+        "quack chunked CE",
+        "linear_log_probs",
+        _quack_linear,
+        needs_cuda=True,
+        sums=True,
+        risky=True,
+        remark=QUACK_REMARK,
+    ),
     Peer("pairs in a Python loop", "list_loss", lambda: loop_list_loss, largest_k=64),
     Peer("plain PyTorch", "list_loss", lambda: plain_list_loss),
     Peer("torch.compile", "list_loss", _compiled(plain_list_loss), slow_start=True),
@@ -192,3 +228,17 @@ def load(peer: Peer, device: str) -> tuple[Function | None, str | None]:
     except Exception as error:  # an import may fail in any way
         first_line = (str(error).strip().splitlines() or [""])[0][:200]
         return None, f"{type(error).__name__}: {first_line}"
+
+
+def told(peer: Peer, device: str, n_vocab: int = 0) -> dict[str, Any]:
+    """What a reader of the peer's row must know, for its `extra`; a `note` says that it does another job."""
+    remarks = [peer.remark] if peer.remark else []
+    if device == "cpu" and peer.name == "Liger scaled CE":
+        remarks.append("its PyTorch fallback for a CPU")
+    if peer.name == "TRL chunked log-prob":
+        if device == "cpu":
+            remarks.append("its PyTorch fallback for a CPU")
+        if n_vocab and n_vocab <= TRL_CHUNK:
+            remarks.append(f"V fits its chunk of {TRL_CHUNK}")
+    extra: dict[str, Any] = {"remark": ", ".join(remarks)} if remarks else {}
+    return extra | ({"note": "cross-entropy, no list loss"} if peer.sums else {})

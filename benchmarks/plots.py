@@ -1,8 +1,13 @@
-"""Rows as pictures: how near the floor, how memory grows, what a shared prompt saves. No point without its row."""
+"""Rows as pictures: how near the floor, how memory grows, what a shared prompt saves. No point without its row.
 
-from collections.abc import Iterable, Iterator, Sequence
+Colours are those of Okabe and Ito, told apart by every kind of sight; a peer has its own marker and dashes too, so that
+lines that lie on each other show both.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -10,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks.harness import FLOOR, OURS
-from benchmarks.rows import Row
+from benchmarks.rows import Row, newest
 
 # The same work with the prompt repeated for every answer, of each question that has it.
 REPEATED = {
@@ -18,8 +23,17 @@ REPEATED = {
     "step": f"{OURS}, rows",
     "generation": "a prefill for each answer",
 }
-OURS_COLOR = "#c2410c"
-OTHERS = ("#1d4ed8", "#047857", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f", "#475569", "#a16207", "#111827")
+OURS_COLOR = "#D55E00"
+COLORS = ("#0072B2", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "osDv^Pphx*"
+DASHES = ((0, (5, 2)), (0, (1, 1.4)), (0, (5, 2, 1, 2)), (0, (9, 3)))
+
+
+class Style(NamedTuple):
+    color: str
+    marker: str
+    dashes: Any
+    width: float
 
 
 def draw(rows: Sequence[Row], into: Path) -> list[Path]:
@@ -27,7 +41,7 @@ def draw(rows: Sequence[Row], into: Path) -> list[Path]:
     drawn = []
     kinds = dict.fromkeys(map(kind_of_device, rows))
     for kind in kinds:
-        here = [row for row in rows if kind_of_device(row) == kind and row["ok"]]
+        here = [row for row in newest(rows) if kind_of_device(row) == kind and row["ok"]]
         for name, plot in (("floor", floors), ("memory", memory), ("prefix-sharing", prefix_sharing)):
             figure = plot(here)
             if figure is not None:
@@ -43,30 +57,46 @@ def kind_of_device(row: Row) -> str:
     return "cpu" if device.endswith("cores") else device.lower().replace(" ", "-")
 
 
+def styles_of(peers: Iterable[str]) -> dict[str, Style]:
+    """Ours first in the legend, thick and solid; the others each with a colour, a marker and dashes of its own."""
+    others = [peer for peer in dict.fromkeys(peers) if peer != OURS]
+    styles = {OURS: Style(OURS_COLOR, "o", "solid", 2.6)}
+    for i, peer in enumerate(others):
+        color, marker = COLORS[i % len(COLORS)], MARKERS[(i + 1) % len(MARKERS)]
+        styles[peer] = Style(color, marker, DASHES[i % len(DASHES)], 1.6)
+    return styles
+
+
 def floors(rows: Iterable[Row]) -> Any:
     """Floor over time, 1 being the floor: one line of points a case, one point a peer."""
-    timed = [row for row in rows if row["ratio_to_floor"] and row["peer"] != FLOOR and row["question"] != "stage"]
+    timed = [
+        row
+        for row in rows
+        if row["ratio_to_floor"] and row["peer"] != FLOOR and not row["question"].startswith(("stage", "tune"))
+    ]
     if not timed:
         return None
     names = list(dict.fromkeys(name_of(row) for row in timed))
-    colors = colors_of(row["peer"] for row in timed)
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.32 * len(names)))
-    for peer, color in colors.items():
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.42 * len(names)))
+    styles = styles_of(row["peer"] for row in timed)
+    for i, (peer, style) in enumerate(styles.items()):
         points = [row for row in timed if row["peer"] == peer]
-        at = [len(names) - names.index(name_of(row)) for row in points]
+        lift = 0.3 - 0.6 * i / max(1, len(styles) - 1)  # each peer on a height of its own within the case
+        at = [len(names) - names.index(name_of(row)) + lift for row in points]
         achieved = [1 / row["ratio_to_floor"] for row in points]
-        axes.scatter(achieved, at, color=color, s=42 if peer == OURS else 22, label=peer, zorder=3)
+        size = 52 if peer == OURS else 26
+        axes.scatter(achieved, at, color=style.color, marker=style.marker, s=size, label=peer, zorder=3)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(names), 0, -1), names, fontsize=8)
     axes.set_xlim(left=0)
-    axes.set_xlabel("floor / time: 1 is the least that the products or the bytes can take")
+    axes.set_xlabel("time of the floor / time; the floor, at 1, is the products or the copies alone, in the same round")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
 def memory(rows: Iterable[Row]) -> Any:
-    """Extra memory over T, over V and over k, frozen and trainable head."""
+    """Extra memory over T, over V and over k, frozen and trainable head; grey: the gradients that are returned."""
     counted = [
         row for row in rows if row["question"] == "memory" and row["peak_extra_bytes"] and "curve" in row["shapes"]
     ]
@@ -74,26 +104,32 @@ def memory(rows: Iterable[Row]) -> Any:
         return None
     heads = list(dict.fromkeys(row["shapes"]["head"] for row in counted))
     curves = list(dict.fromkeys(row["shapes"]["curve"] for row in counted))
-    colors = colors_of(row["peer"] for row in counted)
+    styles = styles_of(row["peer"] for row in counted)
     size = {"figsize": (4 * len(curves), 3.2 * len(heads))}
     figure, grid = plt.subplots(len(heads), len(curves), squeeze=False, sharey="row", **size)
-    for i, head in enumerate(heads):
-        for j, curve in enumerate(curves):
-            axes = grid[i][j]
-            for peer, color in colors.items():
-                points = sorted(
-                    (row["shapes"][curve], row["peak_extra_bytes"] / 2**20)
-                    for row in counted
-                    if (row["shapes"]["head"], row["shapes"]["curve"], row["peer"]) == (head, curve, peer)
-                )
-                if points:
-                    width = 2.4 if peer == OURS else 1.2
-                    axes.plot(*zip(*points, strict=True), "o-", color=color, linewidth=width, markersize=3, label=peer)
-            axes.set_xlabel(curve)
-            axes.set_title(f"{head} head", fontsize=9)
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-        grid[i][0].set_ylabel("extra MiB")
+    for (i, head), (j, curve) in product(enumerate(heads), enumerate(curves)):
+        axes = grid[i][j]
+        here = [row for row in counted if (row["shapes"]["head"], row["shapes"]["curve"]) == (head, curve)]
+        least = {
+            r["shapes"][curve]: r["extra"]["gradient_bytes"] / 2**20 for r in here if "gradient_bytes" in r["extra"]
+        }
+        if least:
+            axes.fill_between(
+                sorted(least), [least[x] for x in sorted(least)], color="#d1d5db", label="gradients alone"
+            )
+        for peer, style in reversed(styles.items()):  # ours on top
+            points = sorted(
+                (row["shapes"][curve], row["peak_extra_bytes"] / 2**20) for row in here if row["peer"] == peer
+            )
+            if points:
+                look = {"color": style.color, "linestyle": style.dashes, "linewidth": style.width}
+                axes.plot(*zip(*points, strict=True), marker=style.marker, markersize=5, label=peer, alpha=0.9, **look)
+        axes.set_xlabel(curve)
+        axes.set_title(f"{head} head", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        if j == 0:
+            axes.set_ylabel("extra MiB")
     grid[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     return figure
@@ -111,7 +147,7 @@ def prefix_sharing(rows: Iterable[Row]) -> Any:
     names = [name_of(row) for row in repeated]
     at = range(len(repeated), 0, -1)
     figure, axes = plt.subplots(figsize=(8, 0.9 + 0.34 * len(repeated)))
-    axes.barh(at, [row["extra"]["ideal_ratio"] for row in repeated], height=0.7, color="#e5e7eb", label="ideal")
+    axes.barh(at, [row["extra"]["ideal_ratio"] for row in repeated], height=0.7, color="#d1d5db", label="ideal")
     axes.barh(at, [row["ratio_to_ours"] for row in repeated], height=0.4, color=OURS_COLOR, label="measured")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(at, names, fontsize=8)
@@ -123,9 +159,3 @@ def prefix_sharing(rows: Iterable[Row]) -> Any:
 
 def name_of(row: Row) -> str:
     return f"{row['question']}: {row['case']}"
-
-
-def colors_of(peers: Iterable[str]) -> dict[str, str]:
-    """Ours last, so that it is drawn on top."""
-    others: Iterator[str] = (peer for peer in dict.fromkeys(peers) if peer != OURS)
-    return {peer: OTHERS[i % len(OTHERS)] for i, peer in enumerate(others)} | {OURS: OURS_COLOR}

@@ -5,9 +5,15 @@ the head. Grounding answers are some 25 tokens, k = 20; an OCR page is some 800,
 576 tokens, Qwen2.5-VL's 1500 at its usual size, LLaVA-NeXT's and LLaVA-OneVision's 2900, and a page whose answers are
 as long as its prompt. Heads: LLaVA-1.5-7B,
 Qwen2.5-VL-7B, Gemma-3-4B: small, large and largest vocabulary in use. On the CPU a laptop's worth: the LLaVA
-vocabulary with a narrow model.
+vocabulary with a narrow model, one list, the grounding prompt and a small page; `--full` adds more tokens, a wider
+model and the other prompts.
+
+Logits are peaked as a trained model's are, not of unit variance: the label's log-prob is −1 on average, since answers
+are sampled from the model. It changes no dense product, but a peer that leaves small probabilities out of its backward
+(Apple's filter) would find nothing but small ones in unit-variance logits of a large vocabulary.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -68,14 +74,17 @@ class Prefix(NamedTuple):
 
 
 TINY_HEADS = [Head("tiny", 256, 32)]
-CPU_HEADS = [Head("laptop", 32000, 1024)]
+CPU_HEADS = [Head("laptop", 32000, 512)]
+CPU_FULL_HEADS = [Head("laptop-wide", 32000, 1024)]
 GPU_HEADS = [Head("llava-1.5-7b", 32000, 4096), Head("qwen2.5-vl-7b", 152064, 3584), Head("gemma-3-4b", 262208, 2560)]
 
 TINY_LISTS = [Lists(2, 4, 8)]
-CPU_LISTS = [Lists(2, 20, 40)]  # T 1600: two prompts a device, as published
+CPU_LISTS = [Lists(1, 20, 40)]  # T 800
+CPU_FULL_LISTS = [Lists(2, 20, 40), Lists(4, 20, 40)]  # T 1600: two prompts a device, as published; and twice that
 GPU_LISTS = [Lists(1, 20, 25), Lists(2, 20, 100), Lists(4, 5, 800)]  # T 500, 4000, 16000
 
 TINY_PREFIXES = [Prefix(40, 4, 4)]
+CPU_PREFIXES = [Prefix(576, 24, 20), Prefix(300, 250, 8)]
 PREFIXES = [Prefix(576, 24, 20), Prefix(1500, 40, 20), Prefix(600, 500, 8), Prefix(2900, 24, 20)]
 
 
@@ -87,25 +96,37 @@ class Point(NamedTuple):
     lists: Lists
 
 
-def memory_points(vocabs: list[int], n_hidden: int, lists: list[Lists], ks: list[int], n_response: int) -> list[Point]:
-    """Over T and k at the first V; over V at the second T."""
+def memory_points(
+    vocabs: list[int], n_hidden: int, ts: list[Lists], over_v: Lists, ks: list[int], n_response: int
+) -> list[Point]:
+    """Over T and k at the first V; over V at `over_v`."""
 
     def head(n_vocab: int) -> Head:
         return Head(f"V{n_vocab}", n_vocab, n_hidden)
 
     return [
-        *[Point("T", head(vocabs[0]), of_t) for of_t in lists],
-        *[Point("V", head(n_vocab), lists[min(1, len(lists) - 1)]) for n_vocab in vocabs],
+        *[Point("T", head(vocabs[0]), lists) for lists in ts],
+        *[Point("V", head(n_vocab), over_v) for n_vocab in vocabs],
         *[Point("k", head(vocabs[0]), Lists(1, k, n_response)) for k in ks],
     ]
 
 
-# H is narrow on the CPU: it does not change what is asked.
+# On the CPU V passes the 32768 from which TRL works in chunks of the vocabulary.
 MEMORY_POINTS = {
-    "tiny": memory_points([256], 16, [Lists(1, 20, 8)], [4], 8),
-    "cpu": memory_points([32000, 8000, 64000], 64, [Lists(n, 20, 20) for n in (1, 4, 8)], [5, 20, 80], 40),
+    "tiny": memory_points([256], 16, [Lists(1, 20, 8)], Lists(1, 20, 8), [4], 8),
+    "cpu": memory_points(
+        [32000, 65536, 131072], 1024, [Lists(n, 20, 10) for n in (1, 2, 4)], Lists(1, 20, 10), [5, 20, 80], 10
+    ),
+    "full": memory_points(
+        [32000, 65536, 131072], 1024, [Lists(n, 20, 20) for n in (1, 2, 4, 8)], Lists(1, 20, 20), [5, 20, 80], 20
+    ),
     "gpu": memory_points(
-        [152064, 32000, 262208], 3584, [Lists(n, 20, 80) for n in (1, 2, 5, 10)], [5, 20, 80, 200], 80
+        [152064, 32000, 262208],
+        3584,
+        [Lists(n, 20, 80) for n in (1, 2, 5, 10)],
+        Lists(2, 20, 80),
+        [5, 20, 80, 200],
+        80,
     ),
 }
 
@@ -115,31 +136,37 @@ class Setting(NamedTuple):
 
     device: str
     size: str  # tiny, cpu or gpu
+    full: bool = False  # on the CPU: the larger shapes too
 
     @staticmethod
-    def of(size: str = "auto") -> "Setting":
+    def of(size: str = "auto", full: bool = False) -> "Setting":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Setting(device, ("gpu" if device == "cuda" else "cpu") if size == "auto" else size)
+        size = ("gpu" if device == "cuda" else "cpu") if size == "auto" else size
+        return Setting(device, size, full and size == "cpu")
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.size == "gpu" else torch.float32
 
     @property
+    def scale(self) -> str:
+        return "full" if self.full else self.size
+
+    @property
     def heads(self) -> list[Head]:
-        return {"tiny": TINY_HEADS, "cpu": CPU_HEADS, "gpu": GPU_HEADS}[self.size]
+        return {"tiny": TINY_HEADS, "cpu": CPU_HEADS, "full": CPU_FULL_HEADS, "gpu": GPU_HEADS}[self.scale]
 
     @property
     def lists(self) -> list[Lists]:
-        return {"tiny": TINY_LISTS, "cpu": CPU_LISTS, "gpu": GPU_LISTS}[self.size]
+        return {"tiny": TINY_LISTS, "cpu": CPU_LISTS, "full": CPU_FULL_LISTS, "gpu": GPU_LISTS}[self.scale]
 
     @property
     def prefixes(self) -> list[Prefix]:
-        return TINY_PREFIXES if self.size == "tiny" else PREFIXES
+        return {"tiny": TINY_PREFIXES, "cpu": CPU_PREFIXES, "full": PREFIXES, "gpu": PREFIXES}[self.scale]
 
     @property
     def points(self) -> list[Point]:
-        return MEMORY_POINTS[self.size]
+        return MEMORY_POINTS[self.scale]
 
 
 class Problem(NamedTuple):
@@ -155,17 +182,30 @@ class Problem(NamedTuple):
     lists: Lists
 
 
-def problem(head: Head, lists: Lists, setting: Setting, trainable_head: bool = False) -> Problem:
+def peak(head: Head) -> float:
+    """How much of its label's weight row a hidden state holds for the label's log-prob to be about −1."""
+    unit = math.log(head.n_vocab) + 0.2  # log Σ exp of the others is log V + ½; −0.3 for the spread of the label's own
+    return unit + unit**2 / (2 * head.n_hidden)  # the others' variance grows with it
+
+
+def problem(
+    head: Head, lists: Lists, setting: Setting, trainable_head: bool = False, unit_variance: bool = False
+) -> Problem:
+    """Peaked logits, or with `unit_variance` those of a model that knows nothing: log-probs around −log V."""
     n_candidates = lists.n_lists * lists.k
     device, dtype = setting.device, setting.dtype
-    # logits of unit variance or so, as a trained head gives; log-probs around −log V
     weight = torch.randn(head.n_vocab, head.n_hidden, device=device, dtype=dtype).mul_(head.n_hidden**-0.5)
+    hidden = torch.randn(lists.n_tokens, head.n_hidden, device=device, dtype=dtype)
+    labels = torch.randint(head.n_vocab, (lists.n_tokens,), device=device)
+    if not unit_variance:
+        hidden.add_(weight[labels], alpha=peak(head))
+    a_token = math.log(head.n_vocab) if unit_variance else 1.0
     return Problem(
-        hidden=torch.randn(lists.n_tokens, head.n_hidden, device=device, dtype=dtype).requires_grad_(),
+        hidden=hidden.requires_grad_(),
         weight=weight.requires_grad_(trainable_head),
-        labels=torch.randint(head.n_vocab, (lists.n_tokens,), device=device),
+        labels=labels,
         rewards=torch.rand(n_candidates, device=device),
-        ref_log_probs=-lists.n_response * torch.rand(n_candidates, device=device).add_(10.0),
+        ref_log_probs=-lists.n_response * (a_token + torch.rand(n_candidates, device=device)),
         cu_seqlens=torch.arange(n_candidates + 1, dtype=torch.int32) * lists.n_response,
         cu_lists=torch.arange(lists.n_lists + 1, dtype=torch.int32) * lists.k,
         lists=lists,

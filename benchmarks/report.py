@@ -1,8 +1,9 @@
 """python -m benchmarks.report FILE... [--short] [--into DIR]: measured rows as Markdown tables and plots.
 
 The tables are printed and, with the plots (`benchmarks.plots`), written into a folder, docs/benchmarks unless told
-otherwise. Every figure comes from a row; nothing is computed here but quotients of what one row holds. `--short` prints
-one line a case (ours, how far from the floor, and the fastest of the others) and writes nothing.
+otherwise. Every figure comes from a row; nothing is computed here but quotients of what rows hold. Of rows that measure
+the same on the same device the newest is shown. Where a peer is better than ours (`benchmarks.losses`) comes first.
+`--short` prints one line a case (ours, how far from the floor, and the fastest of the others) and writes nothing.
 """
 
 import argparse
@@ -11,12 +12,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.harness import FLOOR, OURS
-from benchmarks.rows import Row, read
+from benchmarks.harness import OURS
+from benchmarks.losses import is_rival, losses
+from benchmarks.rows import Row, newest, read
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 ERRORS = ("log_probs", "loss", "d_hidden", "d_weight")
-UNTOLD = ("logits_bytes", "estimated_bytes", "pairs", *ERRORS)  # in a row, not in the notes of a table
+UNTOLD = (
+    "logits_bytes",
+    "gradient_bytes",
+    "estimated_bytes",
+    "pairs",
+    "device_lost",
+    *ERRORS,
+)  # in a row, not in the notes of a table
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -70,18 +79,47 @@ def grouped(rows: Iterable[Row], *keys: str) -> Iterator[tuple[tuple[str, ...], 
         yield found, list(group)
 
 
-def full(rows: Iterable[Row]) -> Iterator[str]:
-    for (question, file, device, torch, triton, clock), part in grouped(
-        rows, "question", "file", "device", "torch", "triton", "clock"
+def better(rows: Sequence[Row]) -> Iterator[str]:
+    """Where a peer is better, by how much."""
+    lines = [
+        [loss.question, loss.case, loss.dtype, loss.peer, loss.measure, number(loss.ratio), loss.note]
+        for loss in losses(rows)
+    ]
+    yield "\n## Where a peer is better\n"
+    yield "Its figure over ours, below 1 in every line: times by more than 2 %, memory and errors by more than 1 %."
+    yield ""
+    header = ["question", "case", "dtype", "peer", "measure", "× ours", "notes"]
+    yield from table(header, lines) if lines else ["Nowhere in these rows."]
+
+
+def full(rows: Sequence[Row]) -> Iterator[str]:
+    yield from better(rows)
+    timed = [row for row in rows if row["question"] != "stage"]
+    yield from questions(timed)
+
+
+def questions(rows: Iterable[Row]) -> Iterator[str]:
+    for (question, device, torch, triton, clock), part in grouped(
+        rows, "question", "device", "torch", "triton", "clock"
     ):
         dates = sorted(row["date"] for row in part)
         timed = any(row["time_ms"] for row in part)
         how = f"; {clock}, median (quartiles)" if timed else ""
+        files = ", ".join(dict.fromkeys(row["file"] for row in part))
         yield f"\n## {question}\n"
-        yield f"{device}; torch {torch}, triton {triton}; {dates[0]} to {dates[-1]}{how}; rows: {file}"
+        yield f"{device}; torch {torch}, triton {triton}; {dates[0]} to {dates[-1]}{how}; {versions(part)}rows: {files}"
         for (case, dtype), group in grouped(part, "case", "dtype"):
             yield f"\n**{case}, {dtype}**\n"
             yield from accuracy(group) if question == "accuracy" else times(group)
+
+
+def versions(rows: Iterable[Row]) -> str:
+    """Driver, commits and packages of these rows; older rows do not say."""
+    rows = list(rows)
+    packages = {f"{name} {number}" for row in rows for name, number in row.get("packages", {}).items()}
+    told = [f"driver {x}" for x in sorted({row["driver"] for row in rows if row.get("driver")})]
+    told += [f"commit {x}" for x in sorted({row["commit"] for row in rows if row.get("commit")})]
+    return "".join(f"{x}; " for x in (*told, ", ".join(sorted(packages))) if x)
 
 
 def times(rows: Iterable[Row]) -> Iterator[str]:
@@ -114,7 +152,7 @@ def accuracy(rows: Iterable[Row]) -> Iterator[str]:
     )
 
 
-def short(rows: Iterable[Row]) -> Iterator[str]:
+def short(rows: Sequence[Row]) -> Iterator[str]:
     lines = []
     for (question, case), group in grouped(rows, "question", "case"):
         by_peer = {row["peer"]: row for row in group if row["ok"]}
@@ -123,16 +161,35 @@ def short(rows: Iterable[Row]) -> Iterator[str]:
             status = "ok" if all(row["ok"] for row in group) else "FAILED: " + str(group[0]["reason"])[-160:]
             lines.append([question, case, "", "", "", status.replace("|", "/").replace("\n", " ")])
             continue
-        rivals = [  # a case with a note does another job
-            row
-            for name, row in by_peer.items()
-            if not name.startswith((OURS, FLOOR, "bare")) and row["ratio_to_ours"] and "note" not in row["extra"]
-        ]
+        rivals = [row for row in by_peer.values() if is_rival(row) and row["ratio_to_ours"]]
         best = min(rivals, key=lambda row: row["ratio_to_ours"], default=None)
         rival = f"{best['peer']} × {number(best['ratio_to_ours'])}" if best else ""
         ours_ms = number(ours["time_ms"]["median"]) if ours["time_ms"] else ""
         lines.append([question, case, ours_ms, number(ours["ratio_to_floor"]), memory_cell(ours), rival])
     yield from table(["question", "case", "ours ms", "× floor", "extra MiB", "fastest other, × ours"], lines)
+
+
+def terminal(rows: Iterable[Row]) -> Iterator[str]:
+    """What was measured, for a reader of a terminal: a block a case, ours, the floor and every peer."""
+    columns = ("ms", "× ours", "× floor", "extra MiB")
+    for (question, case, dtype), group in grouped(rows, "question", "case", "dtype"):
+        yield ""
+        errors = question == "accuracy"
+        names = ERRORS if errors else columns
+        yield f"{f'{question}: {case}, {dtype}':<58}" + "".join(f"{name:>11}" for name in names)
+        for row in group:
+            if not row["ok"]:
+                yield f"  {row['peer']:<42} {row['reason']}"
+                continue
+            t = row["time_ms"]
+            figures = (
+                number(t["median"]) if t else "",
+                number(row["ratio_to_ours"]),
+                number(row["ratio_to_floor"]),
+                memory_cell(row),
+            )
+            cells = [f"{row['extra'][e]:.2e}" if e in row["extra"] else "" for e in ERRORS] if errors else figures
+            yield f"  {row['peer']:<56}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def write(rows: Sequence[Row], into: Path) -> list[Path]:
@@ -154,7 +211,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one line a case; write nothing")
     parser.add_argument("--into", type=Path, default=DOCS, help="folder of the tables and plots")
     args = parser.parse_args()
-    rows = [row | {"file": file.name} for file in args.files for row in read(file)]
+    rows = newest(row | {"file": file.name} for file in args.files for row in read(file))
     for line in (short if args.short else full)(rows):
         print(line)
     if not args.short:

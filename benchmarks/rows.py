@@ -1,9 +1,11 @@
 """What a measurement is written down as: one dict a case, with the machine, the versions and the date it was taken on.
 
     {question, case, peer, time_ms: {median, min, max, quartiles, n} | None, ratio_to_floor, ratio_to_ours,
-     peak_extra_bytes, shapes, dtype, clock, device, load, torch, triton, python, date, ok, reason, extra}
+     peak_extra_bytes, shapes, dtype, clock, device, driver, load, torch, triton, python, packages, commit, date, ok,
+     reason, extra}
 
-`load` is that of the machine in the last minute: what is above the number of threads is others'.
+`load` is that of the machine in the last minute: what is above the number of threads is others'. `packages` holds the
+versions of the peers and of transformers; `commit` ends in +dirty if the measured code differs from it.
 
 Ratios are medians of ratios of neighbours in time (the same round of an interleaved run), so that a machine that slows
 down halfway slows both sides. A case that could not run is a row too: ok is false and `reason` says why.
@@ -15,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -24,7 +27,17 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flash-attn",
+    "nvidia-cutlass-dsl",
+)
 
 
 def device_name(device: str) -> str:
@@ -47,14 +60,42 @@ def version(package: str) -> str | None:
         return None
 
 
+def told(*command: str) -> str | None:
+    """What a command prints, or None if it can't be run."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@cache
+def driver() -> str | None:
+    listed = told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return listed.splitlines()[0] if listed else None
+
+
+@cache
+def commit() -> str | None:
+    """Of the code that is measured; PERPO_BENCH_COMMIT where the tree was copied without its history."""
+    short = told("git", "rev-parse", "--short", "HEAD")
+    if short is None:
+        return os.environ.get("PERPO_BENCH_COMMIT")
+    code = ("perpo", "perpo_kernels", "benchmarks/*.py")
+    return short + ("+dirty" if told("git", "status", "--porcelain", "--untracked-files=no", "--", *code) else "")
+
+
 def machine(device: str) -> Row:
     """What every row says about where and when it was taken."""
     return {
         "device": device_name(device),
+        "driver": driver() if device == "cuda" else None,
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "triton": version("triton"),
         "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES if version(name)},
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
     }
 
@@ -63,6 +104,20 @@ def read(path: str | Path) -> list[Row]:
     """The rows of a file; none if it is not there yet."""
     path = Path(path)
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What a row measures, and on what: a newer row with the same key replaces it in reports."""
+    return tuple(str(row[name]) for name in ("question", "case", "peer", "dtype", "device"))
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that measure the same, the newest; in the order in which they first came."""
+    kept: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row["date"] >= kept.get(key(row), row)["date"]:
+            kept[key(row)] = row
+    return list(kept.values())
 
 
 def append(path: str | Path, rows: Iterable[Row]) -> None:
@@ -88,7 +143,7 @@ def default_path(device: str) -> Path:
 def stage(name: str, seconds: float, status: int, log: Path) -> Row:
     """The row of one stage of benchmarks/gpu.sh: how it ended, and the lines of its log that say why."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    told = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  ")) or "Error" in line][-12:]
+    errors = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  ")) or "Error" in line][-12:]
     summary = next((line for line in reversed(lines) if line.strip()), "")
     reason = "out of time" if status in (124, 137) else f"exit status {status}"
     return {
@@ -104,7 +159,7 @@ def stage(name: str, seconds: float, status: int, log: Path) -> Row:
         "clock": "wall",
         **machine("cuda" if torch.cuda.is_available() else "cpu"),
         "ok": status == 0,
-        "reason": None if status == 0 else "\n".join([reason, *told, summary]),
+        "reason": None if status == 0 else "\n".join([reason, *errors, summary]),
         "extra": {"seconds": seconds, "summary": summary},
     }
 

@@ -7,8 +7,9 @@ Floor. `extra.ideal_ratio`: k (P + R) / (P + kR), as if a decoded token cost wha
 (a step reads the weights and k caches for k tokens, and each has Python and launches), so the ratio is not reached
 where answers are long. `one prefill` is that part alone.
 
-Shapes. `benchmarks.problems.PREFIXES` on a LLaVA and a Qwen2.5-VL of `benchmarks.small_models`; random weights, all
-answers R tokens (the end token is never sampled in practice: 1 in V a token).
+Shapes. `benchmarks.problems.PREFIXES`, on the CPU without `--full` the first and a small page; on a GPU answers of 128
+tokens at most, since every token costs each case the same step. A LLaVA and a Qwen2.5-VL of `benchmarks.small_models`;
+random weights, all answers R tokens (the end token is never sampled in practice: 1 in V a token).
 """
 
 from typing import Any
@@ -42,8 +43,10 @@ class FixedEncoder:
 
 @pytest.mark.parametrize("family", small_models.FAMILIES)
 def test_generation(benchmark: Any, compare: Any, setting: Setting, prefix: Prefix, family: str) -> None:
-    if not small_models.measured(family, setting.size, prefix):
-        pytest.skip("on a CPU, two prompts are measured for this family")
+    if not small_models.measured(family, setting, prefix):
+        pytest.skip("two prompts are measured for this family")
+    if setting.size == "gpu":
+        prefix = prefix._replace(n_response=min(128, prefix.n_response))
     model, prompt = small_models.build(family, setting.size, prefix.n_prompt, setting.device, setting.dtype)
 
     def sampler(share_prompt: bool, n_tokens: int) -> Any:
@@ -57,7 +60,7 @@ def test_generation(benchmark: Any, compare: Any, setting: Setting, prefix: Pref
             with torch.no_grad():
                 return made.sample([Question("a", "", None)], k)
 
-        return Case(name, run, slowest_s=4.0, compiles=setting.device == "cuda", extra=extra)
+        return Case(name, run, extra=extra)
 
     shared = case(OURS, True, prefix.k, prefix.n_response, answer_tokens=prefix.k * prefix.n_response)
     cases = [
@@ -74,4 +77,4 @@ def test_generation(benchmark: Any, compare: Any, setting: Setting, prefix: Pref
     ]
     shape = small_models.SHAPES[setting.size]
     shapes = {**prefix._asdict(), "model": family, "V": shape.n_vocab, "H": shape.hidden, "layers": shape.layers}
-    compare("generation", f"{family} {prefix}", cases, shapes, rounds=3 if setting.size == "cpu" else None)
+    compare("generation", f"{family} {prefix}", cases, shapes, long=True)

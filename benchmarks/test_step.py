@@ -17,12 +17,14 @@ Floor. `extra.ideal_ratio`: k (P + R) / (P + kR), beside the measured `ratio_to_
 passed: pairs in attention fall by more than tokens do.
 
 Shapes. `benchmarks.problems.PREFIXES`, one list; a LLaVA and a Qwen2.5-VL (`benchmarks.small_models`), fp32 on the CPU;
-on a GPU bf16 with gradient checkpointing, for all alike. What would need more than 10 GiB (on a GPU: its memory) is not
-run, and its row says how much it would need.
+on a GPU bf16 with gradient checkpointing, for all alike. On the CPU without `--full` the first prompt and a small page.
+What by estimate needs more memory than the machine has free is not run, and its row says how much it would need.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,8 +40,19 @@ from perpo.collate import ListBatch, candidate_rows, candidate_tensors
 from perpo.language_head import Head, install, perpo_output
 from perpo.packing import PromptPositions, packed_row
 
-MOST_BYTES = 10 << 30
-SLOWEST_S = 4.0  # slower than this: sampled once
+
+def free_bytes(device: str) -> int:
+    """What one case may take."""
+    if device == "cuda":
+        return round(0.9 * torch.cuda.get_device_properties(0).total_memory)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        return next(
+            int(line.split()[1]) * 1024 * 9 // 10
+            for line in meminfo.read_text().splitlines()
+            if line.startswith("MemAvailable")
+        )
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 class Step:
@@ -122,15 +135,11 @@ class Step:
         return n_tokens * kept + 3 * 4 * n_logit_rows * shape.n_vocab
 
     def case(self, name: str, run: Callable[[], object], n_tokens: int, n_logit_rows: int = 0, **extra: Any) -> Case:
-        needed, there = self.needed_bytes(n_tokens, n_logit_rows), MOST_BYTES
-        if self.setting.device == "cuda":
-            there = round(0.9 * torch.cuda.get_device_properties(0).total_memory)
-        gib = f"{needed / 2**30:.1f} GiB by estimate, of {there / 2**30:.0f} that a case may take"
+        needed, there = self.needed_bytes(n_tokens, n_logit_rows), free_bytes(self.setting.device)
+        gib = f"an estimated {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} are free"
         return Case(
             name,
             run,
-            slowest_s=SLOWEST_S,
-            compiles=self.setting.device == "cuda",
             extra={"tokens": n_tokens, "estimated_bytes": needed, **extra},
             problem=f"not run: needs {gib}" if needed > there else None,
         )
@@ -138,8 +147,8 @@ class Step:
 
 @pytest.mark.parametrize("family", small_models.FAMILIES)
 def test_step(benchmark: Any, compare: Any, setting: Setting, prefix: Prefix, family: str) -> None:
-    if not small_models.measured(family, setting.size, prefix):
-        pytest.skip("on a CPU, two prompts are measured for this family")
+    if not small_models.measured(family, setting, prefix):
+        pytest.skip("two prompts are measured for this family")
     step = Step(family, prefix, setting)
     rows = step.rows()
     ends = step.rows([0, prefix.k - 1])
@@ -158,7 +167,7 @@ def test_step(benchmark: Any, compare: Any, setting: Setting, prefix: Prefix, fa
     ]
     shape = step.shape
     shapes = {**prefix._asdict(), "model": family, "V": shape.n_vocab, "H": shape.hidden, "layers": shape.layers}
-    compare("step", f"{family} {prefix}", cases, shapes, rounds=3 if setting.size == "cpu" else None)
+    compare("step", f"{family} {prefix}", cases, shapes, long=True)
 
 
 def _trl(step: Step, batch: ListBatch, name: str, **extra: Any) -> list[Case]:

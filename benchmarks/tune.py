@@ -236,12 +236,14 @@ def main() -> None:
             print(f"{question}, {case}: left out, time is up")
             continue
         race = Race(make(), setting.device, memory=False, clock=clock)
-        race.warm_up()
-        for _ in range(rounds):
-            race.round()
-        found = race.rows(question, case, {}, str(setting.dtype).removeprefix("torch."))
-        if args.rows:
-            rows.append(args.rows, found)
+        try:
+            race.warm_up()
+            for _ in range(rounds):
+                race.round()
+        finally:
+            found = race.rows(question, case, {}, str(setting.dtype).removeprefix("torch."))
+            if args.rows:
+                rows.append(args.rows, found)
         timed = [r for r in found if r["ok"] and r["peer"] != FLOOR]
         best = min(timed, key=lambda r: r["ratio_to_ours"])
         default = next(r for r in timed if r["peer"] == OURS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.harness import FLOOR, OURS, Case, Race, peak_extra_bytes
+from benchmarks.harness import BARE, FLOOR, OURS, Case, Race, peak_extra_bytes
 from benchmarks.peers import list_loss_of_tokens, loop_list_loss, plain_linear_log_probs, plain_list_loss
 from benchmarks.problems import Head, Lists, Setting, problem
 from benchmarks.test_linear_loss import ours
@@ -75,23 +75,50 @@ def test_a_peer_that_fails_is_a_row_with_its_reason_and_ours_is_an_error():
         Race([Case(OURS, broken)], "cpu", memory=False).warm_up()
 
 
-def test_a_slow_case_is_sampled_once_and_never_while_it_compiles():
-    ticks = iter([0, 9, 9, 10, 10, 19, 19, 28, 28, 40])  # two runs each but for the last, which does not compile
+def test_every_case_runs_before_it_is_timed_and_a_slow_one_is_sampled_twice():
+    ticks = iter(range(0, 1000, 25))  # every look at the clock is 25 s after the last
     runs = []
-
-    def case(name, **options):
-        return Case(name, lambda: runs.append(name), slowest_s=5, **options)
-
-    race = Race(
-        [case(OURS, prepare=lambda: None), case("slow"), case("once", compiles=False)],
-        "cpu",
-        memory=False,
-        clock=lambda: next(ticks),
-    )
+    slow = Case("slow", lambda: runs.append("slow"))
+    race = Race([slow], "cpu", memory=False, clock=lambda: next(ticks))
     race.warm_up()
-    assert runs == [OURS, OURS, "slow", "slow", "once"]
-    assert [c.samples for c in race.cases] == [[], [9], [12]]
-    assert [c.one_sample for c in race.cases] == [False, True, True]
+    assert runs == ["slow"]
+    for _ in range(4):
+        race.round()
+    assert slow.samples == [25, 25]
+
+
+def test_what_a_sample_prepares_is_released_after_it():
+    held = []
+    most = []
+    case = Case(FLOOR, lambda: most.append(len(held)), prepare=lambda: held.append(1), release=held.clear)
+    race = Race([case], "cpu", memory=True)
+    race.warm_up()
+    race.round()
+    assert set(most) == {1}
+    assert not held
+
+
+@pytest.mark.parametrize("name", [OURS, f"{OURS}, rows", FLOOR, f"{BARE}, in chunks"])
+def test_what_is_ours_may_not_fail_but_for_want_of_memory(name):
+    def broken():
+        raise RuntimeError("no such luck")
+
+    def too_large():
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(RuntimeError, match="no such luck"):
+        Race([Case(name, broken)], "cpu").warm_up()
+    race = Race([Case(name, too_large)], "cpu")
+    race.warm_up()
+    assert race.rows("q", "c", {}, "float32")[0]["reason"] == "out of memory"
+
+
+@pytest.mark.parametrize("head", [Head("", 32000, 512), Head("", 131072, 256)])
+def test_logits_are_peaked_at_the_label_as_those_of_a_trained_model(head):
+    torch.manual_seed(0)
+    p = problem(head, Lists(1, 4, 40), CPU)
+    mean = plain_linear_log_probs(p.hidden.detach(), p.weight, p.labels).mean()
+    assert -1.3 < mean < -0.7
 
 
 def test_the_peers_written_here_compute_the_same_loss():

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROW_KEYS = {
     "question", "case", "peer", "time_ms", "ratio_to_floor", "ratio_to_ours", "peak_extra_bytes", "shapes", "dtype",
-    "clock", "device", "load", "torch", "triton", "python", "date", "ok", "reason", "extra",
+    "clock", "device", "driver", "load", "torch", "triton", "python", "packages", "commit", "date",
+    "ok", "reason", "extra",
 }  # fmt: skip
 
 
@@ -29,6 +30,7 @@ def rows_file(tmp_path_factory):
     command = ["-m", "pytest", "benchmarks", "--benchmark-only", "--tiny", "--rounds", "1", "--rows", str(path)]
     done = run(sys.executable, *command, "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
+    (path.parent / "printed.txt").write_text(done.stdout)
     return path
 
 
@@ -56,6 +58,14 @@ def test_the_report_shows_every_case(rows_file, options, tmp_path):
         assert row["case"] in done.stdout
     drawn = {"tables.md", *(f"{name}-cpu.png" for name in ("floor", "memory", "prefix-sharing"))}
     assert {path.name for path in tmp_path.iterdir()} == (set() if options else drawn)
+
+
+def test_the_run_prints_ours_every_peer_and_the_floor(rows_file):
+    printed = (rows_file.parent / "printed.txt").read_text()
+    assert "linear_loss: frozen tiny T64, float32" in printed
+    for row in json.loads(rows_file.read_text()):
+        assert f"  {row['peer']} " in printed
+        assert row["ok"] or row["reason"] in printed
 
 
 def test_rows_are_added_to_a_file_whole_or_not_at_all(tmp_path):
