@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -80,7 +80,7 @@ class Totals:
         self.n_lists += 1
         self.n_answers += len(one.responses)
         self.n_repeats += len(one.responses) - len(set(one.responses))
-        self.n_cut += one.cut
+        self.n_cut += one.complete.count(False)
         self.n_unreadable += one.unreadable
         self.n_active += len(set(one.rewards)) > 1
         self.reward_sum += sum(one.rewards)
@@ -276,15 +276,19 @@ class _Worker:
     def _scored(self, record: ListRecord, question: Question, answers: Sequence[Answer]) -> Finished:
         columns = {} if question.image is None else {"image_size": self.seen_size(question.image.size)}
         unreadable = self.tally.unreadable
-        answered = replace(record, responses=tuple(answer.text for answer in answers), rewards=None, ref_log_probs=None)
-        scored = score_record(answered, self.tasks.get(self.config.reward or record.task), self.tally, columns)
+        scored = score_record(
+            record.answered([answer.text for answer in answers]),
+            self.tasks.get(self.config.reward or record.task),
+            self.tally,
+            columns,
+        )
         return Finished(
             record.id,
             source_of(record, self.config.image_root),
             list(scored.responses),
             list(scored.rewards or ()),
+            [answer.complete for answer in answers],
             self.tally.unreadable - unreadable,
-            sum(not answer.complete for answer in answers),
         )
 
     def _failed(self, record: ListRecord, error: ValueError) -> Finished:

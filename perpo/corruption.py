@@ -79,6 +79,8 @@ def with_corrupted_image(record: ListRecord, corruption: str, seed: int) -> tupl
     best = max(range(record.k), key=record.rewards.__getitem__)
     values = {field.name: getattr(record, field.name) for field in fields(ListRecord)}
     values |= {"responses": record.responses[best : best + 1], "rewards": (min(record.rewards),), "ref_log_probs": None}
+    for name in ("flip_probs", "complete"):
+        values[name] = values[name] and values[name][best : best + 1]
     digest = hashlib.sha256(f"{seed} {record.id}".encode()).digest()
     return record, CorruptedRecord(**values, corruption=corruption, seed=int.from_bytes(digest[:8], "big"))
 

@@ -122,5 +122,6 @@ def record_key(record: ListRecord, image_root: str | os.PathLike[str] | None = N
     image = image_identity(record.image, image_root)
     if isinstance(record, CorruptedRecord):
         image = [*image, record.corruption, record.seed]
-    text = json.dumps([image, record.prompt, record.responses], default=str)
+    ends = [] if record.complete is None else [record.complete]  # a cut response has no end of turn
+    text = json.dumps([image, record.prompt, record.responses, *ends], default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,14 +11,14 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from perpo.data import ListRecord
 from perpo.identity import difference, image_identity
 from perpo.line_file import LineFile, read_lines
 
-SOURCE = ("image", "prompt", "answer", "task")  # fields that answers and rewards depend on
+SOURCE = ("image", "prompt", "answer", "task", "columns")  # fields that answers and rewards depend on
 
 
 class StaleShardsError(ValueError):
@@ -33,13 +33,13 @@ class Finished:
     source: dict[str, str]  # hash of each field that they depend on
     responses: list[str] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    complete: list[bool] = field(default_factory=list)  # whether each answer has an end, and was not cut
     unreadable: int = 0  # answers that the reward could not read
-    cut: int = 0  # answers without an end
     error: str | None = None
 
     def attach(self, record: ListRecord) -> ListRecord:
         """The record with these answers."""
-        return replace(record, responses=tuple(self.responses), rewards=tuple(self.rewards), ref_log_probs=None)
+        return record.answered(self.responses, self.rewards, self.complete)
 
 
 class Shards(LineFile):
@@ -91,7 +91,7 @@ class Shards(LineFile):
 def source_of(record: ListRecord, image_root: str | os.PathLike[str] | None = None) -> dict[str, str]:
     """Short hashes of the fields that answers and rewards depend on; of an image, of what is in it."""
     image = image_identity(record.image, image_root)
-    values = {"image": image, "prompt": record.prompt, "answer": record.answer, "task": record.task}
+    values = {name: getattr(record, name) for name in SOURCE} | {"image": image}
     return {
         name: hashlib.sha256(json.dumps(values[name], default=str, sort_keys=True).encode()).hexdigest()[:8]
         for name in SOURCE

@@ -116,17 +116,30 @@ class Encoder:
             return f"{self._image_token}\n{words}\n" if with_image else f"{words}\n"
         return self._apply_template(messages, add_generation_prompt=True)
 
-    def response(self, text: str) -> list[int]:
-        """Token ids of a response and the end of its turn, as the model would generate them."""
-        before = "" if text[:1].isspace() else self.turn.before
-        ids = self.tokenizer(before + text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.turn.end_id][: self.max_response_length]
+    def response(self, text: str, complete: bool = True) -> list[int]:
+        """Token ids of a response and the end of its turn, as the model would generate them.
+
+        Args:
+            complete: False for a response that was cut while it was generated: it gets no end of turn.
+        """
+        ids = [token for token in self._ids(self.turn.before + text) if token not in self._placeholder_ids]
+        return [*ids, *[self.turn.end_id] * complete][: self.max_response_length]
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Text of generated ids, up to the first end token; white space around it belongs to the template."""
+        """Text of generated ids, up to the first end token: what `response` makes the same ids of.
+
+        Special tokens that belong to the answer (<|box_start|>, <ref>, …) stay in it; padding, beginnings and places
+        of pictures are left out, and before it the white space that the template puts there. An answer without that
+        white space cannot be told from one with it: its text gets it back.
+        """
         listed = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         stop = next((i for i, token in enumerate(listed) if token in self.end_ids), len(listed))
-        return self.tokenizer.decode(listed[:stop], skip_special_tokens=True).strip()
+        without = {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id, *self._placeholder_ids}
+        kept = [token for token in listed[:stop] if token not in without]
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        if not getattr(self.tokenizer, "is_fast", True):
+            options["spaces_between_special_tokens"] = False
+        return self.tokenizer.decode(kept, **options).removeprefix(self.turn.before)
 
     @cached_property
     def turn(self) -> Turn:
@@ -156,7 +169,7 @@ class Encoder:
             "tokenizer": words,
             "chat template": str(self._template),
             "image processor": pixels,
-            "response format": f"{self.turn} {self.max_response_length}",
+            "response format": f"with special tokens, {self.turn} {self.max_response_length}",
         }
         return {name: hashlib.sha256(part.encode()).hexdigest()[:16] for name, part in parts.items()}
 
@@ -173,6 +186,15 @@ class Encoder:
     @property
     def _image_token(self) -> str:
         return getattr(self.processor, "image_token", None) or "<image>"
+
+    @cached_property
+    def _placeholder_ids(self) -> set[int]:
+        """Tokens that stand for parts of a picture: in a response there is none that they could stand for."""
+        names = ("image_token_id", "video_token_id")
+        found = {getattr(holder, name, None) for holder in (self.processor, self.tokenizer) for name in names}
+        if self.sees_images:
+            found.add(self.tokenizer.get_vocab().get(self._image_token))
+        return {token for token in found if isinstance(token, int)}
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

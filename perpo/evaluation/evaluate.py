@@ -122,7 +122,7 @@ def record_content(record: ListRecord, image_root: str | None) -> str:
     image = record.image
     if isinstance(image, str | os.PathLike):
         image = resolve_image(image, image_root).read_bytes()
-    return record_key(replace(record, image=image, responses=(), rewards=None, ref_log_probs=None))[:16]
+    return record_key(replace(record.answered([]), image=image))[:16]
 
 
 # ----------------------------------------------------------------------------------------------------------- asking

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from perpo.evaluation.evaluate import TaskEvaluation
 from perpo.evaluation.metrics import Judged, is_grounding
 from perpo.evaluation.plots import TRUTH, picture
 from perpo.images import ImageError, open_image
-from perpo.rewards.boxes import parse_boxes
+from perpo.rewards.boxes import parse_boxes, true_boxes_of
 from perpo.rewards.grounding import Box
 
 
@@ -59,20 +58,11 @@ def example_picture(example: Example, colours: Mapping[str, str], root: str | No
         return None
     boxes: list[tuple[str, list[Box]]] = []
     if example.boxes:
-        boxes.append((TRUTH, true_boxes(example.record.answer)))
+        boxes.append((TRUTH, true_boxes_of(example.record.answer)[0]))
         for model, answer in example.answers.items():
             found = parse_boxes(answer.text, answer.form, answer.image_size)
             boxes.append((colours[model], found))
     return picture(image, boxes)
-
-
-def true_boxes(answer: Any) -> list[Box]:
-    """The boxes of a ground truth that its reward has accepted."""
-    if isinstance(answer, str):
-        return parse_boxes(answer)
-    listed = answer.tolist() if hasattr(answer, "tolist") else list(answer)
-    several = listed if isinstance(listed[0], list | tuple) else [listed]
-    return [(float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in several]
 
 
 def question(record: ListRecord) -> str:

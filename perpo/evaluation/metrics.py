@@ -13,7 +13,7 @@ in the PerPO paper: there are no confidences to rank by.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,8 +95,7 @@ def judge(
     judged = []
     for text in texts:
         before = tally.unreadable
-        one = replace(record, responses=(text,), rewards=None, ref_log_probs=None)
-        scored = score_record(one, task, tally, columns)
+        scored = score_record(record.answered([text]), task, tally, columns)
         assert scored.rewards is not None
         judged.append(Judged(record, text, scored.rewards[0], tally.unreadable == before, image_size, form))
     return judged

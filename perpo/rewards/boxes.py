@@ -18,27 +18,56 @@ swapped corners, corners outside the image (clipped). All patterns are possessiv
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from perpo.rewards.completions import RewardFunction, score_each
+from perpo.rewards.completions import RewardFunction, score_each, without_marks
 from perpo.rewards.grounding import Box, box_iou
 
 Size = tuple[int, int]  # width, height
 
 _NUMBER = r"([-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?+\d{1,3}+)?+)\s*+"
 _COMMA = r",\s*+"
-_BARE = re.compile(r"\[\s*+" + _COMMA.join([_NUMBER] * 4) + r"\]")
-_JSON = re.compile(r"[\"']bbox_2d[\"']\s*+:\s*+(?:\[\s*+)?" + _BARE.pattern)
+_FOUR = _COMMA.join([_NUMBER] * 4)
+_QUOTED = _COMMA.join([rf"[\"']?+{_NUMBER}[\"']?+\s*+"] * 4)
+_PAIR = rf"[(\[]\s*+{_NUMBER}{_COMMA}{_NUMBER}[)\]]\s*+"
+_BARE = re.compile(rf"\[\s*+{_FOUR}\]")
 _CORNERS = re.compile(
     r"\(\s*+" + (_NUMBER + _COMMA + _NUMBER) + r"\)\s*+,?+\s*+\(\s*+" + (_NUMBER + _COMMA + _NUMBER) + r"\)"
 )
 _LOCS = re.compile(r"<loc(\d{4})>" * 4)
+# The value of bbox_2d: one box or a list of them, as numbers, as texts of numbers, as corners, or in a text.
+_KEY = re.compile(r"[\"']bbox_2d[\"']\s*+:\s*+(?:[\"']\s*+)?+(?:\[\s*+(?=[\[(<]|[\"'][^\"'\],]*+,))?+")
+_VALUE = re.compile(
+    rf"(?:<\|box_start\|>)?+(?:\[\s*+{_QUOTED}\]|{_PAIR},?+\s*+{_PAIR}|[\"']?+{_FOUR}[\"'])"
+    r"\s*+(?:<\|box_end\|>)?+\s*+(?:,\s*+)?+"
+)
+_NONE = re.compile(
+    r"\[\s*+\]|\b(?:none|nothing|nobody|no(?! idea)|zero)\b|\b(?:is|are|was|were|do|does|can)(?: not|n['’]t|not) "
+    r"(?:any|there|see|visible|present|shown|appear|contain)",
+    re.IGNORECASE,
+)
+
+Finder = Callable[[str], Iterator[tuple[str, ...]]]
+
+
+def _each(pattern: re.Pattern[str]) -> Finder:
+    return lambda text: (found.groups() for found in pattern.finditer(text))
+
+
+def _json_values(text: str) -> Iterator[tuple[str, ...]]:
+    for key in _KEY.finditer(text):
+        at = key.end()
+        while found := _VALUE.match(text, at):
+            yield tuple(number for number in found.groups() if number is not None)
+            at = found.end()
+
 
 MAX_BOXES = 1000  # of one answer: more is a model that repeats itself
 
@@ -51,7 +80,7 @@ class BoxFormat:
         scale: what the image's width and height measure in it; None for pixels.
         example: shown where answers cannot be read.
         template: one box, in terms of x1, y1, x2, y2 (and label).
-        patterns: tried in this order, the first that finds anything is used.
+        finders: of four written numbers; tried in this order, the first that finds anything is used.
         opening, separator, closing: around and between boxes.
         padded: coordinates are those of the image padded to a square.
         tokens: coordinates are tokens: y before x, and none beyond scale − 1.
@@ -60,7 +89,7 @@ class BoxFormat:
     scale: int | None
     example: str
     template: str
-    patterns: tuple[re.Pattern[str], ...] = (_BARE,)
+    finders: tuple[Finder, ...] = (_each(_BARE),)
     opening: str = ""
     separator: str = ", "
     closing: str = ""
@@ -70,7 +99,8 @@ class BoxFormat:
 
 def _json_format(scale: int | None) -> BoxFormat:
     template = '{{"bbox_2d": [{x1:.0f}, {y1:.0f}, {x2:.0f}, {y2:.0f}], "label": {label}}}'
-    return BoxFormat(scale, '{"bbox_2d": [120, 340, 560, 780]}', template, (_JSON, _BARE), opening="[", closing="]")
+    finders = (_json_values, _each(_BARE), _each(_CORNERS))
+    return BoxFormat(scale, '{"bbox_2d": [120, 340, 560, 780]}', template, finders, opening="[", closing="]")
 
 
 _FRACTIONS = ("[0.12, 0.34, 0.56, 0.78]", "[{x1:.2f}, {y1:.2f}, {x2:.2f}, {y2:.2f}]")
@@ -81,7 +111,11 @@ FORMATS: dict[str, BoxFormat] = {
     "llava": BoxFormat(1, *_FRACTIONS),
     "llava-pad": BoxFormat(1, *_FRACTIONS, padded=True),
     "qwen2-vl": BoxFormat(
-        1000, "<|box_start|>(120,340),(560,780)<|box_end|>", _CORNER_TEMPLATE, (_CORNERS, _BARE), separator=""
+        1000,
+        "<|box_start|>(120,340),(560,780)<|box_end|>",
+        _CORNER_TEMPLATE,
+        (_each(_CORNERS), _each(_BARE)),
+        separator="",
     ),
     "qwen2.5-vl": _json_format(None),
     "qwen3-vl": _json_format(1000),
@@ -90,7 +124,7 @@ FORMATS: dict[str, BoxFormat] = {
         1000, "<box>[[120, 340, 560, 780]]</box>", _LIST_TEMPLATE, opening="<box>[", closing="]</box>"
     ),
     "paligemma": BoxFormat(
-        1024, "<loc0348><loc0123><loc0799><loc0573>", _LOC_TEMPLATE, (_LOCS,), separator=" ; ", tokens=True
+        1024, "<loc0348><loc0123><loc0799><loc0573>", _LOC_TEMPLATE, (_each(_LOCS),), separator=" ; ", tokens=True
     ),
 }
 
@@ -122,15 +156,17 @@ def parse_boxes(text: str, name: str = "llava", size: Size | None = None) -> lis
     """
     form = box_format(name)
     found: list[tuple[str, ...]] = []
-    for pattern in form.patterns:
-        for match in pattern.finditer(text):
-            found.append(match.groups())
-            if len(found) == MAX_BOXES:
-                break
+    for finder in form.finders:
+        found = list(islice(finder(text), MAX_BOXES))
         if found:
             break
     boxes = (_inside(_from_written(form, groups, name, size)) for groups in found)
     return [box for box in boxes if box is not None]
+
+
+def says_none(text: str) -> bool:
+    """Whether an answer without any box says that there is none: by an empty list, or in words ("No dogs.")."""
+    return _NONE.search(without_marks(text)) is not None
 
 
 def write_boxes(boxes: Sequence[Box], name: str = "llava", size: Size | None = None, label: str = "") -> str:
@@ -218,8 +254,9 @@ def box_reward(name: str = "llava", measure: Callable[[Box, Box], float] = box_i
 
     Its column `answer` holds the truth, always in fractions of the image: four numbers, a text holding a box as "llava"
     writes it, or a list of boxes. One true box is compared with the first box of the completion; a list of them is
-    matched with all of the completion's (`matched_score`). Its column `image_size` holds (width, height) where the
-    format needs it. A completion without a box scores 0.
+    matched with all of the completion's (`matched_score`). The empty list says that there is nothing to find: then a
+    completion that says so (`says_none`) scores 1, and any other 0. Its column `image_size` holds (width, height)
+    where the format needs it. A completion without a box scores 0 otherwise.
 
     Raises:
         ValueError: the format is not known; and from the reward function: an answer is not a box, or a size is missing.
@@ -234,8 +271,10 @@ def box_reward(name: str = "llava", measure: Callable[[Box, Box], float] = box_i
         **columns: Any,
     ) -> list[float | None]:
         def score(text: str, truth: Any, size: Size | None) -> float:
-            true_boxes, several = _truth(truth)
+            true_boxes, several = true_boxes_of(truth)
             found = parse_boxes(text, name, size)
+            if not true_boxes:
+                return float(not found and says_none(text))
             return matched_score(found if several else found[:1], true_boxes, measure)
 
         return score_each(completions, score, answer=answer, image_size=image_size)
@@ -244,15 +283,19 @@ def box_reward(name: str = "llava", measure: Callable[[Box, Box], float] = box_i
     return reward
 
 
-def _truth(answer: Any) -> tuple[list[Box], bool]:
-    """The true boxes, and whether the answer is a list of them (rather than one)."""
+def true_boxes_of(answer: Any) -> tuple[list[Box], bool]:
+    """The true boxes, and whether the answer is a list of them (rather than one).
+
+    Raises:
+        ValueError: it is neither.
+    """
     answer = answer.tolist() if hasattr(answer, "tolist") else answer  # an array
     if isinstance(answer, str):
         boxes = parse_boxes(answer)
-        if boxes:
-            return boxes, len(boxes) > 1
-    elif isinstance(answer, Sequence) and answer:
-        several = not isinstance(answer[0], Real)
+        if boxes or answer.strip() == "[]":
+            return boxes, len(boxes) != 1
+    elif isinstance(answer, Sequence):
+        several = not answer or not isinstance(answer[0], Real)
         try:
             numbers = [tuple(float(side) for side in box) for box in (answer if several else [answer])]
         except (TypeError, ValueError, OverflowError):

@@ -6,10 +6,18 @@ One entry a completion in every list; `columns` are the data set's other columns
 needs. A reward of None says "this answer cannot be judged": `perpo.rewards.scoring` counts it and makes it 0.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 RewardFunction = Callable[..., list[float | None]]
+
+_MARKS = re.compile(r"<\|\w{1,40}+\|>|</?+(?:ref|box|quad)>")
+
+
+def without_marks(text: str) -> str:
+    """The text without the special tokens that models put around boxes and results (<|begin_of_box|>, <ref>, …)."""
+    return _MARKS.sub("", text)
 
 
 def completion_text(completion: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
-from perpo.rewards.completions import score_each
+from perpo.rewards.completions import score_each, without_marks
 
 # Chinese characters and kana are words by themselves: their scripts put no spaces between words.
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -29,8 +29,8 @@ class WordScores(NamedTuple):
 
 
 def normalise(text: str) -> str:
-    """Composed Unicode (NFC), white space as single spaces, none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    """Composed Unicode (NFC), white space as single spaces, none at the ends, without a model's own marks."""
+    return " ".join(unicodedata.normalize("NFC", without_marks(text)).split())
 
 
 def edit_similarity(text: str, truth: str) -> float:

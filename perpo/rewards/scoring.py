@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from perpo.data import ListRecord
-from perpo.rewards.boxes import FORMATS, box_format, box_reward, parse_boxes, scaled_giou
+from perpo.rewards.boxes import FORMATS, box_format, box_reward, parse_boxes, says_none, scaled_giou, true_boxes_of
 from perpo.rewards.completions import RewardFunction
 from perpo.rewards.counting import counting_reward, exact_match_reward, numeric_reward, read_count, read_number
 from perpo.rewards.grounding import box_iou
-from perpo.rewards.ocr import ocr_reward, word_f1_reward
+from perpo.rewards.ocr import normalise, ocr_reward, word_f1_reward
 
 _EARLY = 200  # answers after which a run that cannot read its answers is told so, rather than at its end
 
@@ -46,7 +46,8 @@ class Task:
 
 def _box_task(name: str, measure: Callable[..., float], form: str) -> Task:
     def readable(text: str, columns: Mapping[str, Any]) -> bool:
-        return bool(parse_boxes(text, form, columns.get("image_size")))
+        nothing = not true_boxes_of(columns["answer"])[0]
+        return bool(parse_boxes(text, form, columns.get("image_size"))) or (nothing and says_none(text))
 
     return Task(
         name, box_reward(form, measure), f"a box as {form} models write it: {box_format(form).example}", readable
@@ -54,7 +55,7 @@ def _box_task(name: str, measure: Callable[..., float], form: str) -> Task:
 
 
 def _text(text: str, columns: Mapping[str, Any]) -> bool:
-    return bool(text.strip())
+    return bool(normalise(text)) or columns["answer"] == ""
 
 
 _MEASURES: dict[str, Callable[..., float]] = {"grounding": box_iou, "grounding-giou": scaled_giou}
@@ -159,6 +160,7 @@ def score_record(
     Args:
         reward: a task, name, import path or function; None takes the name in `record.task`.
         columns: further columns for the reward function, one value for the whole record: {"image_size": (1024, 768)}.
+            They and the record's own fields go before its further columns of the same name.
 
     Raises:
         ValueError: the reward is not known, fails, or gives anything but one finite number or None a response; the
@@ -168,7 +170,9 @@ def score_record(
         raise ValueError(f"record {record.id!r} names no task: give its task, or a reward for the whole run")
     task = reward if isinstance(reward, Task) else find_task(record.task if reward is None else reward)
     k = len(record.responses)
-    values = {"id": record.id, "answer": record.answer, "task": record.task, **(columns or {})}
+    known = {"id": record.id, "answer": record.answer, "task": record.task, **(columns or {})}
+    further = {name: value for name, value in record.columns.items() if name not in ("prompts", "completions")}
+    values = further | known
     try:
         results = task.reward(
             prompts=[record.prompt] * k,
@@ -197,6 +201,28 @@ def score_record(
         tally.add(text, result is not None and (task.readable is None or task.readable(text, values)), task.expected)
         rewards.append(value)
     return replace(record, rewards=tuple(rewards))
+
+
+def bad_truths(records: Iterable[ListRecord], reward: str | None = None) -> dict[str, str]:
+    """id -> what is wrong with the true answer of a record, found by scoring an empty response to each.
+
+    So that it is known before hours of sampling. Own rewards are left out: they may be slow, or take no empty response.
+
+    Raises:
+        ValueError: a reward is not known.
+    """
+    bad: dict[str, str] = {}
+    tasks: dict[str, Task] = {}
+    for record in records:
+        name = reward or record.task
+        if name not in tasks:
+            tasks[name] = find_task(name)
+        if ":" not in name:
+            try:
+                score_record(record.answered([""]), tasks[name], Tally(), {"image_size": (1, 1)})
+            except ValueError as error:
+                bad[record.id] = str(error)
+    return bad
 
 
 def score_records(

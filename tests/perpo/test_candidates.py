@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from perpo.data import ListRecord, read_records
 from perpo.rewards.scoring import UnreadableAnswers
 from perpo.samplers import Answer, Question
 from perpo.seen_size import seen_sizes
+from perpo.shards import StaleShardsError
 
 from . import tiny_models
 from .counting_sampler import Counting, records, run
@@ -25,6 +27,7 @@ def test_lists_are_scored_and_in_the_order_of_the_records(tmp_path: Path) -> Non
     lists, report = read_records(tmp_path / "out.jsonl")
     assert [one.id for one in lists] == [f"r{i}" for i in range(7)]
     assert not report.ignored
+    assert not report.further
     for one in lists:
         assert one.k == 4
         assert one.task == "counting"
@@ -39,6 +42,31 @@ def test_lists_are_scored_and_in_the_order_of_the_records(tmp_path: Path) -> Non
     assert totals.n_active == sum(one.has_preference for one in lists)
     assert totals.n_repeats == sum(4 - len(set(one.responses)) for one in lists)
     assert "7 lists, 28 answers" in totals.summary()
+
+
+@pytest.mark.parametrize("ends", [(True, False, True), (True, True, True)])
+def test_answers_that_were_cut_are_known_in_the_lists(ends: tuple[bool, ...], tmp_path: Path) -> None:
+    class Cut(Counting):
+        def one(self, question: Question, n: int, attempt: int) -> list[Answer]:
+            return [Answer(str(i), end) for i, end in enumerate(ends)]
+
+    outcome = run(tmp_path, records(1), Cut(), k=3)
+    assert outcome.totals.n_cut == ends.count(False)
+    (record,), _ = read_records(tmp_path / "out.jsonl")
+    assert record.complete == (None if all(ends) else ends)
+
+
+def test_a_reward_gets_the_further_columns_of_its_record_and_they_stay_in_the_list(tmp_path: Path) -> None:
+    (plain,) = records(1)
+    outcome = run(tmp_path, [replace(plain, columns={"bonus": 2.5})], reward=f"{__name__}:bonus_reward")
+    assert outcome.totals.reward_sum == 10
+    assert read_records(tmp_path / "out.jsonl")[0][0].columns == {"bonus": 2.5}
+    with pytest.raises(StaleShardsError, match="record 'r0' has another columns than"):
+        run(tmp_path, [replace(plain, columns={"bonus": 3})], reward=f"{__name__}:bonus_reward")
+
+
+def bonus_reward(prompts: list, completions: list, bonus: list, **columns: Any) -> list[float]:
+    return bonus
 
 
 def _damaged(folder: Path) -> list[ListRecord]:

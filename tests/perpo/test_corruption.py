@@ -1,6 +1,7 @@
 """The corrupted image of mDPO: hardly anything of the true one, always the same, and shown to one answer only."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,16 @@ def test_only_the_best_answer_sees_the_corrupted_image() -> None:
     assert batch.rewards.tolist() == pytest.approx([*record.rewards, min(record.rewards)])
     assert batch.pair_weights[0, best].tolist().count(1.0) == 2
     assert batch.pair_weights.sum() == 2
+
+
+def test_what_is_known_of_each_answer_stays_with_the_best_one() -> None:
+    record = replace(training.records()[0], complete=None)
+    assert record.rewards is not None
+    best = record.rewards.index(max(record.rewards))
+    ends = tuple(i != best for i in range(record.k))
+    probs = tuple(i / 10 for i in range(record.k))
+    _, corrupted = with_corrupted_image(replace(record, complete=ends, flip_probs=probs), "noise", 0)
+    assert (corrupted.complete, corrupted.flip_probs) == ((False,), (best / 10,))
 
 
 def test_a_text_has_no_image_to_corrupt() -> None:

@@ -250,7 +250,7 @@ def test_an_empty_answer_is_an_answer(answer: Any, tmp_path: Path) -> None:
     """A blank page has no text, and some images none of the objects that are asked for."""
     (record,), _ = read_records(jsonl(tmp_path / "a.jsonl", good(answer=answer)), require=("answer",))
     assert record.answer == answer
-    with pytest.raises(RecordError, match="answer: is missing$"):
+    with pytest.raises(RecordError, match=r"answer: is missing$"):
         read_records(jsonl(tmp_path / "a.jsonl", good(answer=...)), require=("answer",))
 
 
@@ -267,7 +267,16 @@ def test_arrays_and_numbers_of_numpy_are_taken_for_lists_and_numbers() -> None:
     }
     (record,), _ = read_records([row])
     assert record == ListRecord(
-        "5", None, "?", [[0.5, 0.25]], "", ("a", "b"), (1, 0), (-1, -2), complete=(True, False), columns={"size": [4, 5]}
+        "5",
+        None,
+        "?",
+        [[0.5, 0.25]],
+        "",
+        ("a", "b"),
+        (1, 0),
+        (-1, -2),
+        complete=(True, False),
+        columns={"size": [4, 5]},
     )
     assert type(record.answer[0][0]) is float
     assert type(record.responses[0]) is str

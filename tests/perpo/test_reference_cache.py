@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from perpo.reference_cache import ReferenceCache, StaleCacheError, weights_fingerprint
+from perpo.reference_cache import ReferenceCache, StaleCacheError, record_key, weights_fingerprint
 
 from . import tiny_models, training
 
@@ -67,6 +67,13 @@ def test_a_changed_record_is_computed_again_and_the_others_are_not(tmp_path: Pat
     runner = training.trainer("llava", tmp_path, data=[other, *lists[1:]])
     assert len(part.read_text().splitlines()) == 5
     assert runner.train_dataset[0].responses[0] == "[0.7]"
+
+
+def test_a_response_that_was_cut_has_a_reference_of_its_own() -> None:
+    record = training.records()[0]
+    whole, cut = (True,) * record.k, (False,) * record.k
+    keys = [record_key(dataclasses.replace(record, complete=ends)) for ends in (None, whole, cut)]
+    assert len(set(keys)) == 3
 
 
 def test_a_line_cut_by_a_kill_is_dropped_and_computed_again(tmp_path: Path) -> None:

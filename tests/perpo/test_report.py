@@ -14,9 +14,10 @@ from PIL import Image
 
 from perpo.data import ListRecord
 from perpo.evaluation.evaluate import Evaluation
-from perpo.evaluation.examples import choose_examples, example_picture, question, true_boxes
+from perpo.evaluation.examples import choose_examples, example_picture, question
 from perpo.evaluation.plots import TRUTH, metrics_plot, model_colours, picture
 from perpo.evaluation.report import report_html, write_report
+from perpo.rewards.boxes import true_boxes_of
 
 from .evaluating import evaluate_made_up
 
@@ -182,7 +183,7 @@ def test_degenerate_boxes_do_not_stop_the_report() -> None:
 def test_truths_in_every_form() -> None:
     box = (0.1, 0.2, 0.3, 0.4)
     for truth in ("[0.1, 0.2, 0.3, 0.4]", list(box), box, [box], np.array([box])):
-        assert true_boxes(truth) == [box]
+        assert true_boxes_of(truth)[0] == [box]
 
 
 def test_an_image_that_is_gone_is_left_out(evaluation: Evaluation, tmp_path: Path) -> None:

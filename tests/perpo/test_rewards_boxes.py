@@ -62,6 +62,15 @@ def test_what_is_written_is_read_back_to_half_a_unit(name: str, written: list[Bo
         ("qwen3-vl", 'Sure! ```json\n[{"bbox_2d": [120, 340, 560, 780], "label": "dog"}]\n``` Anything else?'),
         ("glm-v", '{"bbox_2d": [[120, 340, 560, 780]]}'),
         ("glm-v", "<|begin_of_box|>[[120, 340, 560, 780]]<|end_of_box|>"),
+        ("qwen2-vl", "dog(120,340),(560,780)"),  # the same without the marks
+        ("qwen3-vl", '{"bbox_2d": ["120", "340", "560", "780"]}'),
+        ("qwen3-vl", '{"bbox_2d": "120, 340, 560, 780", "label": "dog"}'),
+        ("qwen3-vl", '{"bbox_2d": "[120, 340, 560, 780]"}'),
+        ("qwen3-vl", '{"bbox_2d": (120,340),(560,780)}'),
+        ("qwen3-vl", '{"bbox_2d": "<|box_start|>(120,340),(560,780)<|box_end|>"}'),
+        ("qwen3-vl", '{"bbox_2d": [[120, 340], [560, 780]]}'),
+        ("qwen3-vl", "the dog at (120,340),(560,780)"),
+        ("internvl", "dog[[120, 340, 560, 780]]"),
         ("internvl", "<ref>dog</ref><box>[[120, 340, 560, 780]]</box>"),
         ("paligemma", "<loc0348><loc0123><loc0799><loc0573> dog"),
     ],
@@ -69,6 +78,58 @@ def test_what_is_written_is_read_back_to_half_a_unit(name: str, written: list[Bo
 def test_real_answers_of_each_family(name: str, text: str) -> None:
     (box,) = parse_boxes(text, name, SIZE)
     assert box == pytest.approx(TRUTH, abs=1 / 1024)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"bbox_2d": [[100, 100, 200, 200], [300, 100, 400, 200]]}',
+        '```json\n{"bbox_2d": [\n  [100, 100, 200, 200],\n  [300, 100, 400, 200]\n], "label": "2 dogs"}\n```',
+        '[{"bbox_2d": [100, 100, 200, 200]}, {"bbox_2d": [[300, 100, 400, 200]]}]',
+        '{"bbox_2d": ["100,100,200,200", "300,100,400,200"]}',
+        '{"bbox_2d": [(100,100),(200,200), (300,100),(400,200)]}',
+        '{"bbox_2d": [[100, 100, 200, 200], [300, 100, 400, 200], [500, 1',
+    ],
+)
+def test_several_boxes_may_share_one_key(text: str) -> None:
+    two = [(0.1, 0.1, 0.2, 0.2), (0.3, 0.1, 0.4, 0.2)]
+    assert parse_boxes(text, "qwen3-vl") == two
+    assert parse_boxes(text, "qwen2.5-vl", (1000, 1000)) == two
+
+
+@pytest.mark.parametrize("numbers", ["1, 2, 3", "1, 2, 3, 4, 5", "1, 2, 3, 4, 5, 6, 7, 8"])
+def test_what_is_no_box_of_four_numbers_is_none(numbers: str) -> None:
+    for value in (f"[{numbers}]", f"[[{numbers}]]", f'"{numbers}"'):
+        assert parse_boxes(f'{{"bbox_2d": {value}}}', "qwen3-vl") == []
+
+
+NONE = [
+    "[]",
+    "```json\n[]\n```",
+    '{"bbox_2d": []}',
+    "There are no dogs.",
+    "None",
+    "There isn't any.",
+    "I cannot see one",
+]
+NONE += ["<ref>none</ref>"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_where_nothing_is_to_be_found_an_answer_that_says_so_is_right(name: str) -> None:
+    wrong = [
+        write_boxes([TRUTH], name, SIZE),
+        f"no dog, but {write_boxes([TRUTH], name, SIZE)}",
+        "a dog",
+        "",
+        "no idea",
+    ]
+    texts = [*NONE, *wrong]
+    for truth in ([], "[]", np.zeros((0, 4))):
+        sizes = [SIZE] * len(texts)
+        rewards = box_reward(name)(["?"] * len(texts), texts, answer=[truth] * len(texts), image_size=sizes)
+        assert rewards == [1.0] * len(NONE) + [0.0] * len(wrong)
+    assert box_reward(name)(["?"], ["[]"], answer=[[TRUTH]], image_size=[SIZE]) == [0.0]
 
 
 def test_llava_1_5_coordinates_count_the_padding() -> None:
@@ -121,6 +182,8 @@ HOSTILE = [
     lambda n: '"bbox_2d":' * (n // 10),
     lambda n: '"bbox_2d"' + " " * n,
     lambda n: '"bbox_2d": [' + " " * n,
+    lambda n: '"bbox_2d": [' + "[1,2,3,4]," * (n // 10),
+    lambda n: '"bbox_2d": [' + "(1,2)," * (n // 6),
     lambda n: "<loc0001>" * (n // 9),
     lambda n: "[0.1, 0.2, 0.3, 0.4]" * (n // 20),
     lambda n: "1e" * (n // 2),
@@ -223,7 +286,7 @@ def test_the_reward_takes_what_grpo_gives() -> None:
     assert reward.__name__ == "box_iou_reward_qwen2.5-vl"
 
 
-@pytest.mark.parametrize("answer", ["no box", [], 7, None, [[0, 0, 1]], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3, math.nan]])
+@pytest.mark.parametrize("answer", ["no box", "", 7, None, [[0, 0, 1]], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3, math.nan]])
 def test_a_broken_ground_truth_is_an_error_that_shows_it(answer: object) -> None:
     with pytest.raises(ValueError, match="answer must be a box"):
         box_reward()(["?"], ["[0, 0, 1, 1]"], answer=[answer])

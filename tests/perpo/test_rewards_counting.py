@@ -30,7 +30,30 @@ from perpo.rewards.counting import (
         (".5", 0.5),
         ("$19.99", 19.99),
         ("2-3", 3),
+        ("1 000", 1000),
+        ("1\u202f234\u202f567.5 people", 1234567.5),
+        ("1'000", 1000),
+        ("12 3456", 3456),
+        ("3 million", 3e6),
+        ("2 dozen eggs", 24),
         ("three", 3),
+        ("two hundred", 200),
+        ("one hundred", 100),
+        ("A hundred!", 100),
+        ("two hundred and five", 205),
+        ("one hundred twenty-three thousand four hundred and fifty-six", 123456),
+        ("twelve hundred", 1200),
+        ("a dozen", 12),
+        ("one, two, three", 3),
+        ("one two three", 3),
+        ("between ten and twenty", 20),
+        ("two and three", 3),
+        ("<|begin_of_box|>3<|end_of_box|>", 3),
+        ("five million two hundred thousand", 5_200_000),
+        ("two hundred three hundred", None),
+        ("dozens of birds", None),
+        ("half a dozen", None),
+        ("two and a half", None),
         ("Twenty-one birds", 21),
         ("sixteen", 16),
         ("seventy seven", 77),
@@ -53,12 +76,16 @@ def test_the_number_that_a_text_states(text: str, number: float | None) -> None:
     assert read_number(text) == number
 
 
-@pytest.mark.parametrize(("text", "count"), [("5.0", 5), ("no dogs", 0), ("None.", 0), ("No, there are 3", 3)])
+COUNTS = {"5.0": 5, "no dogs": 0, "None.": 0, "No, there are 3": 3}
+COUNTS |= {"No one": 0, "No one is there.": 0, "no-one but two dogs": 2}
+
+
+@pytest.mark.parametrize(("text", "count"), COUNTS.items())
 def test_counts(text: str, count: int) -> None:
     assert read_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["-2", "2.5", "nobody knows 1e999", "many", ""])
+@pytest.mark.parametrize("text", ["-2", "2.5", "nobody knows 1e999", "no, hundreds", "many", ""])
 def test_a_count_is_whole_and_not_negative(text: str) -> None:
     assert read_count(text) is None
 
@@ -94,9 +121,9 @@ def test_counting_and_numeric_rewards_by_hand() -> None:
 
 
 def test_exact_match_ignores_case_space_and_outer_punctuation_and_takes_several_truths() -> None:
-    completions = ["  The  Cat. ", "cat!", "a cat", "7", "?"]
-    rewards = exact_match_reward(["?"] * 5, completions, answer=["the cat", ["dog", "CAT"], "cat", 7, "?"])
-    assert rewards == [1, 1, 0, 1, 1]
+    completions = ["  The  Cat. ", "cat!", "a cat", "7", "?", "<|begin_of_box|>cat<|end_of_box|>"]
+    rewards = exact_match_reward(["?"] * 6, completions, answer=["the cat", ["dog", "CAT"], "cat", 7, "?", "cat"])
+    assert rewards == [1, 1, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +152,11 @@ def test_no_text_whatever_raises(text: str) -> None:
     assert read_count(text) is None or read_count(text) >= 0
 
 
-@pytest.mark.parametrize("unit", ["1", "1,", "111,", "1.", "-", "1e", "twenty ", "twenty-", "no ", " ", ",111", "one"])
+REPEATED = ["1", "1,", "111,", "1.", "-", "1e", "twenty ", "twenty-", "no ", " ", ",111", "one"]
+REPEATED += ["one ", "hundred ", "a hundred and ", "1 ", "1 111"]
+
+
+@pytest.mark.parametrize("unit", REPEATED)
 def test_reading_is_linear_in_the_answer(unit: str) -> None:
     start = time.perf_counter()
     read_count(unit * (300_000 // len(unit)) + "x")

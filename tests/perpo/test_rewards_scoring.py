@@ -2,12 +2,13 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 
 from perpo.data import ListRecord
 from perpo.rewards import scoring
-from perpo.rewards.scoring import Tally, UnreadableAnswers, find_task, score_record, score_records
+from perpo.rewards.scoring import Tally, UnreadableAnswers, bad_truths, find_task, score_record, score_records
 
 
 def record(*responses: str, id: str = "a", answer: object = "[0, 0, 1, 1]", task: str = "grounding") -> ListRecord:
@@ -56,6 +57,47 @@ def test_further_columns_reach_the_reward() -> None:
     )
     assert [r.rewards for r in scored] == [(1,), (0.5,)]
     assert tally.unreadable == 0
+
+
+def test_a_reward_gets_the_records_further_columns_but_known_names_mean_what_they_mean() -> None:
+    seen = {}
+
+    def note(prompts: list, completions: list, **columns: list) -> list[float]:
+        seen.update(columns)
+        return [0.0] * len(completions)
+
+    further = {"page": 3, "image_size": "mine", "answer": "mine", "prompts": "mine"}
+    score_record(replace(record("a", "b"), columns=further), note, Tally(), {"image_size": (4, 2)})
+    known = {"id": ["a"] * 2, "answer": ["[0, 0, 1, 1]"] * 2, "task": ["grounding"] * 2, "image_size": [(4, 2)] * 2}
+    assert seen == {"page": [3, 3], **known}
+
+
+def test_an_answer_that_says_nothing_is_there_can_be_read_where_nothing_is() -> None:
+    for task, answer, responses, rewards, unreadable in (
+        ("grounding", [], ("[]", "none", "a dog"), (1, 1, 0), 1),
+        ("grounding", [0, 0, 1, 1], ("[]", "none"), (0, 0), 2),
+        ("ocr", "", ("", "text"), (1, 0), 0),
+        ("ocr", "text", ("", "<|begin_of_box|><|end_of_box|>"), (0, 0), 2),
+    ):
+        tally = Tally()
+        assert score_record(record(*responses, answer=answer), task, tally).rewards == rewards
+        assert tally.unreadable == unreadable
+
+
+def test_marks_around_a_text_are_no_part_of_it() -> None:
+    for task in ("ocr", "ocr-words", "exact"):
+        assert score_record(record("<|begin_of_box|>a b<|end_of_box|>", answer="a b"), task, Tally()).rewards == (1,)
+
+
+def test_bad_truths_are_found_without_any_response() -> None:
+    records = [
+        record(id="good"),
+        record(id="pixels", answer=[3, 4, 50, 60]),
+        record(id="own", answer=None, task="math:exp"),
+    ]
+    assert bad_truths(records).keys() == {"pixels"}
+    assert "answer must be a box" in bad_truths(records)["pixels"]
+    assert bad_truths(records, "ocr").keys() == {"pixels", "own"}
 
 
 @pytest.mark.parametrize("reward", [length_reward, f"{__name__}:length_reward"])

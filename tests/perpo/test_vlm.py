@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from perpo.collate import collate_lists
 from perpo.language_head import check_language_head, response_hidden_states, sequence_log_probs, token_log_probs
@@ -72,6 +74,59 @@ def test_the_end_of_turn_and_the_gap_come_from_the_template(family: str) -> None
     made = start + encoder.response("yes [1]")
     assert made == whole[: len(made)]
     assert encoder.decode(encoder.response("yes [1]")) == "yes [1]"
+
+
+MARKED = (
+    "<|object_ref_start|>the dog<|object_ref_end|><|box_start|>(120,340),(560,780)<|box_end|>",
+    "<ref>dog</ref><box>[[120, 340, 560, 780]]</box>",
+    "<|begin_of_box|>3<|end_of_box|>",
+)
+MARKUP = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<ref>", "</ref>", "<box>",
+          "</box>", "<|begin_of_box|>", "<|end_of_box|>")  # fmt: skip
+ANSWERS = [*MARKED, "two\nlines\n", " indented", "\n\n- item  ", "字 é", "", "a"]
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_what_is_trained_is_what_was_sampled(family: str, answer: str) -> None:
+    """Token for token: with the marks that a family writes as special tokens, and with all white space."""
+    model, processor = tiny_models.build(family)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": list(MARKUP)})
+    encoder = Encoder.for_model(processor, model)
+    sampled = processor.tokenizer(encoder.turn.before + answer, add_special_tokens=False)["input_ids"]
+    assert len(sampled) < len(answer.encode()) or answer not in MARKED  # the marks are single tokens
+    pad, end = processor.tokenizer.pad_token_id, encoder.turn.end_id
+    text = encoder.decode([*sampled, end, pad, pad])
+    assert text == answer
+    assert encoder.response(text) == [*sampled, end]
+    assert encoder.decode(torch.tensor(sampled)) == answer  # cut
+    assert encoder.response(answer, complete=False) == sampled
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_word_keeps_it_to_itself() -> None:
+    """As sentencepiece does for LLaMA: after ASSISTANT: comes the token "▁yes"."""
+    words = ["<unk>", "<s>", "</s>", "<box>", "▁yes", "▁", "yes", *"ASITN:Q?USER▁"]
+    core = Tokenizer(models.Unigram([(word, -1.0) for word in dict.fromkeys(words)], unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    core.add_special_tokens(["<unk>", "<s>", "</s>", "<box>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] }}{% if m['role'] == 'assistant' %}</s>"
+        "{% else %} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    encoder = Encoder(tokenizer)
+    sampled = tokenizer.convert_tokens_to_ids(["▁yes", "</s>"])
+    assert encoder.decode(sampled) == "yes"
+    assert encoder.response("yes") == sampled
+
+
+def test_a_place_of_a_picture_is_no_part_of_an_answer() -> None:
+    model, processor = tiny_models.build("qwen2_5_vl")
+    encoder = Encoder.for_model(processor, model)
+    ids = encoder.response("ab")
+    assert encoder.decode([ids[0], processor.image_token_id, *ids[1:]]) == "ab"
+    assert encoder.response("a<image>b") == ids
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
