@@ -48,9 +48,15 @@ class FlashParts(Protocol):
 
 def supports(query: Tensor) -> bool:
     """Whether there is a flash attention for this device, type and head size."""
-    if query.device.type in ("cpu", "meta"):
-        return True
-    return query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    if query.device.type != "cuda":
+        return query.device.type in ("cpu", "meta")
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and (query.shape[-1] <= 192 or 224 < query.shape[-1] <= 256)  # 224: no backward pass on small GPUs
+        and torch.version.hip is None  # whose kernel lays its log-sum-exp out in another way
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def of(query: Tensor) -> FlashParts:
@@ -83,7 +89,10 @@ class _Cpu:
 
 
 class _Cuda:
-    """The variable-length kernel wants [tokens, heads, D] and head sizes that are multiples of 8."""
+    """The variable-length kernel wants [tokens, heads, D] and head sizes that are multiples of 8.
+
+    Its greatest lengths are upper bounds. At least 2 queries: told of 1, it takes grouped heads for queries.
+    """
 
     def forward(self, row: Row, part: Part, scale: float) -> None:
         queries, keys = part.all_queries, part.all_keys
@@ -93,7 +102,7 @@ class _Cuda:
             _tokens_first(row.value, keys),
             part.cu_queries,
             part.cu_keys,
-            part.max_queries,
+            max(part.max_queries, 2),
             part.max_keys,
             0.0,
             part.causal,
@@ -113,7 +122,7 @@ class _Cuda:
             row.lse[:, slice(*queries)].contiguous(),
             part.cu_queries,
             part.cu_keys,
-            part.max_queries,
+            max(part.max_queries, 2),
             part.max_keys,
             0.0,
             part.causal,

@@ -6,14 +6,18 @@ A row of T tokens holds all prompts one after another, then all answers, prompt 
 
 so that prompts, the answers of one prompt and each answer are contiguous ranges. A token of an answer sees its prompt
 and its answer up to itself; a token of a prompt sees the prompt up to itself and, in models that let the tokens of an
-image see each other, its whole image (`blocks`).
+image see each other, its whole image (`blocks`). So every token sees two ranges of the row, one of which may be empty.
+
+The same is told in two ways: `parts`, plain attentions over ranges, for kernels that know no mask, and `sight`, the two
+ranges of every token, for those that do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +25,8 @@ from torch import Tensor
 from perpo_kernels.layout import cumulative
 
 Range = tuple[int, int]  # start, end
+
+TILE = 128  # `sight` goes on to a multiple of so many tokens, as FlexAttention wants it; what is added sees itself
 
 
 @dataclass
@@ -60,12 +66,17 @@ class PrefixLayout:
         answer_lengths: of each prompt, tokens of each of its answers that are fed (may be 0).
         blocks: of each prompt, ranges within it whose tokens all see each other; in order, apart from each other.
         parts: the attentions that make up the whole.
+        sight: of each token the start and end of the range that it sees of its prompt, start and end of the range that
+            it sees of its answer, and its place, counted along prompt and answer.
+        made: masks, by what they are for; made when first asked for, and good for all layers and both passes.
     """
 
     prompt_lengths: tuple[int, ...]
     answer_lengths: tuple[tuple[int, ...], ...]
     blocks: tuple[tuple[Range, ...], ...]
     parts: tuple[Part, ...]
+    sight: Tensor  # int32 [5, T and up to a multiple of TILE]
+    made: dict[Any, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def n_tokens(self) -> int:
@@ -96,27 +107,35 @@ class PrefixLayout:
     def map(self, move: Callable[[Tensor], Tensor]) -> PrefixLayout:
         """`move` of every tensor."""
         parts = [replace(part, cu_queries=move(part.cu_queries), cu_keys=move(part.cu_keys)) for part in self.parts]
-        return replace(self, parts=tuple(parts))
+        return replace(self, parts=tuple(parts), sight=move(self.sight))
 
-    def masks(self, window: int | None, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def seen(self, window: int | None) -> Tensor:  # int32 [4, as many as in sight]
+        """The two ranges that each token sees if it sees only `window` places back, itself counted."""
+        start, end, own_start, own_end, place = self.sight
+        if window is None:
+            return self.sight[:4]
+        first = place - (window - 1)  # the first place that is seen
+        of_own = first - (end - start)  # an answer's places go on after its prompt
+        return torch.stack((start + first.clamp(min=0), end, own_start + of_own.clamp(min=0), own_end))
+
+    def masks(self, window: int | None, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Of each prompt with its answers, their places in the row [n] and who sees whom, bool [n, n]."""
-        for prompt, answers, blocks in zip(self.prompts, self.answers, self.blocks, strict=True):
-            n_prompt = prompt[1] - prompt[0]
-            ranges = [prompt, *answers]
-            index = torch.cat([torch.arange(*r, device=device) for r in ranges])
-            lengths = [end - start for start, end in ranges]
-            owner = torch.arange(len(ranges), device=device).repeat_interleave(torch.tensor(lengths, device=device))
-            place = torch.cat(
-                [torch.arange(n, device=device) + (0 if i == 0 else n_prompt) for i, n in enumerate(lengths)]
-            )
-            back = place[:, None] - place[None, :]
-            sees = back >= 0
-            for start, end in blocks:
-                sees[start:end, start:end] = True
-            sees &= (owner[:, None] == owner[None, :]) | (owner[None, :] == 0)
-            if window is not None:
-                sees &= back < window
-            yield index, sees
+        found = self.made.get((window, device))
+        if found is None:
+            seen = self.seen(window).to(device)
+            found = self.made[window, device] = [
+                _mask(seen, prompt, answers) for prompt, answers in zip(self.prompts, self.answers, strict=True)
+            ]
+        return found
+
+
+def _mask(seen: Tensor, prompt: Range, answers: Sequence[Range]) -> tuple[Tensor, Tensor]:
+    device = seen.device
+    rows = torch.arange(*prompt, device=device)
+    if answers:
+        rows = torch.cat((rows, torch.arange(answers[0][0], answers[-1][1], device=device)))
+    start, end, own_start, own_end = seen[:, rows].unsqueeze(-1)
+    return rows, ((start <= rows) & (rows < end)) | ((own_start <= rows) & (rows < own_end))
 
 
 def prefix_layout(
@@ -141,6 +160,7 @@ def prefix_layout(
         tuple(map(tuple, answer_lengths)),
         tuple(map(tuple, blocks)) if blocks is not None else ((),) * len(prompt_lengths),
         (),
+        torch.empty(0),
     )
     prompts, answers = layout.prompts, layout.answers
     answered = [i for i, ranges in enumerate(answers) if ranges and ranges[-1][1] > ranges[0][0]]
@@ -151,7 +171,23 @@ def prefix_layout(
         *_parts(groups, [prompts[i] for i in answered], causal=False, merge=False),
         *_parts(singles, singles, causal=True, merge=True),
     ]
-    return replace(layout, parts=tuple(parts))
+    return replace(layout, parts=tuple(parts), sight=_sight(layout))
+
+
+def _sight(layout: PrefixLayout) -> Tensor:
+    own = torch.arange(-(-layout.n_tokens // TILE) * TILE, dtype=torch.int32)
+    sight = torch.stack((own, own + 1, own * 0, own * 0, own * 0))
+    first, first_end, second, second_end, place = sight
+    for (start, end), answers, blocks in zip(layout.prompts, layout.answers, layout.blocks, strict=True):
+        first[start:end] = start
+        place[start:end] = own[: end - start]
+        for low, high in blocks:
+            first_end[start + low : start + high] = start + high
+        for low, high in answers:
+            first[low:high], first_end[low:high] = start, end
+            second[low:high], second_end[low:high] = low, own[low:high] + 1
+            place[low:high] = own[: high - low] + (end - start)
+    return sight
 
 
 def _prompt_parts(prompts: Sequence[Range], blocks: Sequence[Sequence[Range]]) -> list[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from perpo import flash_parts
+from perpo import flash_parts, flex
 from perpo.attention import masked_prefix_attention, prefix_attention
 from perpo.prefix_layout import PrefixLayout, Range, prefix_layout
 
@@ -48,8 +50,8 @@ def separately(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, 
 
 def with_gradients(function: Any, *inputs: Tensor) -> list[Tensor]:
     out = function(*inputs)
-    towards = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).sin()
-    return [out, *torch.autograd.grad(out, inputs, towards)]
+    towards = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).sin()  # fp16 would overflow
+    return [out, *torch.autograd.grad(out, inputs, towards.to(out.dtype))]
 
 
 def layout_of(shapes: Sequence[tuple[int, Sequence[int]]], blocks: Any = None) -> PrefixLayout:
@@ -97,6 +99,111 @@ def test_a_window_counts_along_prompt_and_answer(shapes: Any, window: int) -> No
             torch.testing.assert_close(ours[:, :, index], alone)
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(7, None), (None, 0.7), (7, 0.7)])
+def test_windows_and_soft_caps_have_the_gradients_of_the_definition(window: int | None, softcap: float | None) -> None:
+    layout = layout_of([(12, [6, 0, 3]), (9, [5])], [[(2, 6)], []])
+    inputs = tensors(layout)
+    options = {"softcap": softcap, "window": window}
+    ours = with_gradients(lambda *x: prefix_attention(*x, layout, scale=0.3, **options), *inputs)
+    expected = with_gradients(lambda *x: masked_prefix_attention(*x, layout, scale=0.3, **options), *inputs)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_windows_masks_are_made_once_for_all_layers() -> None:
+    layout = layout_of([(12, [6, 0, 3]), (9, [5])])
+    inputs = tensors(layout)
+    prefix_attention(*inputs, layout, window=7)
+    made = layout.masks(7, torch.device("cpu"))
+    prefix_attention(*inputs, layout, window=7).sum().backward()
+    assert layout.masks(7, torch.device("cpu")) is made
+    assert layout.map(lambda x: x).made == {}  # on another device they are others
+
+
+@settings(max_examples=20, deadline=None)
+@given(shapes=SHAPES, window=st.none() | st.integers(1, 20), tile=st.sampled_from([4, 128]))
+def test_flex_attention_leaves_out_no_tile_in_which_a_key_is_seen(shapes: Any, window: int | None, tile: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "TILE", tile)
+        layout = layout_of(shapes)
+        mask = flex.block_mask(layout, window, torch.device("cpu"))
+    n = layout.sight.shape[1]
+    sees = torch.zeros(n, n, dtype=torch.bool)
+    for index, visible in layout.masks(window, torch.device("cpu")):
+        sees[index.unsqueeze(1), index] = visible
+    added = torch.arange(layout.n_tokens, n)
+    sees[added, added] = True  # they see themselves alone, so that no row is empty
+    places = torch.arange(n)
+    asked = mask.mask_mod(torch.tensor(0), torch.tensor(0), places.unsqueeze(1), places)
+    assert torch.equal(asked, sees)
+    tiles = sees.view(n // tile, tile, n // tile, tile).transpose(1, 2)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), tiles.any(-1).any(-1))
+    full = torch.zeros(n // tile, n // tile, dtype=torch.bool)
+    for row, (number, which) in enumerate(zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0], strict=True)):
+        full[row, which[:number].long()] = True
+    assert torch.equal(full, full & tiles.all(-1).all(-1))
+
+
+FLEX_CASES = [(None, None, None), (50, None, None), (None, 2.0, None), (50, 2.0, [[(10, 200)], [(0, 5), (20, 60)]])]
+
+
+def flex_against_the_definition(dim: int = 32) -> None:
+    for window, softcap, blocks in FLEX_CASES:
+        layout = layout_of([(300, [24, 1, 60, 0]), (77, [40, 40])], blocks)
+        query, key, value = (x.detach() for x in tensors(layout, torch.float32, dim=dim))
+        ours = flex.attention(query, key, value, layout, 0.3, softcap, window)
+        torch.testing.assert_close(ours, masked_prefix_attention(query, key, value, layout, 0.3, softcap, window))
+
+
+def test_flex_attention_is_the_definition(monkeypatch: Any) -> None:
+    """Its maths, without its kernels; it has no backward pass on a CPU."""
+    traced = torch.compile(flex_attention, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(flex, "_compiled", lambda: traced)
+    flex_against_the_definition()
+
+
+@pytest.mark.slow
+def test_flex_attentions_kernel_is_the_definition(monkeypatch: Any) -> None:
+    """The kernel for a CPU, which skips tiles as that for a GPU does; its dynamic form does not compile in 2.13."""
+    compiled = torch.compile(flex_attention, dynamic=False)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    flex_against_the_definition()
+
+
+HALF, WIDE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim", "flash", "by_flex"),
+    [
+        ((8, 0), HALF, 128, True, True),
+        ((8, 6), HALF, 256, True, True),
+        ((8, 6), HALF, 208, False, True),
+        ((9, 0), WIDE, 128, False, True),
+        ((7, 5), torch.float16, 64, False, True),
+        ((9, 0), HALF, 8, True, False),
+        ((9, 0), HALF, 512, False, False),
+        ((9, 0), torch.float64, 64, False, False),
+    ],
+)
+def test_what_a_gpu_has_decides_what_is_called(
+    capability: Any, dtype: torch.dtype, dim: int, flash: bool, by_flex: bool, monkeypatch: Any
+) -> None:
+    query: Any = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 4, 10, dim))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(flex, "has_triton", lambda: True)
+    assert flash_parts.supports(query) is flash
+    assert flex.supports(query) is by_flex
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # lays the log-sum-exp out in another way
+    assert not flash_parts.supports(query)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    monkeypatch.setattr(flex, "has_triton", lambda: False)
+    assert not flash_parts.supports(query)
+    assert not flex.supports(query)
+
+
 def test_a_soft_cap_bends_the_scores() -> None:
     layout = layout_of([(5, [3, 2])])
     query, key, value = tensors(layout, heads=2)
@@ -107,8 +214,15 @@ def test_a_soft_cap_bends_the_scores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim"),  # not float16 at 256: there PyTorch's own backward gives NaN on the CPU
-    [(torch.bfloat16, 32), (torch.bfloat16, 256), (torch.float16, 40), (torch.float32, 40), (torch.float32, 256)],
+    ("dtype", "dim"),
+    [
+        (torch.bfloat16, 32),
+        (torch.bfloat16, 256),
+        (torch.float16, 40),
+        (torch.float16, 256),
+        (torch.float32, 40),
+        (torch.float32, 256),
+    ],
 )
 def test_in_low_precision_it_is_no_worse_than_pytorch(dtype: torch.dtype, dim: int) -> None:
     layout = layout_of([(150, [30, 70, 1]), (40, [9])])
@@ -147,6 +261,14 @@ def test_gradients_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: prefix_attention(*x, layout), tensors(layout, dim=4))
 
 
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    layout = layout_of([(3, [2, 1])])
+    query, key, value = tensors(layout)
+    (first,) = torch.autograd.grad(prefix_attention(query, key, value, layout).square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_the_definition_is_the_definition() -> None:
     layout = layout_of([(4, [2, 0, 3]), (6, [1])], [[(1, 3)], []])
     query, key, value = tensors(layout)
@@ -161,7 +283,7 @@ def varlen_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, 
     assert debug is False
     assert q.shape[-1] % 8 == 0
     assert cu_q.dtype == cu_k.dtype == torch.int32
-    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    assert (max_q, max_k) == (max(2, int(cu_q.diff().max())), int(cu_k.diff().max()))
     out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], q.shape[0]), torch.nan, dtype=q.dtype)
     for a, b in ranges(cu_q, cu_k):
         o, log_sum = flash_parts._CPU_FORWARD(
@@ -236,6 +358,10 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     query, key, value = tensors(layout)
     with pytest.raises(ValueError, match="prefix_layout: made for one row of 5 tokens"):
         prefix_attention(query[:, :, :4], key, value, layout)
+    with pytest.raises(ValueError, match="a multiple of them of queries; got"):
+        prefix_attention(query[:, :3], key, value, layout)
+    with pytest.raises(ValueError, match="query, key, value: expected one head size"):
+        prefix_attention(query, key, value[..., :4], layout)
     with pytest.raises(ValueError, match="prompt_lengths must be ≥ 1"):
         prefix_layout([0], [[1]])
     with pytest.raises(ValueError, match="expected one list for each of 2 prompts"):

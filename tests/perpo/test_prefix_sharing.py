@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from perpo import prefix_sharing
+from perpo import attention, prefix_sharing
 from perpo.attention import NAME
 from perpo.collate import ListBatch, candidate_rows, candidate_tensors
 from perpo.language_head import causal_lm, install, response_hidden_states, token_log_probs
@@ -240,3 +240,25 @@ def test_the_table_in_the_docs_is_that_of_these_tests() -> None:
     if os.environ.get("PERPO_WRITE_DOCS"):
         page.write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
     assert page.read_text(encoding="utf-8") == text + "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_the_attention_that_a_user_chose_stays_for_all_other_calls(family: str) -> None:
+    model, processor, _ = built(family)
+    model.set_attn_implementation("eager")
+    plain = copy.deepcopy(model).eval()
+    model.eval()
+    prefix_sharing.prepare(model, "on")
+    ids = torch.randint(0, 200, (2, 30), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)  # bitwise: sdpa rounds otherwise
+
+
+def test_it_is_said_if_other_calls_run_otherwise_than_chosen(caplog: Any, monkeypatch: Any) -> None:
+    model, _, _ = built("llava")
+    monkeypatch.setattr(attention.logger, "propagate", True)
+    prefix_sharing.prepare(model, "on")
+    prefix_sharing.prepare(model, "on")
+    assert "attn_implementation" not in caplog.text
+    model.set_attn_implementation("flex_attention")
+    prefix_sharing.prepare(model, "on")
+    assert "attn_implementation='flex_attention': what LlavaForConditionalGeneration's language" in caplog.text
