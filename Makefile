@@ -1,4 +1,4 @@
-# `make bench` ends with a table of ours, every peer and the floor; BENCH='--full' or any option of benchmarks/conftest.py
+# `make bench` ends with a table of ours, every peer and the floor; BENCH=--full or any option of benchmarks/conftest.py
 # is passed on. `make demo` and `make test` need nothing but Python 3.11 or newer; everything else is installed into .venv.
 PYTHON ?= python3
 VENV   ?= .venv

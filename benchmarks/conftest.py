@@ -6,7 +6,8 @@ pytest benchmarks --benchmark-only --size tiny             once through everythi
 pytest benchmarks --benchmark-only --rows results.json     where the rows go that benchmarks.report reads; otherwise
                                                            benchmarks/results/<date>-<machine>.json, none if tiny
 pytest benchmarks --benchmark-only --one-thread            on a shared CPU: one thread, its processor time
-pytest benchmarks --benchmark-only --resume                leave out what the file has; after a device was lost
+pytest benchmarks --benchmark-only --resume 2026-11-24T06:19Z     leave out what the file has since then: gpu.sh uses
+                                                           it after a device was lost
 
 What was measured is printed at the end, one table a case. pytest-benchmark's own table is off: its times would be those
 of whole rounds, fresh inputs and all.
@@ -44,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--one-thread", action="store_true", help="CPU: time one thread by its processor time, not the wall's"
     )
     group.addoption("--rounds", type=int, default=None, help="samples of each case")
-    group.addoption("--resume", action="store_true", help="leave out what the file of rows has already")
+    group.addoption("--resume", default=None, help="leave out what the file of rows has since this date")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -100,7 +101,8 @@ class Sheet:
     def __init__(self, config: pytest.Config, question: str, case: str, shapes: Row, dtype: torch.dtype) -> None:
         self.about = (question, case, shapes, str(dtype).removeprefix("torch."))
         self.path, self.measured = rows_file(config), config.stash[MEASURED]
-        before = rows.read(self.path) if self.path and config.getoption("--resume") else []
+        since = config.getoption("--resume")
+        before = [r for r in rows.read(self.path) if r["date"] >= since] if self.path and since else []
         if any((r["question"], r["case"], r["dtype"]) == (question, case, self.about[-1]) for r in before):
             pytest.skip("in the file already")
         self.fatal = {row["peer"] for row in before if row["extra"].get("device_lost")}

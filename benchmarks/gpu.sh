@@ -1,26 +1,43 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and one file of rows, in 36 minutes at most.
+# Everything that needs a GPU, in one command and one file of rows: three groups of at most 9 minutes each, 27 in all.
 #
-#   bash benchmarks/gpu.sh [WHEELS] [--stages a,b,...] [--out FILE] [--dry-run]
+#   bash benchmarks/gpu.sh [WHEELS] [--group 1|2|3] [--stages a,b,...] [--out FILE] [--dry-run]
 #
-#   WHEELS        a folder of wheels of peers (Liger, cut-cross-entropy, ...), installed without network for this run only
-#   --stages      of: tests kernels tune from_logits list_loss linear_loss pairs shared_prefix step generation accuracy
-#                 memory; default all, in this order
+#   WHEELS        a folder of wheels of peers, installed without network for this run only; made elsewhere by
+#                   pip download --no-deps --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64 \
+#                     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -r benchmarks/wheels.txt -d WHEELS
+#                 and once more with -r benchmarks/wheels-hopper.txt (quack, CuTe's compiler) if they may be large
+#   --group N     1 (540 s)  tests peers kernels list_loss from_logits accuracy: is it right, and the small questions
+#                 2 (540 s)  linear_loss pairs memory tune
+#                 3 (540 s)  step shared_prefix generation
+#                 left out: all three
+#   --stages      some of these, in the order given
 #   --out FILE    default benchmarks/results/<date>-<gpu>.json; FILE.log gets what the stages print
 #   --dry-run     print what would be run, run nothing
 #
+# A group ends at its limit: what has not begun by then is written down as left out. Short of time, drop first tune (it
+# asks whether constants could be better), then generation, memory (the CPU's curves have the same shape), kernels (they
+# run in Triton's interpreter elsewhere).
+#
 # Needs Python >= 3.11 with torch, triton, pytest, pytest-benchmark and hypothesis (PYTHON=... picks it), and what
-# `pip install .[train]` brings for shared_prefix, step and generation. A stage that fails or runs out of time is
-# written down as a row and does not stop the others; the exit status is 1 if any did.
+# `pip install .[train]` brings for step, shared_prefix and generation. A stage that fails or runs out of time is
+# written down as a row and does not stop the others; the exit status is 1 if any did. A peer that takes the device down
+# with it ends its stage's process; the stage goes on without that peer. PERPO_BENCH_COMMIT names the commit in the rows
+# where the tree was copied without its history.
 # PERPO_BENCH_SMOKE=1 goes through all stages at tiny sizes, on a CPU too, to see that the script works.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-ALL="tests kernels tune from_logits list_loss linear_loss pairs shared_prefix step generation accuracy memory"
-stages=$ALL out="" wheels="" dry_run=""
+GROUP_S=540
+GROUPS_=("" "tests peers kernels list_loss from_logits accuracy" "linear_loss pairs memory tune" "step shared_prefix generation")
+ALL="${GROUPS_[*]:1}"
+groups="1 2 3" stages="" out="" wheels="" dry_run=""
 
 while [ $# -gt 0 ]; do
     case $1 in
+        --group)
+            case ${2-} in 1 | 2 | 3) ;; *) echo "--group is 1, 2 or 3" >&2; exit 64 ;; esac
+            groups=$2; shift ;;
         --stages) stages=${2//,/ }; shift ;;
         --out) out=$2; shift ;;
         --dry-run) dry_run=1 ;;
@@ -34,6 +51,7 @@ for name in $stages; do
     case " $ALL " in *" $name "*) ;; *) echo "unknown stage $name; stages are: $ALL" >&2; exit 64 ;; esac
 done
 if [ -n "$wheels" ] && [ ! -d "$wheels" ]; then echo "no folder $wheels" >&2; exit 64; fi
+if [ -n "$stages" ]; then GROUPS_[0]=$stages groups=0; fi # a group of its own, without a limit
 
 smoke=${PERPO_BENCH_SMOKE:+--tiny}
 pytest=("$PYTHON" -m pytest -o addopts= -q -p no:cacheprovider)
@@ -42,18 +60,19 @@ bench=("${pytest[@]}" --benchmark-only $smoke --rows "@OUT@")
 # name: seconds it may take, then its command
 command_of() {
     case $1 in
-        tests) seconds=240; cmd=("${pytest[@]}" -rfEs tests/gpu) ;;
-        kernels) seconds=180; cmd=("${pytest[@]}" -rfE ${workers[@]+"${workers[@]}"} tests/kernels) ;;
-        tune) seconds=190; cmd=("$PYTHON" -m benchmarks.tune $smoke --rows "@OUT@") ;;
-        from_logits) seconds=120; cmd=("${bench[@]}" benchmarks/test_from_logits.py) ;;
-        list_loss) seconds=70; cmd=("${bench[@]}" benchmarks/test_list_loss.py) ;;
-        linear_loss) seconds=220; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_linear_loss) ;;
-        pairs) seconds=100; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_pairs_against_liger_dpo) ;;
-        shared_prefix) seconds=150; cmd=("${bench[@]}" benchmarks/test_shared_prefix.py) ;;
-        step) seconds=420; cmd=("${bench[@]}" benchmarks/test_step.py) ;;
-        generation) seconds=240; cmd=("${bench[@]}" benchmarks/test_generation.py) ;;
-        accuracy) seconds=90; cmd=("${bench[@]}" benchmarks/test_accuracy.py) ;;
-        memory) seconds=140; cmd=("${bench[@]}" benchmarks/test_memory.py) ;;
+        tests) seconds=180; cmd=("${pytest[@]}" -m "not slow" -rfEs tests/gpu) ;;
+        peers) seconds=60; cmd=("${pytest[@]}" -m "not slow" -rfEs tests/benchmarks/test_peers_agree.py) ;;
+        kernels) seconds=120; cmd=("${pytest[@]}" -m "not slow" -rfE ${workers[@]+"${workers[@]}"} tests/kernels) ;;
+        list_loss) seconds=60; cmd=("${bench[@]}" benchmarks/test_list_loss.py) ;;
+        from_logits) seconds=150; cmd=("${bench[@]}" benchmarks/test_from_logits.py) ;;
+        accuracy) seconds=60; cmd=("${bench[@]}" benchmarks/test_accuracy.py) ;;
+        linear_loss) seconds=280; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_linear_loss) ;;
+        pairs) seconds=80; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_pairs_against_liger_dpo) ;;
+        memory) seconds=100; cmd=("${bench[@]}" benchmarks/test_memory.py) ;;
+        tune) seconds=110; cmd=("$PYTHON" -m benchmarks.tune $smoke --rows "@OUT@" --seconds 90) ;;
+        step) seconds=280; cmd=("${bench[@]}" benchmarks/test_step.py) ;;
+        shared_prefix) seconds=100; cmd=("${bench[@]}" benchmarks/test_shared_prefix.py) ;;
+        generation) seconds=180; cmd=("${bench[@]}" benchmarks/test_generation.py) ;;
     esac
 }
 
@@ -70,9 +89,12 @@ out=${out:-$("$PYTHON" -m benchmarks.rows)}
 if [ -n "$dry_run" ]; then
     echo "would write ${out}"
     [ -z "$wheels" ] || echo "would install, for this run only: $(ls "$wheels")"
-    for name in $stages; do
-        command_of "$name"
-        echo "$name (at most $seconds s): ${cmd[*]//@OUT@/$out}"
+    for group in $groups; do
+        [ "$group" = 0 ] || echo "group $group, $GROUP_S s at most:"
+        for name in ${GROUPS_[group]}; do
+            command_of "$name"
+            echo "$name (at most $seconds s): ${cmd[*]//@OUT@/$out}"
+        done
     done
 fi
 if [ -z "$gpu" ] && [ -z "$smoke" ]; then
@@ -85,9 +107,9 @@ fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 if [ -n "$wheels" ]; then
-    for wheel in "$wheels"/*.whl; do
-        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$scratch/site" "$wheel" ||
-            echo "could not install $wheel: its peer will be skipped" >&2
+    install=("$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$scratch/site")
+    "${install[@]}" "$wheels"/*.whl || for wheel in "$wheels"/*.whl; do
+        "${install[@]}" "$wheel" || echo "could not install $wheel: its peer will be skipped" >&2
     done
     export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
@@ -99,18 +121,52 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # large buffers of different sizes come and go: without this the allocator's fragments look like memory that is needed
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
-for name in $stages; do
-    command_of "$name"
-    [ -z "$smoke" ] || seconds=$((6 * seconds)) # Triton's interpreter on a busy CPU
-    echo "== $name (at most $seconds s)"
-    begin=$(date +%s)
-    timeout --kill-after=10 "$seconds" "${cmd[@]//@OUT@/$out}" >"$scratch/log" 2>&1
-    status=$?
+# note NAME SECONDS STATUS: the stage's row
+note() {
+    "$PYTHON" -m benchmarks.rows --file "$out" --stage "$1" --seconds "$2" --status "$3" --log "$scratch/log"
+}
+
+# run NAME LIMIT: one stage, again from where it was if a peer lost the device
+LOST=17 # the exit status of benchmarks/conftest.py then
+run() {
+    local begin since status left again=()
+    begin=$(date +%s) since=$(date -u +%Y-%m-%dT%H:%MZ)
+    : >"$scratch/log"
+    while left=$((begin + $2 - $(date +%s))); do
+        [ "$left" -gt 0 ] || { status=124; break; }
+        timeout --kill-after=5 "$left" "${cmd[@]//@OUT@/$out}" ${again[@]+"${again[@]}"} >>"$scratch/log" 2>&1
+        status=$?
+        [ $status -eq $LOST ] || break
+        again=(--resume "$since")
+    done
     took=$(($(date +%s) - begin))
-    { echo "== $name: status $status after $took s: ${cmd[*]//@OUT@/$out}"; cat "$scratch/log"; } >>"$everything"
+    { echo "== $1: status $status after $took s: ${cmd[*]//@OUT@/$out}"; cat "$scratch/log"; } >>"$everything"
     [ $status -eq 0 ] || failed=1
-    "$PYTHON" -m benchmarks.rows --file "$out" --stage "$name" --seconds "$took" --status $status --log "$scratch/log"
+    note "$1" "$took" $status
     tail -n 3 "$scratch/log"
+}
+
+began=0 # the first group's clock started with the script
+for group in $groups; do
+    for name in ${GROUPS_[group]}; do
+        command_of "$name"
+        if [ -n "$smoke" ]; then
+            seconds=$((6 * seconds)) # Triton's interpreter on a busy CPU
+        elif [ "$group" != 0 ]; then
+            left=$((began + GROUP_S - 5 - SECONDS))
+            [ "$seconds" -le "$left" ] || seconds=$left
+        fi
+        if [ "$seconds" -lt 15 ]; then
+            echo "== $name: left out, the group's time is up"
+            echo "left out, the time of its group was up" >"$scratch/log"
+            note "$name" 0 124
+            failed=1
+            continue
+        fi
+        echo "== $name (at most $seconds s)"
+        run "$name" "$seconds"
+    done
+    began=$SECONDS
 done
 
 echo
