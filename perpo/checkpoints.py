@@ -7,10 +7,13 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
 
 _TORCH_WRITES = ("inline_container", "PytorchStreamWriter", "iostream error")  # what torch.save says of a full disk
 
@@ -26,6 +29,38 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         if step and _is_json(path / "trainer_state.json"):
             found.append((int(step[1]), path))
     return str(max(found)[1]) if found else None
+
+
+@contextlib.contextmanager
+def names_of_model(model: nn.Module) -> Iterator[None]:
+    """A block that saves a checkpoint of a whole model: under the names that its parameters have.
+
+    `save_pretrained` writes the names that the family had in older versions of transformers, which `from_pretrained`
+    maps and `Trainer` does not: it would go on with the weights that the run began with.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+
+
+def check_loaded(model: nn.Module, missing: Collection[str]) -> None:
+    """That a checkpoint held all weights of a model.
+
+    Raises:
+        ValueError: some are missing, by name.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    lacking = [name for name in missing if name not in tied]
+    if lacking:
+        raise ValueError(
+            f"resume_from_checkpoint: the checkpoint lacks {len(lacking)} weights of {type(model).__name__} "
+            f"({', '.join(lacking[:3])}, …): it is of another model"
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""Which parameters are trained: LoRA on the language model, or the model itself without what stays frozen."""
+"""Which parameters are trained, and in which type: LoRA on the language model, or the model itself without what stays
+frozen; trained numbers in fp32, products in 16 bits where the model's weights are."""
 
 from __future__ import annotations
 
@@ -6,10 +7,15 @@ import contextlib
 import re
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from perpo.language_head import causal_lm
+
+logger = logging.get_logger(__name__)
 
 
 def language_lora(
@@ -84,3 +90,42 @@ def adapt(model: nn.Module, config: LoraConfig) -> PeftModel:
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def keep_in_fp32(model: nn.Module) -> None:
+    """What is trained in fp32 (peft does so for adapters), what is frozen as it is.
+
+    A bf16 number has 8 bits: a step of less than 1/512 of a weight is rounded away, and at a learning rate of 5e-6
+    nearly all steps are. States stay of the type that the model computes them in: some models (SmolVLM) cannot put
+    an image's 16-bit states among a text's of 32.
+    """
+    embeddings = causal_lm(model).get_input_embeddings()
+    of_states = embeddings.weight.dtype
+    if of_states != torch.float32 and embeddings.weight.requires_grad:
+        embeddings.register_forward_hook(lambda module, args, output: output.to(of_states))
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def set_precision(model: nn.Module, args: TrainingArguments) -> None:
+    """A model with 16-bit weights is trained in mixed precision, also if `args` do not ask for it.
+
+    Without it fp32 weights would meet 16-bit activations. DeepSpeed sees to it by itself.
+
+    Raises:
+        ValueError: the model's type does not go with this device or without a scaled loss; says what to set.
+    """
+    types = {parameter.dtype for parameter in model.parameters()}
+    if args.mixed_precision != "no" or args.deepspeed_plugin is not None:
+        return
+    if torch.bfloat16 in types:
+        if args.device.type == "cuda" and not is_torch_bf16_gpu_available():
+            raise ValueError("model: its weights are bfloat16, which this GPU cannot do; set dtype='float32'")
+        args.bf16, args.mixed_precision = True, "bf16"
+        logger.info("bf16=True, since the model's weights are bfloat16; dtype='float32' trains in fp32")
+    elif torch.float16 in types:
+        raise ValueError(
+            "model: its weights are float16, whose gradients need a scaled loss; set fp16=True, or load it with "
+            "dtype='bfloat16' or 'float32'"
+        )

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from perpo import prefix_sharing
-from perpo.checkpoints import last_complete_checkpoint
+from perpo.checkpoints import check_loaded, last_complete_checkpoint, names_of_model
 from perpo.collate import ListBatch
 from perpo.config import PerPOConfig
 from perpo.data import ListRecord
@@ -30,7 +30,7 @@ from perpo.language_head import causal_lm, check_language_head, install, perpo_o
 from perpo.lists import ListCollator, Sample, leave_out, records_of, thin_out, training_lists
 from perpo.metrics import ListMetrics
 from perpo.reference_cache import ReferenceCache, weights_fingerprint
-from perpo.trainable import adapt
+from perpo.trainable import adapt, keep_in_fp32, set_precision
 from perpo.vlm import Encoder, load_model
 from perpo_kernels import LinearPerPOOutput
 
@@ -81,6 +81,7 @@ class PerPOTrainer(Trainer):
             set_seed(args.seed)  # as Trainer does, but after the adapters are drawn
             model = adapt(model, peft_config)
         self._check_reference(model, args, ref_model)
+        set_precision(model, args)
         install(model)
         self.encoder = Encoder.for_model(
             processing_class,
@@ -105,8 +106,10 @@ class PerPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the lists of the whole optimizer step
         self._n_parameters = sum(p.numel() for p in model.parameters())
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded:
-            check_language_head(model)
+        if not sharded:  # FSDP and DeepSpeed keep their own fp32 copies
+            keep_in_fp32(model)
+            with self.accelerator.autocast():
+                check_language_head(model)
         self.ref_model = self._prepare_ref_model(ref_model) if args.reference == "model" else None
         if args.reference == "precomputed":
             if sharded:
@@ -123,6 +126,14 @@ class PerPOTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self.metrics["train"].reset()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with names_of_model(self.model) if _internal_call else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint that holds other names would leave the model as it was, with a warning."""
+        check_loaded(self.model, load_result.missing_keys)
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Resumed at its last step in the middle of an epoch, `Trainer` would take one step more."""
@@ -185,7 +196,8 @@ class PerPOTrainer(Trainer):
             few = few[:1]  # lists with and without an image cannot share a batch
         separate = ListCollator(self.encoder, self.args.image_root)
         batches = [self._prepare_inputs(collate(few)) for collate in (self.data_collator, separate)]
-        prefix_sharing.check_exact(model, *batches)
+        with self.accelerator.autocast():  # as in the forward pass, which tells how much rounding there may be
+            prefix_sharing.check_exact(model, *batches)
 
     def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
         """Lists in the optimizer step, on all ranks. Takes those that only fill up the last batch out of it."""
