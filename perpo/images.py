@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 89_478_485  # PIL's own default: a quarter of a gigabyte as RGB
+WHITE_16 = 65535
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _NOT_DECODABLE = (
     OSError,
@@ -80,12 +82,14 @@ def open_image(
 ) -> Image.Image:
     """The image, decoded, in RGB, turned upright as its EXIF says (as transformers does); of several frames the first.
 
+    Greys of 16 bits are scaled to 8, and what is transparent is laid on white.
+
     Args:
         root: the folder that paths are under; None allows any path, for files that you trust.
         max_pixels: more than this and nothing is decoded. PIL has its own limit, twice `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        ImageError: no such file, outside the root, too many pixels, no image, a damaged one.
+        ImageError: no such file, outside the root, too many pixels, no image, a damaged one, one in floating point.
         TypeError: it is none of the kinds of image above.
     """
     if isinstance(image, RowImage):
@@ -121,10 +125,33 @@ def _open(source: Path | io.BytesIO, what: str, max_pixels: int) -> Image.Image:
 def _decode(image: Image.Image, what: str, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise ImageError(
-            f"{what} has {image.width} × {image.height} pixels, more than the limit of {max_pixels}: scale it down, "
-            "or raise max_pixels if you trust it"
+            f"{what} has {image.width} × {image.height} pixels, more than the {max_pixels} that are opened: save it "
+            "with fewer"
         )
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _as_rgb(ImageOps.exif_transpose(image), what)
+    except ImageError:
+        raise
     except _NOT_DECODABLE as error:
         raise ImageError(f"{what} cannot be decoded: {error}") from error
+
+
+def _as_rgb(image: Image.Image, what: str) -> Image.Image:
+    """Eight bits a channel: 16-bit greys are scaled, and what is transparent shows white."""
+    if image.mode == "F":
+        raise ImageError(
+            f"{what} has pixels in floating point, of which it does not say what is white: save it in 8 bits"
+        )
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.size and not 0 <= grey.min() <= grey.max() <= WHITE_16:
+            raise ImageError(
+                f"{what} has pixels from {grey.min()} to {grey.max()}, more than 16 bits: save it in 8 bits"
+            )
+        if image.mode != "I" or grey.max(initial=0) > 255:  # 32 bits, as NumPy's integers come, may hold 8
+            grey = (grey * 255 + WHITE_16 // 2) // WHITE_16
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

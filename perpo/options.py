@@ -9,10 +9,11 @@ import argparse
 import difflib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -89,7 +90,8 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[A
     first.add_argument("--config")
     config_file = first.parse_known_args(list(arguments))[0].config
     if config_file is not None:
-        _set_defaults(parser, config_file)
+        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        _set_defaults(parser, config_file, hints)
     try:
         *objects, rest = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     except (ValueError, TypeError) as error:
@@ -98,24 +100,50 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[A
     return tuple(objects)
 
 
-def _set_defaults(parser: argparse.ArgumentParser, config_file: str) -> None:
+def _set_defaults(parser: argparse.ArgumentParser, config_file: str, hints: Mapping[str, Any]) -> None:
+    """What the file sets, checked as if it had been given on the command line.
+
+    Args:
+        hints: types of all settings: some take mappings or lists, which only a file can hold.
+    """
     try:
         settings = yaml.safe_load(Path(config_file).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: config: {error}\n")
     if not isinstance(settings, dict):
         parser.exit(2, f"{parser.prog}: config: {config_file} must hold lines `name: value`\n")
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --x rather than --no_x, if both set x
     for name, value in settings.items():
         action = actions.get(name)
         if action is None or name in ("help", "config"):
             near = difflib.get_close_matches(str(name), actions, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             parser.exit(2, f"{parser.prog}: config: {config_file} sets {name!r}, which is no setting{hint}\n")
-        # A number goes through the option's own type (so does 5e-6, which YAML takes for a text).
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        action.default = str(value) if number and action.type is not None else value
+        try:
+            action.default = _as_given(parser, action, value, hints[name])
+        except argparse.ArgumentError as error:
+            parser.exit(2, f"{parser.prog}: config: {config_file}: {error}\n")
         action.required = False
+
+
+def _as_given(parser: argparse.ArgumentParser, action: argparse.Action, value: Any, hint: Any) -> Any:
+    """A value of a file as the command line would have set it."""
+    union = get_origin(hint) in (Union, UnionType)
+    kinds = {get_origin(kind) or kind for kind in (get_args(hint) if union else (hint,))}
+    several = action.nargs == "+"
+    if type(value) in kinds & {dict, type(None)} or (isinstance(value, list) and list in kinds and not several):
+        return value
+    if several and isinstance(value, dict):
+        value = [f"{name}={inner}" for name, inner in value.items()]
+    values = value if several and isinstance(value, list) else [value]
+    found = []
+    for one in values:
+        if isinstance(one, dict | list | None):
+            raise argparse.ArgumentError(action, f"must be a single value, got {one!r}")
+        text = str(one).lower() if isinstance(one, bool) else str(one)  # argparse is private here, and long the same
+        found.append(parser._get_value(action, text))  # type: ignore[attr-defined]
+        parser._check_value(action, found[-1])
+    return found if several else found[0]
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, kinds: Sequence[type]) -> None:

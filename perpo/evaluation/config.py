@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +55,8 @@ class EvaluationConfig:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with a model. Only for sources that you trust."}
     )
-    processor_options: str = field(
-        default="{}", metadata={"help": 'Passed to the processors, as JSON or YAML mapping: {"max_pixels": 401408}.'}
+    processor_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Passed to the processors, as JSON or YAML mapping: {"max_pixels": 401408}.'}
     )
     device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, cpu, …; default: a GPU if there is one."})
 
@@ -77,15 +76,15 @@ class EvaluationConfig:
             find_task(self.reward)
         if isinstance(self.box_formats, str):
             self.box_formats = [self.box_formats]
-        if isinstance(self.processor_options, Mapping):  # from YAML
-            self.processor_options = json.dumps(self.processor_options)
+        if not isinstance(self.processor_options, str):  # from YAML, or none
+            self.processor_options = json.dumps(self.processor_options or {})
         _ = self.processor_settings
 
     @property
     def processor_settings(self) -> dict[str, Any]:
         """`processor_options`, read."""
         try:
-            found = json.loads(self.processor_options)
+            found = json.loads(str(self.processor_options))
         except json.JSONDecodeError as error:
             raise ValueError(f"processor_options must be a JSON mapping: {error}") from error
         if not isinstance(found, dict):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,69 @@ def test_a_misspelt_setting_in_the_file_is_named(project: Path, capsys: pytest.C
     with pytest.raises(SystemExit):
         cli.main(["train", "--config", str(file)])
     assert "sets 'betaa', which is no setting; did you mean 'beta'?" in capsys.readouterr().err
+
+
+@dataclass
+class Settings:
+    names: list[str] = field(default_factory=list)
+    engine: str = field(default="plain", metadata={"choices": ["plain", "fast"]})
+    n: int = 1
+    share: float | None = None
+    check: bool = True
+    options: dict[str, Any] | str | None = None
+    folder: str = "."
+
+
+def given(tmp_path: Path, **settings: Any) -> Settings:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return parse([Settings], ["--config", str(tmp_path / "run.yaml")], "perpo")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("names", "base=path", ["base=path"]),  # not its letters
+        ("names", ["a", 5], ["a", "5"]),
+        ("names", {"base": "path"}, ["base=path"]),
+        ("engine", "fast", "fast"),
+        ("n", "3", 3),
+        ("share", "5e-1", 0.5),
+        ("share", None, None),
+        ("share", 1, 1.0),
+        ("check", False, False),
+        ("check", "no", False),
+        ("options", {"a": [1]}, {"a": [1]}),
+        ("folder", 2024, "2024"),
+        ("folder", True, "true"),
+    ],
+)
+def test_a_file_sets_what_the_command_line_would(name: str, value: Any, read: Any, tmp_path: Path) -> None:
+    found = getattr(given(tmp_path, **{name: value}), name)
+    assert (found, type(found)) == (read, type(read))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("engine", "Fast", "invalid choice: 'Fast' (choose from"),
+        ("n", 2.5, "invalid int value: '2.5'"),
+        ("n", True, "invalid int value: 'true'"),
+        ("n", None, "must be a single value, got None"),
+        ("n", [1], "must be a single value, got [1]"),
+        ("share", "half", "invalid float value: 'half'"),
+        ("check", "perhaps", "Truthy value expected"),
+        ("folder", {"a": 1}, "must be a single value, got {'a': 1}"),
+        ("names", [["a"]], "must be a single value, got ['a']"),
+    ],
+)
+def test_a_file_is_checked_as_the_command_line_is(
+    name: str, value: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        given(tmp_path, **{name: value})
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert f"run.yaml: argument --{name}" in shown
 
 
 def test_help_is_quick_and_lists_the_commands() -> None:
