@@ -36,6 +36,7 @@ OURS = "perpo_kernels"
 FLOOR = "floor"
 BARE = "bare GEMMs"
 OWN = (OURS, FLOOR, BARE)  # names of cases that may not fail start with one of these
+NO_MEMORY = "out of memory"
 FLUSH_BYTES = 512 << 20  # more than the L2 of any GPU
 SHORTEST_SAMPLE_S = {"cpu": 5e-3, "cuda": 1e-3}
 MOST_QUEUED_S = 4e-3  # of the host's time: some 800 launches, what a device's queue holds
@@ -121,6 +122,11 @@ def cycles_per_second() -> float:
     return cycles / (start.elapsed_time(end) / 1e3)
 
 
+def flush_buffer() -> torch.Tensor:
+    """Written to before a sample, it takes the place of all else in the caches."""
+    return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+
 class Race:
     """Cases timed in turn. Call `warm_up`, then `round` as often as wanted, then `rows`."""
 
@@ -128,7 +134,7 @@ class Race:
         self, cases: Sequence[Case], device: str, memory: bool = True, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.cases, self.device, self.memory, self.clock = list(cases), device, memory, clock
-        self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if device == "cuda" else None
+        self._flush = flush_buffer() if device == "cuda" else None
         self._turn = 0
 
     def warm_up(self) -> None:
@@ -263,12 +269,12 @@ class Race:
         except Exception as error:
             first_line = (str(error).strip().splitlines() or [""])[0][:200]
             memory = isinstance(error, torch.OutOfMemoryError)
-            case.problem = "out of memory" if memory else f"{type(error).__name__}: {first_line}"
-            self._still_there(case)
+            case.problem = NO_MEMORY if memory else f"{type(error).__name__}: {first_line}"
             if case.name.startswith(OWN) and not memory:
                 raise
+            self._still_there(case)
         finally:
-            if case.problem and self.device == "cuda" and "device_lost" not in case.extra:
+            if case.problem == NO_MEMORY:
                 gc.collect()
                 torch.cuda.empty_cache()
 
