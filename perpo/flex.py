@@ -19,13 +19,17 @@ from torch.utils._triton import has_triton
 from perpo.prefix_layout import TILE, PrefixLayout
 
 
+def available(device: torch.device) -> bool:
+    """Whether it has a forward and a backward pass on this kind of device."""
+    return device.type == "cuda" and has_triton()
+
+
 def supports(query: Tensor) -> bool:
-    """Whether it is there for this device, type and head size, backward pass included."""
+    """Whether it is there for this device, type and head size."""
     return (
-        query.device.type == "cuda"
+        available(query.device)
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and 16 <= query.shape[-1] <= 256
-        and has_triton()
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from perpo import attention
+from perpo import attention, flex
 from perpo.collate import ListBatch
 from perpo.language_head import causal_lm, token_log_probs
 from perpo.packing import PromptPositions
@@ -23,8 +23,9 @@ logger = logging.get_logger(__name__)
 
 SETTINGS = ("auto", "on", "off")
 
-# config.model_type of the architectures that tests/perpo/test_prefix_sharing.py finds exact.
+# config.model_type of the architectures that tests/perpo/test_prefix_sharing.py finds exact, …
 VERIFIED = (
+    "gemma2",
     "gemma3",
     "gemma3_text",
     "glm4v",
@@ -44,6 +45,24 @@ VERIFIED = (
     "qwen3_vl",
     "smolvlm",
 )
+# … and of the language models inside them: many of them can hold any.
+VERIFIED_TEXT = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4v_text",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+)
+
+# Types of layers that look at other tokens than attention does, by what keeps their prompts from being shared.
+_STATEFUL = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+_TOKEN_BY_TOKEN = {"moe", "mlp", "sparse", "dense"}
 
 # Allowed rms difference of token log-probs. Rounding stays below it; a wrong position or mask gives 1 and more.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -53,11 +72,13 @@ class SharingNotExact(ValueError):
     """Shared and separate rows give different log-probs."""
 
 
-def prepare(model: nn.Module, setting: str) -> PromptPositions | None:
+def prepare(model: nn.Module, setting: str, device: torch.device | str | None = None) -> PromptPositions | None:
     """Install shared attention if the setting and the architecture say so: what the collator needs, or None.
 
     Args:
-        setting: "auto": architectures known to be exact; "on": any without a known obstacle; "off".
+        setting: "auto": architectures known to be exact and not slower for it; "on": any without a known obstacle;
+            "off".
+        device: that the model will run on; None: the one that it is on.
 
     Raises:
         ValueError: "on" for an architecture that cannot be shared, with the reason.
@@ -68,8 +89,8 @@ def prepare(model: nn.Module, setting: str) -> PromptPositions | None:
     reason = obstacle(core)
     if reason is not None and setting == "on":
         raise ValueError(f"prefix_sharing='on': {type(core).__name__} {reason}; use prefix_sharing='off'")
-    if reason is None and setting == "auto" and core.config.model_type not in VERIFIED:
-        reason = "is not among the architectures it was verified on; prefix_sharing='on' tries it and checks"
+    if reason is None and setting == "auto":
+        reason = _unverified(core) or _no_gain(core, torch.device(device or core.device))
     if reason is not None:
         logger.warning(
             f"prefix_sharing: {type(core).__name__} {reason}. Image and prompt are encoded once for every candidate "
@@ -83,16 +104,49 @@ def prepare(model: nn.Module, setting: str) -> PromptPositions | None:
 def obstacle(core: Any) -> str | None:
     """What keeps an architecture from sharing prompts, as the rest of a sentence; None if nothing is known to."""
     text = core.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"} - _TOKEN_BY_TOKEN
+    if stateful := sorted(kinds & _STATEFUL):
+        return f"has layers of type {', '.join(stateful)}, which carry a state from token to token"
     if kinds:
-        return f"has layers of type {', '.join(sorted(kinds))}, which carry a state from token to token"
+        return f"has layers of type {', '.join(sorted(kinds))}, which attention over shared prompts does not know"
     if getattr(text, "attention_dropout", 0.0):
         return f"has attention_dropout={text.attention_dropout}, which attention over shared prompts does not know"
     if core.config.is_encoder_decoder:
         return "is an encoder–decoder"
     if not getattr(core, "_supports_attention_backend", False):
         return "does not let its attention be replaced"
+    if any(name.endswith(".sinks") for name, _ in core.named_parameters()):
+        return "has attention sinks, which attention over shared prompts does not know"
+    chosen = text._attn_implementation
+    if _softcap(core) and chosen not in ("eager", attention.OVER_EAGER):
+        return (
+            f"bends its attention scores (attn_logit_softcapping), which attn_implementation={chosen!r} leaves out; "
+            "load it with attn_implementation='eager'"
+        )
     return None
+
+
+def _unverified(core: Any) -> str | None:
+    kind, text = core.config.model_type, core.config.get_text_config().model_type
+    advice = "; prefix_sharing='on' tries it and checks"
+    if kind not in VERIFIED:
+        return f"is not among the architectures that sharing was verified on{advice}"
+    if text not in VERIFIED_TEXT:
+        return f"holds a language model of type {text!r}, which sharing was not verified on{advice}"
+    return None
+
+
+def _no_gain(core: Any, device: torch.device) -> str | None:
+    if _softcap(core) and not flex.available(device):
+        return (
+            f"bends its attention scores, for which there is no FlexAttention on {device.type!r}: all scores of a list "
+            "would be kept, which can cost more than sharing saves; prefix_sharing='on' shares nevertheless"
+        )
+    return None
+
+
+def _softcap(core: Any) -> float | None:
+    return getattr(core.config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def check_exact(model: nn.Module, packed: ListBatch, separate: ListBatch) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, masking_utils
 
-from perpo import attention, prefix_sharing
+from perpo import attention, flex, prefix_sharing
 from perpo.attention import NAME
 from perpo.collate import ListBatch, candidate_rows, candidate_tensors
 from perpo.language_head import causal_lm, install, response_hidden_states, token_log_probs
@@ -53,6 +53,8 @@ def batches(model: nn.Module, processor: Any, *, text_only: bool = False) -> tup
 def built(family: str) -> tuple[Any, Any, bool]:
     """In float64, so that nothing hides behind rounding; some gradients are 0 but for that."""
     model, processor = tiny_models.build(family, dtype=torch.float64)
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # the only one that knows its soft cap
     return model, processor, family in tiny_models.TEXT_FAMILIES
 
 
@@ -74,8 +76,6 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_and_all_gradients_are_those_of_separate_rows(family: str) -> None:
     model, processor, text_only = built(family)
-    if family == "gemma2":
-        model.set_attn_implementation("eager")  # the only one that knows its soft cap
     packed, separate = batches(model, processor, text_only=text_only)
     expected = with_gradients(model, separate)
     assert prefix_sharing.prepare(model, "on") is not None
@@ -210,30 +210,83 @@ def test_an_unknown_architecture_is_not_shared_unless_asked_for(caplog: Any, mon
     assert prefix_sharing.prepare(model, "on") is not None
 
 
-def test_obstacles_are_refused_with_their_reason() -> None:
-    model, _, _ = built("qwen2")
-    model.config.layer_types = ["linear_attention", "full_attention"]
+def text_model(kind: str, **options: Any) -> Any:
+    sizes = {"vocab_size": 64, "num_local_experts": 4, "moe_intermediate_size": 16}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**tiny_models.TEXT, **sizes, **options}))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text"])
+def test_layers_that_carry_a_state_are_refused(kind: str) -> None:
+    model = text_model(kind, num_hidden_layers=4, num_experts=4, shared_expert_intermediate_size=16)
     assert prefix_sharing.prepare(model, "auto") is None
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM has layers of type linear_attention"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has layers of type linear_attention, which carry a"):
         prefix_sharing.prepare(model, "on")
+
+
+def test_obstacles_are_refused_with_their_reason() -> None:
     model, _, _ = built("llava")
     model.config.text_config.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"has attention_dropout=0\.1"):
         prefix_sharing.prepare(model, "on")
+    model, _, _ = built("qwen2")
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    assert prefix_sharing.obstacle(model) == (
+        "has layers of type chunked_attention, which attention over shared prompts does not know"
+    )
+    model.config.layer_types = ["moe", "full_attention"]  # each token on its own
+    assert prefix_sharing.obstacle(model) is None
+
+
+def test_attention_sinks_are_found_inside_a_known_architecture(caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(prefix_sharing.logger, "propagate", True)
+    _, config, _ = tiny_models._internvl()
+    text = {"model_type": "gpt_oss", "num_local_experts": 4, "head_dim": 8, "vocab_size": 300, **tiny_models.TEXT}
+    config = type(config)(text_config=text, vision_config=config.vision_config, image_token_id=config.image_token_id)
+    model = AutoModelForImageTextToText.from_config(config)
+    assert model.config.model_type in prefix_sharing.VERIFIED
+    assert prefix_sharing.prepare(model, "auto") is None
+    assert "InternVLForConditionalGeneration has attention sinks" in caplog.text
+
+
+def test_a_known_architecture_around_an_unknown_language_model_is_not_shared_by_default(
+    caplog: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(prefix_sharing.logger, "propagate", True)
+    model, _, _ = built("llava")
+    model.config.text_config.model_type = "olmo"
+    assert prefix_sharing.prepare(model, "auto") is None
+    assert "holds a language model of type 'olmo', which sharing was not verified on" in caplog.text
+    assert prefix_sharing.prepare(model, "on") is not None
+
+
+def test_a_soft_cap_is_shared_where_separate_rows_have_it_and_it_is_worth_it(caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(prefix_sharing.logger, "propagate", True)
+    model, _, _ = built("gemma2")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' leaves out; load it with attn_implementation='e"):
+        prefix_sharing.prepare(model, "on")
+    model.set_attn_implementation("eager")
+    assert prefix_sharing.prepare(model, "auto") is None
+    assert "there is no FlexAttention on 'cpu'" in caplog.text
+    monkeypatch.setattr(flex, "has_triton", lambda: True)
+    assert prefix_sharing.prepare(model, "auto", "cuda") is not None
+    assert prefix_sharing.prepare(model, "on") is not None
 
 
 def test_the_table_in_the_docs_is_that_of_these_tests() -> None:
     """PERPO_WRITE_DOCS=1 writes it."""
     rows = ["| `model_type` | class | tokens of a prompt see | positions |", "|---|---|---|---|"]
-    found = {}
+    found, texts = {}, set()
     for family in FAMILIES:
         model, _, _ = built(family)
+        texts.add(model.config.get_text_config().model_type)
         kind = model.config.model_type
         positions = PromptPositions(model)
         sees = {"gemma3": "those before them, and all of their image", "paligemma": "the whole prompt"}
         axes = "three axes (M-RoPE)" if positions.body is not None else "one axis"
         found[kind] = f"| {kind} | {type(model).__name__} | {sees.get(kind, 'those before them')} | {axes} |"
-    assert set(found) == {*prefix_sharing.VERIFIED, "gemma2"}  # whose soft cap other attentions leave out
+    assert set(found) == set(prefix_sharing.VERIFIED)
+    assert texts == set(prefix_sharing.VERIFIED_TEXT)
     rows += [found[kind] for kind in prefix_sharing.VERIFIED]
     page = Path(__file__).parents[2] / "docs" / "shared_prefix.md"
     text, _, _ = page.read_text(encoding="utf-8").partition("| `model_type` |")
@@ -244,7 +297,7 @@ def test_the_table_in_the_docs_is_that_of_these_tests() -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 def test_the_attention_that_a_user_chose_stays_for_all_other_calls(family: str) -> None:
-    model, processor, _ = built(family)
+    model, _, _ = built(family)
     model.set_attn_implementation("eager")
     plain = copy.deepcopy(model).eval()
     model.eval()
