@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from perpo.evaluation.config import EvaluationConfig
 from perpo.evaluation.evaluate import ANSWERS, FIGURES, Evaluation, evaluate
 from perpo.evaluation.report import write_report
@@ -17,10 +19,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         evaluation = evaluate(config)
         report = write_report(evaluation)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         if os.environ.get("PERPO_TRACEBACK"):
             raise
-        print(f"perpo evaluate: {error}\n(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
+        hint = "set batch_size to fewer answers\n" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"perpo evaluate: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
         return 1
     print(summary(evaluation))
     print(f"\nfigures: {report.with_name(FIGURES)}\nanswers: {report.with_name(ANSWERS)}\nreport:  {report}")

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from perpo.candidates import CandidateConfig, Outcome, generate
+from perpo.candidates import SHOWN_ERRORS, CandidateConfig, Outcome, generate
 from perpo.data import ListRecord, read_records
 from perpo.options import ModelConfig, parse
 from perpo.rewards.boxes import box_format
+from perpo.rewards.scoring import bad_truths
 from perpo.samplers import Sampler, Sampling
 from perpo.samplers.with_transformers import TransformersSampler
 from perpo.samplers.with_vllm import VllmSampler
@@ -136,12 +137,17 @@ def main(arguments: Sequence[str]) -> int:
 def run(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
     """Read, sample, score, write."""
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    records, report = read_records(config.records, require=("answer",), skip_bad=config.skip_bad)
-    if rank == 0:
-        print(report.summary())
-        for error in report.errors:
-            print(f"  skipped: {error}", file=sys.stderr)
+    options: dict[str, Any] = {"check_images": True, "root": config.image_root}
+    records, report = read_records(config.records, require=("answer",), skip_bad=config.skip_bad, **options)
     records = [config.with_task(record) for record in records]
+    bad = bad_truths(records, config.candidates.reward)  # now, rather than after hours of sampling
+    if bad and not config.skip_bad:
+        raise ValueError(f"{next(iter(bad.values()))}\nskip_bad leaves out such records and counts them")
+    records = [record for record in records if record.id not in bad]
+    if rank == 0:
+        print(report.summary() + (f"; {len(bad)} with an answer that their reward cannot take skipped" if bad else ""))
+        for error in [*report.errors, *bad.values()][:SHOWN_ERRORS]:
+            print(f"  skipped: {error}", file=sys.stderr)
     if not Path(config.output).parent.is_dir():
         raise ValueError(f"output: there is no folder {str(Path(config.output).parent)!r}")
     sampler = _sampler(model_config, config)

@@ -30,10 +30,10 @@ from perpo.evaluation.figures import Figures, ModelAnswers, figures
 from perpo.evaluation.metrics import Metric, judge, metrics_of, task_in_format
 from perpo.evaluation.models import ModelSource, parse_models
 from perpo.evaluation.text_scores import check_tokenizer
-from perpo.images import resolve_image
+from perpo.images import ImageError, open_image, resolve_image
 from perpo.record_files import atomic_file
 from perpo.reference_cache import record_key
-from perpo.rewards.scoring import Tally, UnreadableAnswers, find_task
+from perpo.rewards.scoring import Tally, UnreadableAnswers, bad_truths, find_task
 
 ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
 
@@ -84,13 +84,14 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         check_images=True,
         root=config.image_root,
     )
-    notices = [f"{report.n_bad} bad records were skipped; the first: {report.errors[0]}"] if report.n_bad else []
-    records = records[: config.limit]
+    bad = [str(error) for error in report.errors]
+    records, unusable = _usable(records[: config.limit], config)
+    n_bad = report.n_bad + len(unusable)
+    notices = [f"{n_bad} bad records were skipped; the first: {[*bad, *unusable][0]}"] if n_bad else []
     tasks = _by_task(records, config)
     for task in tasks:
         if task in ("ocr", "ocr-words"):
             check_tokenizer(config.bleu_tokenize)
-    _check_truths(tasks)
     output = Path(config.output)
     identities: dict[str, str] = {}
     asked: dict[str, dict[str, dict[str, Answers]]] = {}  # model -> kind -> record id -> answers
@@ -200,12 +201,7 @@ def _answer_options(config: EvaluationConfig) -> dict[str, Any]:
 def _by_task(records: Sequence[ListRecord], config: EvaluationConfig) -> dict[str, list[ListRecord]]:
     tasks: dict[str, list[ListRecord]] = {}
     for record in records:
-        task = config.reward or record.task
-        if not task:
-            raise ValueError(f"record {record.id!r} names no task: give its task, or a reward for all records")
-        tasks.setdefault(task, []).append(record)
-    for task in tasks:
-        find_task(task)
+        tasks.setdefault(config.reward or record.task, []).append(record)
     return tasks
 
 
@@ -219,17 +215,28 @@ def _check_formats(config: EvaluationConfig, sources: Sequence[ModelSource]) -> 
         config.box_format_of(source.name)
 
 
-def _check_truths(tasks: dict[str, list[ListRecord]]) -> None:
-    """Judge an empty answer to every record now: a bad ground truth must not end the run after hours of asking.
+def _usable(records: Sequence[ListRecord], config: EvaluationConfig) -> tuple[list[ListRecord], list[str]]:
+    """The records whose true answer can be judged and whose picture can be opened, and what is wrong with the others.
 
-    Your own rewards are left out: they may be slow, or not take an empty answer.
+    Looked at now: neither must end the run after hours of asking, and all models must be asked the same.
+
+    Raises:
+        ValueError: there is such another, and skip_bad is not set; or there are only such.
     """
-    for task, members in tasks.items():
-        if ":" in task:
-            continue
-        reward = find_task(task)
-        for record in members:
-            judge(record, [""], reward, (1, 1), Tally())
+    if unnamed := next((record for record in records if not (config.reward or record.task)), None):
+        raise ValueError(f"record {unnamed.id!r} names no task: give its task, or a reward for all records")
+    bad = bad_truths(records, config.reward)
+    for record in records:
+        try:
+            if record.id not in bad and record.image is not None:
+                open_image(record.image, config.image_root)
+        except ImageError as error:
+            bad[record.id] = f"record {record.id!r}: {error}"
+    usable = [record for record in records if record.id not in bad]
+    if bad and not (config.skip_bad and usable):
+        first = next(iter(bad.values()))
+        raise ValueError(first if usable else f"no usable record; the first: {first}")
+    return usable, list(bad.values())
 
 
 def _judged(

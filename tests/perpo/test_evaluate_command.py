@@ -195,12 +195,42 @@ def test_bad_input_is_named_before_any_model_is_loaded(
 def test_records_without_a_task_or_an_answer_are_named(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for record, message in (
         (ListRecord("r", None, "?", "x"), "record 'r' names no task"),
-        (ListRecord("r", None, "?", None, "ocr"), "answer: is missing or empty"),
+        (ListRecord("r", None, "?", None, "ocr"), "answer: is missing"),
         (ListRecord("r", None, "?", "no box", "grounding"), "answer must be a box"),
     ):
         write_records([record], project / "held_out.jsonl")
         assert run(project) == 1
         assert message in capfd.readouterr().err
+
+
+def test_bad_truths_and_damaged_pictures_are_named_or_skipped_for_every_model(
+    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = ListRecord("pixels", None, "Where?", [10, 20, 300, 400], "grounding")
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+        save_records(project, [*ocr_records(2), pixels])
+        assert run(project) == 1
+        assert "failed on record 'pixels'" in capfd.readouterr().err
+        save_records(project, [*ocr_records(3), pixels])
+        whole = (project / "r1.png").read_bytes()
+        (project / "r1.png").write_bytes(whole[: len(whole) // 2])
+        assert run(project, "--reward", "ocr-words", "--limit", "3") == 1
+        assert "record 'r1': image" in capfd.readouterr().err
+    assert run(project, "--skip_bad", "--n", "0") == 0
+    assert "NOTE 2 bad records were skipped; the first: " in capfd.readouterr().out
+    assert [task["n_records"] for task in figures(project)["tasks"]] == [2]
+
+
+def test_too_little_memory_is_said_with_what_to_set(
+    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Answerer, "greedy", full)
+    assert run(project) == 1
+    assert "out of memory\nset batch_size to fewer answers" in capfd.readouterr().err
 
 
 def test_the_format_of_a_model_goes_before_that_of_all() -> None:

@@ -257,3 +257,17 @@ def test_a_model_whose_answers_cannot_be_read_is_named(tmp_path: Path, monkeypat
     assert right.notices == []
     assert right.tasks[0].figures.by_model["other"]["ap50"].greedy.value == 1
     assert right.tasks[0].figures.by_model["base"]["ap50"].greedy.value == 1
+
+
+def test_blank_pages_and_images_without_any_object_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [ListRecord("page", None, "Read.", "", "ocr"), ListRecord("none", None, "Where?", [], "grounding")]
+    for texts, right in ((["", "[]"], 1.0), (["words", "[0.1, 0.1, 0.5, 0.5]"], 0.0)):
+        answers = {"base": {"greedy": [[text] for text in texts], "sampled": [[text] * 3 for text in texts]}}
+        ocr, grounding = evaluate_made_up(tmp_path, records, answers, monkeypatch).tasks
+        of_page, of_boxes = (task.figures.by_model["base"] for task in (ocr, grounding))
+        assert of_page["edit_distance"].greedy.value == 1 - right
+        assert of_page["f1"].greedy.value == right
+        assert of_boxes["ap50"].greedy.value == of_boxes["mean_iou"].greedy.value == right
+        assert of_page["unreadable"].greedy.value == of_boxes["unreadable"].greedy.value == 0

@@ -202,6 +202,28 @@ def test_bad_records_are_named_or_skipped(project: Path, capsys: pytest.CaptureF
     assert len(read_records(project / "lists.jsonl")[0]) == 5
 
 
+def test_bad_truths_and_missing_images_are_known_before_the_model_is_loaded(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line) for line in (project / "records.jsonl").read_text().splitlines()]
+    rows[4] |= {"task": "grounding", "answer": [10, 20, 300, 400]}  # pixels
+    rows[5] |= {"image": "gone.png"}
+    monkeypatch.setattr("perpo.generate_command.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    for bad, message in (
+        (rows[:5], "record 'r4': ValueError: answer must be a box"),
+        (rows, "gone.png' does not exist"),
+    ):
+        (project / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+        assert run(project) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(project, "--skip_bad") == 0
+    shown = capsys.readouterr()
+    assert "1 bad records skipped; 1 with an answer that their reward cannot take skipped" in shown.out
+    assert shown.err.count("skipped: ") == 2
+    assert [record.id for record in read_records(project / "lists.jsonl")[0]] == ["r0", "r1", "r2", "r3"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
