@@ -16,10 +16,11 @@ and operations (multiply and add count as two) of one list are
     language model   2 T N forward, 2 T N backward, 2 T n for the gradients of n trained of its N linear weights
     attention        4 D pairs forward, 10 D pairs backward, a head and a layer
     head             2 R k V H forward and as much backward
-    vision tower     2 N_v a patch, forward; three times that if it is trained
+    vision tower     2 N_v a patch, forward; it is frozen
 
 with T = P + k R tokens and P²/2 + k R P + k R²/2 pairs where the prompt is shared, k (P + R) tokens and k (P + R)²/2
-pairs where it is not. Gradient checkpointing adds the forward pass of the layers once more.
+pairs where it is not. Gradient checkpointing adds the forward pass of the layers once more. Memory is that of a GPU,
+where no attention keeps its scores. Left out: attention inside the tower, and that a sliding window has fewer pairs.
 """
 
 from __future__ import annotations
@@ -141,10 +142,8 @@ class Planner:
         return max(0, int(rest / each))
 
     def _patches(self, lists: Lists) -> float:
-        """Of an image that takes up the whole prompt: a token is one patch, or a square of merged ones."""
-        vision = getattr(self.config, "vision_config", None)
-        merged = getattr(vision, "spatial_merge_size", None) or getattr(self.config, "spatial_merge_size", None) or 1
-        return lists.prompt_tokens * merged**2
+        """Of an image that takes up the whole prompt."""
+        return lists.prompt_tokens * patches_per_token(self.config)
 
     def _saved(self, layout: PrefixLayout, n_layers: int, checkpointing: bool | None = None) -> int:
         """Bytes that autograd keeps of a language model of so many layers, its weights apart."""
@@ -175,6 +174,20 @@ class Planner:
                 use_cache=False,
             )
         return sum(storage.nbytes() for storage in kept.values())
+
+
+def patches_per_token(config: PreTrainedConfig) -> float:
+    """Patches of an image that the language model sees as one token, by what the families call it."""
+    vision = getattr(config, "vision_config", None)
+    for owner, name in ((vision, "spatial_merge_size"), (config, "spatial_merge_size"), (config, "scale_factor")):
+        if isinstance(merged := getattr(owner, name, None), int):  # so many squared
+            return merged**2
+    if ratio := getattr(config, "downsample_ratio", None):
+        return ratio**-2
+    if tokens := getattr(config, "mm_tokens_per_image", None):
+        assert vision is not None
+        return (vision.image_size // vision.patch_size) ** 2 / tokens
+    return 1.0
 
 
 def _model(config: PreTrainedConfig, training: Training) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from benchmarks.harness import peak_extra_bytes
 from perpo import prefix_sharing
@@ -19,6 +19,7 @@ from perpo.language_head import causal_lm, install, perpo_output
 from perpo.packing import PromptPositions, packed_row
 from perpo.plan import Lists, Planner, Training
 from perpo.trainable import adapt, freeze, language_lora
+from tests.perpo import tiny_models
 
 CONFIG = LlavaConfig(
     text_config={
@@ -134,11 +135,63 @@ def test_the_command_prints_both_ways(tmp_path: Path, capsys: Any) -> None:
 
 def test_a_text_model_has_a_plan_too() -> None:
     config = Qwen2Config(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     planner = Planner(config, Training(lora_r=4))
     assert planner.vision_parameters == 0
     assert planner.memory(LISTS)["activations"] > 0
+
+
+TOWER = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "patch_size": 7}
+
+
+def qwen_tower(model: Any, pixels: torch.Tensor) -> None:
+    grid = torch.tensor([[1, pixels.shape[2] // 7, pixels.shape[3] // 7]])
+    patches = pixels.unfold(2, 7, 7).unfold(3, 7, 7).permute(0, 2, 3, 1, 4, 5).reshape(int(grid.prod()), -1)
+    model.get_encoder(modality="image")(patches.repeat_interleave(2, 1), grid_thw=grid)  # two frames
+
+
+@pytest.mark.parametrize(
+    ("family", "vision", "tokens", "tower"),
+    [
+        ("internvl", {**TOWER, "num_hidden_layers": 4, "image_size": [56, 56], "patch_size": [7, 7]}, 16, None),
+        ("qwen2_5_vl", {**TOWER, "depth": 4, "num_heads": 4}, 16, qwen_tower),
+        ("gemma3", {**TOWER, "num_hidden_layers": 4, "image_size": 56, "vision_use_head": False}, 4, None),
+        ("smolvlm", {**TOWER, "num_hidden_layers": 4, "image_size": 56}, 16, None),
+        ("llava", {**TOWER, "num_hidden_layers": 4, "image_size": 56}, 64, None),
+    ],
+)
+def test_operations_of_the_tower_are_foreseen_to_a_fifth(family: str, vision: Any, tokens: int, tower: Any) -> None:
+    """An image of 8 x 8 patches, which the language model sees as fewer tokens in some families."""
+    config = tiny_models.build(family)[0].config
+    for name, value in vision.items():
+        setattr(config.vision_config, name, value)
+    lists = Lists(prompt_tokens=tokens, response_tokens=1, k=2)
+    planner = Planner(config, Training(lora_r=0))
+    planner.linear_parameters = planner.linear_trained = planner.heads = planner.vocabulary = 0
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    pixels = torch.zeros(1, 3, 56, 56)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower(model, pixels) if tower else model.get_encoder(modality="image")(pixels)
+    attention = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "bmm" in str(op))
+    assert planner.operations(lists) == pytest.approx(counter.get_total_flops() - attention, rel=0.2)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma2", "mistral", "internvl", "qwen2_5_vl"])
+def test_windows_and_soft_caps_take_the_memory_of_models_without(family: str) -> None:
+    config = tiny_models.build(family)[0].config
+    text = config.get_text_config()
+    lists = Lists(prompt_tokens=60, response_tokens=8, k=3)  # the windows are of 16 tokens
+    training = Training(lora_r=4, dtype=torch.bfloat16)
+    ours = Planner(config, training).memory(lists)
+    text.sliding_window, text.attn_logit_softcapping = 4096 if text.sliding_window else None, None
+    assert ours == Planner(config, training).memory(lists)
+    assert ours["activations"] > 0
 
 
 def test_what_cannot_be_planned_is_said(tmp_path: Path, capsys: Any) -> None:
