@@ -141,14 +141,18 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, setting: Setting) ->
     if one_thread:
         torch.set_num_threads(1)
 
-    def run(question: str, case: str, cases: Sequence[Case], shapes: Row, long: bool = False) -> None:
+    def run(
+        question: str, case: str, cases: Sequence[Case], shapes: Row, long: bool = False, by_host: bool = False
+    ) -> None:
         sheet = Sheet(config, question, case, shapes, setting.dtype)
         sheet.rule_out(cases)
         rounds = config.getoption("--rounds") or (LONG_ROUNDS if long else ROUNDS)[setting.size]
         clock = time.process_time if one_thread else time.perf_counter
 
         def measure() -> None:
-            for race, of in races_of(cases, setting.device, partial(Race, device=setting.device, clock=clock)):
+            for race, of in races_of(
+                cases, setting.device, partial(Race, device=setting.device, clock=clock, by_host=by_host)
+            ):
                 try:
                     race.warm_up()
                     for _ in range(rounds):

@@ -10,7 +10,8 @@ On a GPU a sample is the time between two device events, after a write that empt
 events and all that is between them while the device is held in a wait, so that only what the device does is measured,
 unless a case itself makes the host wait. What a caller waits for from an idle device, launches included, is measured
 apart, without that wait: `extra.with_host_ms`, for cases of a few milliseconds at most, where it may be what counts.
-With `graph=True` a case is captured in a CUDA graph and its replays are timed.
+With `graph=True` a case is captured in a CUDA graph and its replays are timed. Whole models are timed by the host's
+clock from an idle device to an idle device (`by_host`): no queue holds all their launches.
 
 Memory. On a GPU, `torch.cuda.max_memory_allocated` above what was allocated before. On the CPU, PyTorch's
 profiler reports every allocation and release of the allocator with its size; the peak of their running sum is
@@ -131,9 +132,15 @@ class Race:
     """Cases timed in turn. Call `warm_up`, then `round` as often as wanted, then `rows`."""
 
     def __init__(
-        self, cases: Sequence[Case], device: str, memory: bool = True, clock: Callable[[], float] = time.perf_counter
+        self,
+        cases: Sequence[Case],
+        device: str,
+        memory: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+        by_host: bool = False,
     ) -> None:
         self.cases, self.device, self.memory, self.clock = list(cases), device, memory, clock
+        self.by_events = device == "cuda" and not by_host
         self._flush = flush_buffer() if device == "cuda" else None
         self._turn = 0
 
@@ -148,9 +155,9 @@ class Race:
             elapsed = self._once(case, partial(self._count, case))
         if elapsed < LONG_S:
             elapsed = self._once(case)
-        if self.device == "cuda":
-            if case.graph:
-                case.run = self._capture(case.run)
+        if case.graph and self.device == "cuda":
+            case.run = self._capture(case.run)
+        if self.by_events:
             self._fit_to_device(case)
         elif case.prepare is None:
             case.repeats = max(1, min(1000, round(SHORTEST_SAMPLE_S["cpu"] / max(elapsed, 1e-6))))
@@ -218,7 +225,7 @@ class Race:
             self.sample(self.cases[(i + self._turn) % len(self.cases)])
 
     def _time(self, case: Case) -> float:
-        if self.device == "cuda":
+        if self.by_events:
             seconds, _ = self._on_device(case)
             if seconds < WITH_HOST_BELOW_S:
                 case.with_host.append(self._by_clock(case))
@@ -312,7 +319,7 @@ class Race:
         """A row for each case, in the order they were given."""
         here = machine(self.device)
         clock = "wall" if self.clock is time.perf_counter else "processor time"
-        if self.device == "cuda":
+        if self.by_events:
             clock = "device events"
         return [
             {

@@ -106,7 +106,7 @@ def memory(rows: Iterable[Row]) -> Any:
     curves = list(dict.fromkeys(row["shapes"]["curve"] for row in counted))
     styles = styles_of(row["peer"] for row in counted)
     size = {"figsize": (4 * len(curves), 3.2 * len(heads))}
-    figure, grid = plt.subplots(len(heads), len(curves), squeeze=False, sharey="row", **size)
+    figure, grid = plt.subplots(len(heads), len(curves), squeeze=False, **size)
     for (i, head), (j, curve) in product(enumerate(heads), enumerate(curves)):
         axes = grid[i][j]
         here = [row for row in counted if (row["shapes"]["head"], row["shapes"]["curve"]) == (head, curve)]

@@ -54,7 +54,8 @@ def memory_cell(row: Row) -> str:
 
 def note_cell(row: Row) -> str:
     notes = [] if row["ok"] else [row["reason"]]
-    notes += [f"{name}: {value}" for name, value in row.get("extra", {}).items() if name not in UNTOLD]
+    extra = {name: value for name, value in row.get("extra", {}).items() if name not in UNTOLD}
+    notes += [value if name in ("note", "remark") else f"{name}: {value}" for name, value in extra.items()]
     return "; ".join(str(note).replace("|", "/") for note in notes)
 
 
@@ -122,13 +123,16 @@ def versions(rows: Iterable[Row]) -> str:
     return "".join(f"{x}; " for x in (*told, ", ".join(sorted(packages))) if x)
 
 
-def times(rows: Iterable[Row]) -> Iterator[str]:
+def times(rows: Sequence[Row]) -> Iterator[str]:
+    """`with host`: what a caller waits for from an idle device, launches included."""
+    host = any("with_host_ms" in row["extra"] for row in rows)
     yield from table(
-        ["peer", "ms", "× floor", "× ours", "extra MiB", "notes"],
+        ["peer", "ms", *(["with host"] if host else []), "× floor", "× ours", "extra MiB", "notes"],
         [
             [
                 row["peer"],
                 time_cell(row),
+                *([host_cell(row)] if host else []),
                 number(row["ratio_to_floor"]),
                 number(row["ratio_to_ours"]),
                 memory_cell(row),
@@ -137,6 +141,10 @@ def times(rows: Iterable[Row]) -> Iterator[str]:
             for row in rows
         ],
     )
+
+
+def host_cell(row: Row) -> str:
+    return number(row["extra"].get("with_host_ms"))
 
 
 def accuracy(rows: Iterable[Row]) -> Iterator[str]:
@@ -171,12 +179,12 @@ def short(rows: Sequence[Row]) -> Iterator[str]:
 
 def terminal(rows: Iterable[Row]) -> Iterator[str]:
     """What was measured, for a reader of a terminal: a block a case, ours, the floor and every peer."""
-    columns = ("ms", "× ours", "× floor", "extra MiB")
+    columns = ("ms", "with host", "× ours", "× floor", "extra MiB")
     for (question, case, dtype), group in grouped(rows, "question", "case", "dtype"):
         yield ""
         errors = question == "accuracy"
         names = ERRORS if errors else columns
-        yield f"{f'{question}: {case}, {dtype}':<58}" + "".join(f"{name:>11}" for name in names)
+        yield f"{f'{question}: {case}, {dtype}':<54}" + "".join(f"{name:>10}" for name in names)
         for row in group:
             if not row["ok"]:
                 yield f"  {row['peer']:<42} {row['reason']}"
@@ -184,12 +192,13 @@ def terminal(rows: Iterable[Row]) -> Iterator[str]:
             t = row["time_ms"]
             figures = (
                 number(t["median"]) if t else "",
+                host_cell(row),
                 number(row["ratio_to_ours"]),
                 number(row["ratio_to_floor"]),
                 memory_cell(row),
             )
             cells = [f"{row['extra'][e]:.2e}" if e in row["extra"] else "" for e in ERRORS] if errors else figures
-            yield f"  {row['peer']:<56}" + "".join(f"{cell:>11}" for cell in cells)
+            yield f"  {row['peer']:<52}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def write(rows: Sequence[Row], into: Path) -> list[Path]:

@@ -77,4 +77,4 @@ def test_generation(benchmark: Any, compare: Any, setting: Setting, prefix: Pref
     ]
     shape = small_models.SHAPES[setting.size]
     shapes = {**prefix._asdict(), "model": family, "V": shape.n_vocab, "H": shape.hidden, "layers": shape.layers}
-    compare("generation", f"{family} {prefix}", cases, shapes, long=True)
+    compare("generation", f"{family} {prefix}", cases, shapes, long=True, by_host=True)

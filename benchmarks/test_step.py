@@ -167,7 +167,7 @@ def test_step(benchmark: Any, compare: Any, setting: Setting, prefix: Prefix, fa
     ]
     shape = step.shape
     shapes = {**prefix._asdict(), "model": family, "V": shape.n_vocab, "H": shape.hidden, "layers": shape.layers}
-    compare("step", f"{family} {prefix}", cases, shapes, long=True)
+    compare("step", f"{family} {prefix}", cases, shapes, long=True, by_host=True)
 
 
 def _trl(step: Step, batch: ListBatch, name: str, **extra: Any) -> list[Case]:

@@ -95,6 +95,15 @@ def test_a_long_case_has_no_time_with_the_hosts(device):
     assert case.with_host == []
 
 
+def test_a_whole_model_is_timed_with_its_launches(device):
+    case = Case(OURS, lambda: device.queue(100e-3, 20e-3))
+    race = Race([case], "cuda", memory=False, clock=lambda: device.host, by_host=True)
+    race.warm_up()
+    race.round()
+    assert case.samples == pytest.approx([120e-3], rel=0.01)
+    assert not case.with_host
+
+
 def test_a_peer_that_takes_the_device_down_ends_the_race_with_its_reason(device):
     def illegal():
         device.lost = True
