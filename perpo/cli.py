@@ -45,13 +45,13 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: perpo COMMAND [--config FILE.yaml] [--setting value …]",
+            "usage: perpo COMMAND [--setting value …]",
             "",
             "Perceptual Preference Optimization of vision-language models.",
             "",
             *lines,
             "",
-            "`perpo COMMAND --help` lists the settings of a command.",
+            "`perpo COMMAND --help` lists the settings of a command. --config FILE.yaml holds settings of any but coco.",
         ]
     )
 

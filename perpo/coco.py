@@ -263,17 +263,22 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("perpo coco", description="Grounding records from a COCO-style file.")
-    parser.add_argument("--annotations", required=True, help="JSON with images, annotations and categories.")
-    parser.add_argument("--images", required=True, help="Folder that the file_names are under.")
-    parser.add_argument("--format", required=True, choices=list(FORMATS), help="How the model writes boxes.")
-    parser.add_argument("--output", required=True, help="Records: .jsonl or .parquet.")
-    parser.add_argument("--held-out", help="Records of other images, for `perpo evaluate`.")
-    parser.add_argument("--held-out-share", type=float, default=0.1, help="Of the images (default 0.1).")
-    parser.add_argument("--refs", help="JSON with referring expressions: an array of {ann_id, sentences, split}.")
-    parser.add_argument("--split", help="Take refs of this split only.")
-    parser.add_argument("--prompt", help="The question, with {label} in it; default: what the format's models know.")
-    parser.add_argument("--max-boxes", type=int, default=8, help="Leave out questions with more boxes (default 8).")
-    parser.add_argument("--skip-bad", action="store_true", help="Leave out bad annotations and count them.")
+
+    def add(name: str, help: str, **options: Any) -> None:
+        """Written with hyphens or, as the settings of the other commands, with underscores."""
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}")), help=help, **options)
+
+    add("annotations", "JSON with images, annotations and categories.", required=True)
+    add("images", "Folder that the file_names are under.", required=True)
+    add("format", "How the model writes boxes.", required=True, choices=list(FORMATS))
+    add("output", "Records: .jsonl or .parquet.", required=True)
+    add("held-out", "Records of other images, for `perpo evaluate`.")
+    add("held-out-share", "Of the images (default 0.1).", type=float, default=0.1)
+    add("refs", "JSON with referring expressions: an array of {ann_id, sentences, split}.")
+    add("split", "Take refs of this split only.")
+    add("prompt", "The question, with {label} in it; default: what the format's models know.")
+    add("max-boxes", "Leave out questions with more boxes (default 8).", type=int, default=8)
+    add("skip-bad", "Leave out bad annotations and count them.", action="store_true")
     return parser
 
 

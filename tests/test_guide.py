@@ -1,8 +1,8 @@
-"""The guide's commands and code run as they stand: in order, in one folder, each section's Python in one scope.
+"""The guide's commands and code run: in order, in one folder, each section's Python in one scope.
 
-What is replaced: the model by a tiny Qwen2.5-VL, the data by a few pictures, torchrun's eight processes by one,
-hundreds of new tokens by a few, bf16 where there is no GPU. Every step is logged. A tiny model says nothing readable,
-so between sampling and training its answers become boxes, texts and dates near the true ones.
+What is replaced, as the guide says: the model by a tiny Qwen2.5-VL, the data by a few pictures, torchrun's eight
+processes by two or one, hundreds of new tokens by a few, bf16 where there is no GPU. Every step is logged. A tiny model says
+nothing readable, so between sampling and training its answers become boxes, texts and dates near the true ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
 NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
 EIGHT = "torchrun --nproc-per-node 8 -m perpo.cli"
-ONE = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 1 -m tests.perpo.tiny_qwen"
+FEW = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {{}} -m tests.perpo.tiny_qwen"
 pytestmark = pytest.mark.filterwarnings("ignore::perpo.rewards.scoring.UnreadableAnswers")
 
 
@@ -139,7 +139,7 @@ def run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
             code = stop.code
         shown = "".join(capsys.readouterr())
     else:
-        line = line.replace(EIGHT, ONE)
+        line = line.replace(EIGHT, FEW.format(2 if " generate " in line else 1))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "check": False}
         done = subprocess.run(line, shell=True, env=environment, **options)
@@ -269,6 +269,7 @@ def test_the_guide_shows_records_and_messages_as_they_are() -> None:
             (record,), report = read_records([json.loads(block.text)], require=("answer",))
             assert find_task(record.task).reward([""], ["none"], answer=[record.answer], image_size=[(28, 28)]) == [0]
             assert not report.ignored
+            assert not report.further
     used = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) - {"nproc-per-node"}
     known = "".join(help_of(command) for command in cli.COMMANDS)
     assert {name for name in used if f"--{name} " not in known} == set()

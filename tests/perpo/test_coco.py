@@ -186,7 +186,7 @@ def test_the_command_writes_records_that_can_be_read(tmp_path: Path, capsys: pyt
     assert cli.main([*command, *output, "--skip-bad", "--prompt", "Where?"]) == 1
     assert "--prompt must hold {label}" in capsys.readouterr().err
     assert (
-        cli.main([*command, *output, "--skip-bad", "--held-out", str(tmp_path / "h.jsonl"), "--held-out-share", "1"])
+        cli.main([*command, *output, "--skip_bad", "--held_out", str(tmp_path / "h.jsonl"), "--held_out_share", "1"])
         == 1
     )
     assert f"no record is left for {tmp_path / 'out.jsonl'}" in capsys.readouterr().err
