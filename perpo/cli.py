@@ -51,7 +51,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`perpo COMMAND --help` lists the settings of a command. --config FILE.yaml holds settings of any but coco.",
+            "`perpo COMMAND --help` lists the settings of a command; --config FILE.yaml holds those of any but coco.",
         ]
     )
 

@@ -141,7 +141,7 @@ def _as_given(parser: argparse.ArgumentParser, action: argparse.Action, value: A
         if isinstance(one, dict | list | None):
             raise argparse.ArgumentError(action, f"must be a single value, got {one!r}")
         text = str(one).lower() if isinstance(one, bool) else str(one)  # argparse is private here, and long the same
-        found.append(parser._get_value(action, text))  # type: ignore[attr-defined]
+        found.append(parser._get_value(action, text))
         parser._check_value(action, found[-1])
     return found if several else found[0]
 

@@ -220,7 +220,7 @@ def test_help_is_quick_and_lists_the_commands() -> None:
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_usage_says_which_commands_take_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--config FILE.yaml holds settings of any but coco" in cli.usage()
+    assert "--config FILE.yaml holds those of any but coco" in cli.usage()
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     assert ("--config" in capsys.readouterr().out) == (command != "coco")

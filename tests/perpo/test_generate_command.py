@@ -136,6 +136,41 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(project: Path) -> N
     assert (project / "lists.jsonl").read_bytes() == (project / "undisturbed.jsonl").read_bytes()
 
 
+def test_a_process_killed_beside_another_goes_on_alone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [json.loads(line) for line in (project / "records.jsonl").read_text().splitlines()]
+    rows = [few[i % 5] | {"id": f"m{i}"} for i in range(40)]
+    (project / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "perpo.cli", "generate", "--config", str(project / "run.yaml")]
+    shared = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen(command, env=shared | {"RANK": str(rank)}, **options) for rank in range(2)]
+    shards = [project / "lists.jsonl.parts" / f"shard-0000{rank}.jsonl" for rank in range(2)]
+    end = time.monotonic() + 120
+    while not (shards[1].exists() and shards[1].read_bytes().count(b"\n") >= 2):
+        assert processes[1].poll() is None, processes[1].communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    processes[1].kill()
+    processes[1].wait()
+    shown, _ = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == 0, shown
+    finished = shards[1].read_bytes().count(b"\n")
+    assert f"{20 - finished} records are still with other processes" in shown
+    assert not (project / "lists.jsonl").exists()
+    before = [shard.read_bytes() for shard in shards]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(project) == 0
+    monkeypatch.undo()
+    after = [shard.read_bytes() for shard in shards]
+    assert after[0] == before[0]
+    assert after[1].startswith(before[1][: before[1].rfind(b"\n") + 1])
+    ids = [[json.loads(line)["id"] for line in shard.splitlines()] for shard in after]
+    assert ids == [[row["id"] for row in rows[rank::2]] for rank in range(2)]
+    assert run(project, "--output", str(project / "undisturbed.jsonl")) == 0
+    assert (project / "lists.jsonl").read_bytes() == (project / "undisturbed.jsonl").read_bytes()
+
+
 def test_processes_share_the_records_and_the_last_writes(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
