@@ -1,4 +1,7 @@
-"""Which checkpoint a killed run goes on from, and what to do when one cannot be written."""
+"""Whose checkpoints a folder holds, which of them a killed run goes on from, and what to do when one cannot be written.
+
+`identity.json` beside the checkpoints says what their run computes (`perpo.run_identity`).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,24 @@ import errno
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from perpo.identity import IDENTITY, difference, known_identity
+
+logger = logging.get_logger(__name__)
 
 _TORCH_WRITES = ("inline_container", "PytorchStreamWriter", "iostream error")  # what torch.save says of a full disk
+
+
+class StaleCheckpointsError(ValueError):
+    """The checkpoints are of another run."""
 
 
 def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
@@ -31,6 +43,51 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return str(max(found)[1]) if found else None
 
 
+def check_free(folder: str | os.PathLike[str]) -> None:
+    """That no run has left whole checkpoints in a folder: a new one would delete them, or later go on from them.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if last_complete_checkpoint(folder) is not None:
+        raise ValueError(
+            f"output_dir: {folder} holds checkpoints; go on from them with resume_from_checkpoint=true, name another "
+            "folder, or delete it to begin again"
+        )
+
+
+def claim(folder: str | os.PathLike[str], identity: Mapping[str, str], checkpoint: str | None) -> None:
+    """Take a folder for the checkpoints of a run.
+
+    Args:
+        identity: name -> value of what the run computes.
+        checkpoint: what the run goes on from, in this folder or another; None: it begins.
+
+    Raises:
+        ValueError: it begins where there are whole checkpoints.
+        StaleCheckpointsError: these or the given one are of another run; the message says in what it differs.
+    """
+    folder = Path(folder).absolute()
+    if checkpoint is None:
+        check_free(folder)
+    taken = last_complete_checkpoint(folder) is not None
+    places = {folder} if taken else set()
+    if checkpoint is not None:
+        places.add(Path(checkpoint).absolute().parent)
+    for place in sorted(places):
+        if not known_identity(place):
+            logger.warning(f"{place} does not say what run its checkpoints are of; taken to be of this one")
+        elif different := difference(place, identity):
+            raise StaleCheckpointsError(
+                f"resume_from_checkpoint: {place} holds checkpoints of another run; different: {different}. Go on with "
+                "the same settings and lists, or name another output_dir and leave resume_from_checkpoint out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not taken:
+        (folder / IDENTITY).unlink(missing_ok=True)
+    difference(folder, identity)
+
+
 @contextlib.contextmanager
 def names_of_model(model: nn.Module) -> Iterator[None]:
     """A block that saves a checkpoint of a whole model: under the names that its parameters have.
@@ -41,7 +98,7 @@ def names_of_model(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, PreTrainedModel):
         yield
         return
-    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     try:
         yield
     finally:

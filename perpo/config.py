@@ -107,7 +107,14 @@ class PerPOConfig(TrainingArguments):
         },
     )
 
-    # Defaults of TrainingArguments that are set otherwise here
+    # Settings of TrainingArguments whose defaults or effects are others here
+    bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute in bf16; weights that are trained are kept in fp32 all the same. Always so for a model "
+            "whose weights are bf16."
+        },
+    )
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule of the learning rate."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the lists."})

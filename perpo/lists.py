@@ -26,6 +26,16 @@ logger = logging.get_logger(__name__)
 Sample = ListRecord | tuple[ListRecord, ...]
 
 
+class SampleError(ValueError):
+    """A record that cannot be encoded: which one, and why.
+
+    A worker of a data loader sends an error as its traceback, of which only the message is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition("SampleError: ")[2].rstrip())
+
+
 def training_lists(name: str, source: Any, args: PerPOConfig) -> list[Sample]:
     """The lists of a run, with what its objective and its reference need and nothing that they do not use.
 
@@ -154,7 +164,7 @@ class ListCollator:
                 image = record.corrupt(image)
             return self.encoder.prompt(_messages(record), image)
         except ValueError as error:
-            raise ValueError(f"record {record.id!r}: {error}") from error
+            raise SampleError(f"record {record.id!r}: {error}") from error
 
 
 def leave_out(batch: ListBatch, n_kept: int) -> ListBatch:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, extract_model_from_parallel, gather_object
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from perpo import prefix_sharing
-from perpo.checkpoints import check_loaded, last_complete_checkpoint, names_of_model
+from perpo.checkpoints import check_loaded, claim, last_complete_checkpoint, names_of_model
 from perpo.collate import ListBatch
 from perpo.config import PerPOConfig
 from perpo.data import ListRecord
@@ -30,6 +30,7 @@ from perpo.language_head import causal_lm, check_language_head, install, perpo_o
 from perpo.lists import ListCollator, Sample, leave_out, records_of, thin_out, training_lists
 from perpo.metrics import ListMetrics
 from perpo.reference_cache import ReferenceCache, weights_fingerprint
+from perpo.run_identity import run_identity
 from perpo.trainable import adapt, keep_in_fp32, set_precision
 from perpo.vlm import Encoder, load_model
 from perpo_kernels import LinearPerPOOutput
@@ -110,7 +111,12 @@ class PerPOTrainer(Trainer):
             keep_in_fp32(model)
             with self.accelerator.autocast():
                 check_language_head(model)
-        self.ref_model = self._prepare_ref_model(ref_model) if args.reference == "model" else None
+        if args.reference == "model":
+            ref_model = self._prepare_ref_model(ref_model)
+        self._identity: dict[str, str] = {}
+        if self.is_world_process_zero():
+            self._identity = run_identity(model, args, self.encoder, self.train_dataset or [], ref_model)
+        self.ref_model = ref_model and self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
         if args.reference == "precomputed":
             if sharded:
                 raise ValueError(
@@ -124,8 +130,20 @@ class PerPOTrainer(Trainer):
         """As `Trainer.train`; True: from the last checkpoint that was written to its end, or from the start."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self._claim_folder(resume_from_checkpoint or None)
         self.metrics["train"].reset()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def _claim_folder(self, checkpoint: str | None) -> None:
+        problem: list[Exception | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                claim(str(self.args.output_dir), self._identity, checkpoint)
+            except (ValueError, OSError) as error:
+                problem = [error]
+        broadcast_object_list(problem)  # all ranks stop, or none
+        if problem[0] is not None:
+            raise problem[0]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with names_of_model(self.model) if _internal_call else contextlib.nullcontext():
@@ -273,13 +291,12 @@ class PerPOTrainer(Trainer):
         install(ref_model)
         shared = prefix_sharing.prepare(ref_model, self.args.prefix_sharing) is not None
         same = causal_lm(ref_model).config.model_type == causal_lm(self.model).config.model_type
-        if shared != (self.data_collator.positions is not None) or (shared and not same):
+        if not same or shared != (self.data_collator.positions is not None):
             raise ValueError(
                 f"ref_model: {type(causal_lm(ref_model)).__name__} does not take the inputs of "
                 f"{type(causal_lm(self.model)).__name__}; give a model of the same architecture"
             )
-        ref_model.requires_grad_(False)
-        return self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
+        return ref_model.requires_grad_(False)
 
     def _precompute(self) -> None:
         """Reference log-probs of every record that the cache does not hold yet, shared out over ranks."""

@@ -1,4 +1,4 @@
-"""A checkpoint in 16 bits: what is trained is kept in fp32, so that the small steps of real runs are not rounded away."""
+"""A checkpoint in 16 bits: what is trained is kept in fp32, so that small steps are not rounded away."""
 
 from pathlib import Path
 from typing import Any
