@@ -76,12 +76,14 @@ def test_lists_sampled_at_another_image_size_are_noticed(project: Path, caplog: 
     for sampled, expected in ((same, False), ("another", True)):
         (parts / "identity.json").write_text(json.dumps({"image processor": sampled}))
         caplog.clear()
-        assert cli.main(["train", "--config", str(project / "run.yaml"), "--max_steps", "1"]) == 0
+        given = ["--max_steps", "1", "--save_strategy", "no"]
+        assert cli.main(["train", "--config", str(project / "run.yaml"), *given]) == 0
         assert ("other settings of the image processor" in caplog.text) == expected
 
 
 def test_an_objective_from_the_command_line_and_from_yaml(project: Path) -> None:
     run = project / "run.yaml"
+    run.write_text(run.read_text() + "\nsave_strategy: 'no'\n")
     given = ["--objective", "cdpo", "--objective_options", '{"epsilon": 0.2}', "--max_steps", "1"]
     assert cli.main(["train", "--config", str(run), *given]) == 0
     of_command_line = json.loads((project / "out" / "trainer_state.json").read_text())["log_history"][0]

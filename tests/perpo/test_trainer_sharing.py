@@ -58,10 +58,11 @@ def test_before_the_first_step_a_model_that_is_not_exact_stops_the_run(tmp_path:
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
 
 
-def test_a_reference_of_another_architecture_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharing", ["auto", "off"])
+def test_a_reference_of_another_architecture_is_refused(sharing: str, tmp_path: Path) -> None:
     model, processor = tiny_models.build("llava")
     other, _ = tiny_models.build("qwen2_5_vl")
-    config = training.config(tmp_path, reference="model")
+    config = training.config(tmp_path, reference="model", prefix_sharing=sharing)
     with pytest.raises(ValueError, match="ref_model: Qwen2_5_VLForConditionalGeneration does not take the inputs of"):
         PerPOTrainer(model, config, training.records(), processor, ref_model=other)
 
