@@ -92,6 +92,14 @@ class PerPOConfig(TrainingArguments):
             "are, for records that you trust."
         },
     )
+    max_tokens_per_row: int | None = field(
+        default=None,
+        metadata={
+            "help": "Feed as many lists at once as so many tokens take, each list with its k candidates; a longer list "
+            "is fed alone. Counted by encoding every list once before training. Default: "
+            "per_device_train_batch_size lists."
+        },
+    )
     prefix_sharing: str = field(
         default="auto",
         metadata={
@@ -156,7 +164,7 @@ class PerPOConfig(TrainingArguments):
             raise ValueError(
                 f"max_candidates must be ≥ 2 and ≥ min_candidates={self.min_candidates}, got {self.max_candidates}"
             )
-        for name in ("max_prompt_length", "max_response_length", "max_chunk_bytes"):
+        for name in ("max_prompt_length", "max_response_length", "max_tokens_per_row", "max_chunk_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be ≥ 1 or left out, got {value}")

@@ -27,10 +27,12 @@ from perpo.collate import ListBatch
 from perpo.config import PerPOConfig
 from perpo.data import ListRecord
 from perpo.language_head import causal_lm, check_language_head, install, perpo_output, sequence_log_probs
-from perpo.lists import ListCollator, Sample, leave_out, records_of, thin_out, training_lists
+from perpo.lists import ListCollator, Sample, leave_out, records_of, training_lists
 from perpo.metrics import ListMetrics
 from perpo.reference_cache import ReferenceCache, weights_fingerprint
+from perpo.rows import RowSampler, row_sampler
 from perpo.run_identity import run_identity
+from perpo.sharing_check import check_sharing
 from perpo.trainable import adapt, keep_in_fp32, set_precision
 from perpo.vlm import Encoder, load_model
 from perpo_kernels import LinearPerPOOutput
@@ -90,8 +92,10 @@ class PerPOTrainer(Trainer):
             max_prompt_length=args.max_prompt_length,
             max_response_length=args.max_response_length,
         )
-        positions = prefix_sharing.prepare(model, args.prefix_sharing)
+        positions = prefix_sharing.prepare(model, args.prefix_sharing, args.device)
         self._sharing_unchecked = positions is not None
+        self._evaluated: Any = None
+        self._rows: RowSampler | None = None
         self.objective = args.list_objective
         self.metrics = {"train": ListMetrics(self.objective), "eval": ListMetrics(self.objective)}
         super().__init__(
@@ -158,7 +162,13 @@ class PerPOTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self._rows is not None:
+            self._rows.set_epoch(int(options["epoch"]))
         super()._run_epoch(*args, **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        self._rows = row_sampler(self)
+        return self._rows or super()._get_train_sampler(train_dataset)
 
     # -------------------------------------------------------------------------------------------------------- the loss
 
@@ -204,18 +214,14 @@ class PerPOTrainer(Trainer):
         return batch
 
     def _check_sharing(self, model: nn.Module) -> None:
-        """Once, on the first lists of the data: packed rows give what separate rows give."""
-        samples = self.train_dataset or self.eval_dataset
+        """Once, on lists of the data: packed rows give what separate rows give."""
+        samples = self.train_dataset or self.eval_dataset or self._evaluated
         if not self._sharing_unchecked or not samples:
             return
         self._sharing_unchecked = False
-        few = [tuple(thin_out(record, 2) for record in records_of(sample)) for sample in samples[:2]]
-        if len({record.image is None for records in few for record in records}) > 1:
-            few = few[:1]  # lists with and without an image cannot share a batch
-        separate = ListCollator(self.encoder, self.args.image_root)
-        batches = [self._prepare_inputs(collate(few)) for collate in (self.data_collator, separate)]
+        models = [model] if self.ref_model is None else [model, self.ref_model]
         with self.accelerator.autocast():  # as in the forward pass, which tells how much rounding there may be
-            prefix_sharing.check_exact(model, *batches)
+            check_sharing(models, samples, self.data_collator, self._prepare_inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
         """Lists in the optimizer step, on all ranks. Takes those that only fill up the last batch out of it."""
@@ -223,7 +229,15 @@ class PerPOTrainer(Trainer):
         if not batch_samples or self.args.world_size == 1:
             return n_lists or None
         n_lists -= batch_samples[-1].n_lists
-        batch_samples[-1], n_last = self._without_filling(batch_samples[-1])
+        last = batch_samples[-1]
+        if (
+            self._rows is not None
+            and self._rows.ends_with_filling
+            and self.accelerator.gradient_state.end_of_dataloader
+        ):
+            batch_samples[-1], n_last = leave_out(last, 0), 0
+        else:
+            batch_samples[-1], n_last = self._without_filling(last)
         n_lists += n_last
         return self.accelerator.gather(torch.tensor([n_lists], device=device)).sum()
 
@@ -259,9 +273,12 @@ class PerPOTrainer(Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(batch))
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         self.metrics["eval"].reset()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._evaluated = dataloader.dataset
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name, value in self.metrics["eval"].report(self.accelerator).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
@@ -289,7 +306,7 @@ class PerPOTrainer(Trainer):
             dtype = next(self.model.parameters()).dtype
             ref_model = load_model(str(self.args.ref_model_name_or_path), dtype=dtype)
         install(ref_model)
-        shared = prefix_sharing.prepare(ref_model, self.args.prefix_sharing) is not None
+        shared = prefix_sharing.prepare(ref_model, self.args.prefix_sharing, self.args.device) is not None
         same = causal_lm(ref_model).config.model_type == causal_lm(self.model).config.model_type
         if not same or shared != (self.data_collator.positions is not None):
             raise ValueError(
