@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from perpo.lists import ListCollator
 from perpo.rows import RowSampler, fill_rows
 from tests.perpo import training
+from tests.perpo.run_training import train
+from tests.perpo.test_trainer_processes import RUN, TORCHRUN, assert_same, run, trained
 
 LISTS = st.lists(st.tuples(st.booleans(), st.integers(1, 50)), min_size=1, max_size=60)
 
@@ -113,3 +115,15 @@ def test_a_resumed_run_goes_on_with_the_rows_that_are_left(tmp_path: Path) -> No
     theirs = training.trained(whole.model)
     for name, ours in training.trained(again.model).items():
         torch.testing.assert_close(ours, theirs[name], msg=name)
+
+
+def test_two_processes_take_each_row_once_and_equally_many(tmp_path: Path) -> None:
+    """Three rows: the second process ends with one that was there already, which counts in no loss."""
+    options: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1}
+    options |= {"reference": "none", "objective": "simpo", "n_lists": 3, "max_tokens_per_row": 1}
+    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", gradient_accumulation_steps=2, **options)
+    assert two.returncode == 0, two.stderr[-3000:]
+    train(tmp_path / "one", gradient_accumulation_steps=3, **options)
+    (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
+    assert_same(ours, theirs)
+    assert our_log[0]["loss"] == pytest.approx(their_log[0]["loss"], rel=1e-4)
