@@ -3,7 +3,8 @@
 A packed row costs Σ (P + k R) tokens where a row for every candidate costs Σ k (P + R), forward and backward, and the
 vision tower sees every image once. Which token sees which is in the layout (`perpo.prefix_layout`); where a token
 stands for the position embedding is told by `PromptPositions`: an answer goes on where its prompt ends. All of it is
-worked out here on the CPU, so that a step waits for nothing.
+worked out here on the CPU, so that a step does not have to wait for the device to tell it. (Some models look at their
+inputs all the same, as to whether they hold as many places of an image as there are features.)
 """
 
 from __future__ import annotations

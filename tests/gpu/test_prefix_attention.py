@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from perpo import flash_parts, flex
 from perpo.attention import masked_prefix_attention, prefix_attention
 from perpo.prefix_layout import prefix_layout
+
+needs_ampere = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="no flash attention on this GPU"
+)
 
 LISTS = [(300, [24, 1, 60, 0]), (77, [40, 40])]
 BLOCKS = [[(10, 200)], [(0, 5), (20, 60)]]
@@ -25,28 +30,69 @@ def with_gradients(function: Any, inputs: list[Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(2) / out.shape[2])]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 80, 128, 100])
-@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "image blocks"])
-def test_outputs_and_gradients_are_the_definitions(device, dtype, dim, blocks):
-    layout = prefix_layout([n for n, _ in LISTS], [answers for _, answers in LISTS], blocks)
+def assert_as_good_as_the_definition(layout: Any, dtype: Any, dim: int, device: Any, **options: Any) -> None:
+    """Error against the definition in float64, beside that of the definition at this type."""
     inputs = tensors(layout.n_tokens, dtype, dim, device)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected = with_gradients(lambda *x: masked_prefix_attention(*x, layout, dim**-0.5), exact)
-    plain = with_gradients(lambda *x: masked_prefix_attention(*x, layout, dim**-0.5), inputs)
-    ours = with_gradients(lambda *x: prefix_attention(*x, layout.map(lambda t: t.to(device))), inputs)
+    expected = with_gradients(lambda *x: masked_prefix_attention(*x, layout, dim**-0.5, **options), exact)
+    plain = with_gradients(lambda *x: masked_prefix_attention(*x, layout, dim**-0.5, **options), inputs)
+    ours = with_gradients(lambda *x: prefix_attention(*x, layout.map(lambda t: t.to(device)), **options), inputs)
     for name, e, a, b in zip(("out", "query", "key", "value"), expected, ours, plain, strict=True):
         error, theirs = ((x.double() - e).norm() / e.norm() for x in (a, b))
         assert error <= 2 * theirs + torch.finfo(dtype).eps / 2, name
 
 
-def test_nothing_waits_for_the_gpu(device):
+@needs_ampere
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128, 100, 256])
+@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "image blocks"])
+def test_outputs_and_gradients_are_the_definitions(device, dtype, dim, blocks):
+    layout = prefix_layout([n for n, _ in LISTS], [answers for _, answers in LISTS], blocks)
+    assert flash_parts.supports(tensors(layout.n_tokens, dtype, dim, device)[0])
+    assert_as_good_as_the_definition(layout, dtype, dim, device)
+
+
+@needs_ampere
+def test_answers_of_one_token_are_not_taken_for_grouped_heads(device):
+    assert_as_good_as_the_definition(prefix_layout([40, 9], [[1] * 5, [1]]), torch.bfloat16, 64, device)
+    assert_as_good_as_the_definition(prefix_layout([40, 9], [[1], [1]]), torch.bfloat16, 64, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [32, 64, 256])
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(None, None), (50, None), (None, 5.0), (50, 5.0)], ids=["plain", "window", "cap", "both"]
+)
+@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "image blocks"])
+def test_flex_attention_serves_windows_soft_caps_and_fp32(device, dtype, dim, window, softcap, blocks):
+    """Gemma's attention is both with image blocks."""
+    layout = prefix_layout([n for n, _ in LISTS], [answers for _, answers in LISTS], blocks)
+    assert flex.supports(tensors(layout.n_tokens, dtype, dim, device)[0])
+    assert_as_good_as_the_definition(layout, dtype, dim, device, window=window, softcap=softcap)
+
+
+def test_one_compiled_kernel_serves_all_layouts_windows_and_caps(device):
+    def run(n: int, window: int | None, softcap: float) -> None:
+        layout = prefix_layout([n, 77], [[24, 30], [40]])
+        inputs = tensors(layout.n_tokens, torch.bfloat16, 64, device)
+        layout = layout.map(lambda t: t.to(device))
+        with_gradients(lambda *x: prefix_attention(*x, layout, window=window, softcap=softcap), inputs)
+
+    run(300, 50, 5.0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(700, None, 30.0)
+        run(1500, 200, 50.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 50, "softcap": 5.0}], ids=["parts", "flex"])
+def test_nothing_waits_for_the_gpu(device, options):
     layout = prefix_layout([n for n, _ in LISTS], [answers for _, answers in LISTS], BLOCKS)
     inputs = tensors(layout.n_tokens, torch.bfloat16, 64, device)
     layout = layout.map(lambda t: t.to(device))
-    with_gradients(lambda *x: prefix_attention(*x, layout), inputs)
+    with_gradients(lambda *x: prefix_attention(*x, layout, **options), inputs)
     torch.cuda.set_sync_debug_mode("error")
+    layout = layout.map(lambda t: t)  # with no masks made
     try:
-        with_gradients(lambda *x: prefix_attention(*x, layout), inputs)
+        with_gradients(lambda *x: prefix_attention(*x, layout, **options), inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from perpo import prefix_sharing
+from perpo.collate import ListBatch, candidate_rows, candidate_tensors
+from perpo.language_head import token_log_probs
 from perpo.packing import PromptPositions, packed_row
 from perpo.vlm import Encoder
 from tests.perpo import tiny_models
@@ -98,3 +101,29 @@ def test_prompts_of_different_kinds_cannot_share_a_row() -> None:
     del encoded[1]["pixel_values"]
     with pytest.raises(ValueError, match="lists with and without an image cannot share a batch"):
         packed_row(encoded, RESPONSES, PromptPositions(model))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_prompt_of_two_images_is_packed_as_separate_rows_have_it(family: str) -> None:
+    """`Encoder` takes one image a prompt; what is packed may hold more."""
+    model, processor = tiny_models.build(family, dtype=torch.float64)
+    place = "<|vision_start|><image><|vision_end|>" if family == "qwen2_5_vl" else "<image>"
+    pictures = [tiny_models.picture((40, 28)), tiny_models.picture((28, 56), seed=1)]
+    texts = (f"{place} and {place}: where?", f"Is {place} like {place} here?")
+    encoded = [dict(processor(text=[text], images=pictures, return_tensors="pt")) for text in texts]
+    for prompt in encoded:
+        prompt["pixel_values"] = prompt["pixel_values"].double()
+    known = candidate_tensors(RESPONSES)
+    inputs, rows, layout = packed_row(encoded, RESPONSES, PromptPositions(model))
+    packed = ListBatch(inputs, rows, **known, layout=layout)
+    separate = ListBatch(*candidate_rows(encoded, RESPONSES, 0)[:2], **known)
+    prefix_sharing.prepare(model, "on")
+    gradients = []
+    for batch in (packed, separate):
+        model.zero_grad()
+        log_probs = token_log_probs(model, batch)
+        log_probs.square().sum().backward()
+        gradients.append([log_probs.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*gradients, strict=True):
+        error = (ours - theirs).norm() / (theirs.norm() + 1e-3)
+        assert error <= 1e-6  # rotary embeddings are in fp32 whatever the weights' type
