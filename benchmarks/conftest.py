@@ -12,7 +12,16 @@ pytest benchmarks --benchmark-only --resume 2026-11-24T06:19Z     leave out what
 What was measured is printed at the end, one table a case. pytest-benchmark's own table is off: its times would be those
 of whole rounds, fresh inputs and all.
 
-@TIMES@
+Minutes on two quiet CPU cores, by the processor time of one thread over 1.8:
+
+             default                                    --full
+step           1   P576 R24 k20, P300 R250 k8             5   P576 R24 k20, P1500 R40 k20, P600 R500 k8, P2900 R24 k20
+shared_prefix  ½   the same                               4   the same
+generation     1   the same                               4   the same
+linear_loss    3   T 800, H 512, V 32000                 25   T 1600 and 3200, H 1024, V 32000
+memory         3   T to 1200, V to 131072, H 1024        10   T to 3200
+others         2   T 800, V 32000                         3   T 1600 and 3200
+all           10                                         50
 """
 
 import time

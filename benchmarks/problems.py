@@ -111,11 +111,11 @@ def memory_points(
     ]
 
 
-# On the CPU V passes the 32768 from which TRL works in chunks of the vocabulary.
+# On the CPU T passes the 524 rows of V 32000 that fill a chunk of ours, V the 32768 from which TRL works in chunks.
 MEMORY_POINTS = {
     "tiny": memory_points([256], 16, [Lists(1, 20, 8)], Lists(1, 20, 8), [4], 8),
     "cpu": memory_points(
-        [32000, 65536, 131072], 1024, [Lists(n, 20, 10) for n in (1, 2, 4)], Lists(1, 20, 10), [5, 20, 80], 10
+        [32000, 131072], 1024, [Lists(n, 20, 10) for n in (1, 3, 6)], Lists(1, 20, 10), [5, 20, 80], 5
     ),
     "full": memory_points(
         [32000, 65536, 131072], 1024, [Lists(n, 20, 20) for n in (1, 2, 4, 8)], Lists(1, 20, 20), [5, 20, 80], 20

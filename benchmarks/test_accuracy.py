@@ -1,9 +1,9 @@
 """How far from float64 are log-probs, loss and gradients, by dtype?
 
 Hypothesis. With log-probs, sums and the loss in fp32 whatever the inputs' dtype, the errors of log-probs and loss in
-fp32, bf16 and fp16 are no larger than plain PyTorch's at the same dtype. Nor are the gradients': logits and their
-derivative D are rounded to the dtype as autograd rounds them, but D W is kept in fp32 until it is scaled, and rounded
-once.
+fp32, bf16 and fp16 are no larger than plain PyTorch's at the same dtype. Nor is that of the gradient of the hidden
+states: D W is kept in fp32 until it is scaled, and rounded once. That of the head's gradient is no larger than with one
+more rounding to its dtype.
 
 Floor. The definition in float64 on the same, already rounded, inputs is the zero of the scale. `rounding` is what
 rounding the exact gradients once to the dtype costs: no function that returns them in it can be closer on average.
