@@ -38,6 +38,7 @@ SETTINGS = (
     "neftune_noise_alpha",
     "seed",
     "data_seed",
+    "max_tokens_per_row",
 )
 OF_ADAPTERS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias")
 

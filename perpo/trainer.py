@@ -303,7 +303,7 @@ class PerPOTrainer(Trainer):
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError("reference='model' is not supported under DeepSpeed; use 'adapter_off' or 'data'")
         if ref_model is None:
-            dtype = next(self.model.parameters()).dtype
+            dtype = causal_lm(self.model).config.dtype or "auto"  # of the model as it was loaded
             ref_model = load_model(str(self.args.ref_model_name_or_path), dtype=dtype)
         install(ref_model)
         shared = prefix_sharing.prepare(ref_model, self.args.prefix_sharing, self.args.device) is not None
