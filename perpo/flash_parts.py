@@ -53,9 +53,16 @@ def supports(query: Tensor) -> bool:
     return (
         query.dtype in (torch.float16, torch.bfloat16)
         and (query.shape[-1] <= 192 or 224 < query.shape[-1] <= 256)  # 224: no backward pass on small GPUs
-        and torch.version.hip is None  # whose kernel lays its log-sum-exp out in another way
+        and _has_kernel(query.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(device: torch.device) -> bool:
+    return (
+        torch.version.hip is None  # whose kernel lays its log-sum-exp out in another way
         and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 

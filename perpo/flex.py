@@ -19,6 +19,7 @@ from torch.utils._triton import has_triton
 from perpo.prefix_layout import TILE, PrefixLayout
 
 
+@torch.compiler.assume_constant_result
 def available(device: torch.device) -> bool:
     """Whether it has a forward and a backward pass on this kind of device."""
     return device.type == "cuda" and has_triton()
@@ -46,7 +47,8 @@ def attention(
     n_tokens = layout.n_tokens
     missing = layout.sight.shape[1] - n_tokens
     query, key, value = (pad(x, (0, 0, 0, missing)) for x in (query, key, value))
-    out = _compiled()(
+    run = flex_attention if torch.compiler.is_compiling() else _compiled()  # the former in a model that is compiled
+    out = run(
         query,
         key,
         value,

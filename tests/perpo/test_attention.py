@@ -162,6 +162,18 @@ def test_flex_attention_is_the_definition(monkeypatch: Any) -> None:
     flex_against_the_definition()
 
 
+def test_flex_attention_is_traced_into_a_compiled_model() -> None:
+    layout = layout_of([(300, [24, 1, 60, 0]), (77, [40, 40])])
+    query, key, value = (x.detach() for x in tensors(layout, torch.float32, dim=32))
+
+    def layers(*inputs: Tensor) -> Tensor:
+        return flex.attention(*inputs, layout, 0.3, 2.0, 50) + flex.attention(*inputs, layout, 0.3, 2.0)
+
+    ours = torch.compile(layers, fullgraph=True, backend="aot_eager")(query, key, value)
+    expected = sum(masked_prefix_attention(query, key, value, layout, 0.3, 2.0, window) for window in (50, None))
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.slow
 def test_flex_attentions_kernel_is_the_definition(monkeypatch: Any) -> None:
     """The kernel for a CPU, which skips tiles as that for a GPU does; its dynamic form does not compile in 2.13."""

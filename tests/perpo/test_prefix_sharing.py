@@ -163,8 +163,9 @@ def test_no_mask_is_made_for_a_packed_row_and_nothing_is_read_back(family: str, 
     assert seen == [None]
 
 
-def test_a_compiled_model_gives_the_same() -> None:
-    model, processor, _ = built("llama")
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # the latter with a window
+def test_a_compiled_model_gives_the_same(family: str) -> None:
+    model, processor, _ = built(family)
     packed, _ = batches(model, processor, text_only=True)
     prefix_sharing.prepare(model, "on")
     install(model)
