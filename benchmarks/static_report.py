@@ -117,8 +117,10 @@ def list_cases(k: int, objective: Objective, name: str = "") -> Iterator[Case]:
             cu_lists=meta(n_lists + 1, dtype=torch.int32),
             cu_seqlens=meta(n_lists * k + 1, dtype=torch.int32) if tokens else None,
             labels=meta(n_tokens, dtype=torch.int64) if tokens else None,
-            ref_log_probs=meta(n_lists * k),
+            ref_log_probs=meta(n_lists * k) if objective.reference else None,
             valid=None if tokens else meta(n_lists * k, dtype=torch.bool),
+            lengths=meta(n_lists * k) if objective.length_normalized and not tokens else None,
+            flip_probs=meta(n_lists * k) if objective.flips else None,
             pair_weights=given,
             objective=objective,
         )
@@ -141,8 +143,9 @@ def cases() -> Iterator[Case]:
     yield from row_cases("bf16 262208 capped", 262208, bf16, LogitMap(softcap=30.0))
     for k in (2, 20, 64, 1024):
         yield from list_cases(k, objectives.perpo())
-    for name in ("lipo", "plackett_luce", "sdpo", "nca", "mdpo"):  # each kind of term
-        yield from list_cases(20, getattr(objectives, name)(), f" {name}")
+    for name, preset in objectives.PRESETS.items():
+        if name != "perpo":
+            yield from list_cases(20, preset(), f" {name}")
 
 
 # ---- compilation without a GPU ---------------------------------------------------------------------------------------

@@ -62,13 +62,13 @@ def training_lists(name: str, source: Any, args: PerPOConfig) -> list[Sample]:
         )
     if args.reference == "data":
         _require(name, lists, "ref_log_probs", ", which reference='data' takes; use reference='precomputed'")
-    if args.objective == "rosepo":
+    if args.list_objective.flips:
         _require(
             name,
             lists,
             "flip_probs",
-            ", which objective='rosepo' takes: for each response the probability that a preference over it is wrong; "
-            "for one probability for all, use objective='cdpo'",
+            f", which objective={args.objective!r} takes: for each response the probability that a preference over it "
+            "is wrong; for one probability for all, use objective='cdpo'",
         )
     lists = [_only_what_is_used(record, args) for record in lists]
     if args.max_candidates is not None:
@@ -91,7 +91,7 @@ def _only_what_is_used(record: ListRecord, args: PerPOConfig) -> ListRecord:
     return dataclasses.replace(
         record,
         ref_log_probs=None if args.reference == "none" else record.ref_log_probs,
-        flip_probs=record.flip_probs if args.objective == "rosepo" else None,
+        flip_probs=record.flip_probs if args.list_objective.flips else None,
     )
 
 

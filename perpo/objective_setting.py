@@ -22,7 +22,7 @@ def named_objective(
     """The objective of the settings `objective`, `beta`, `gamma` and `objective_options`.
 
     Args:
-        objective: name of a preset, an `Objective`, or the fields of one.
+        objective: name of a preset, an `Objective`, or the fields of one, as a mapping or as JSON or YAML text.
         beta, gamma: keywords of the preset; None leaves its default.
         options: its other keywords, as a mapping or as JSON or YAML text.
 
@@ -36,6 +36,8 @@ def named_objective(
         if name in keywords:
             raise ValueError(f"{name} is given twice: {value!r}, and {keywords[name]!r} in objective_options")
         keywords[name] = value
+    if isinstance(objective, str) and objective.lstrip().startswith("{"):  # on the command line
+        objective = _read_mapping("objective", objective)
     if isinstance(objective, str):
         return _preset(objective, keywords)
     if keywords:
@@ -62,15 +64,12 @@ def _from_fields(values: Any) -> Objective:
     known = [field.name for field in fields(Objective)]
     if unknown := set(values) - set(known):
         raise ValueError(f"objective: {', '.join(sorted(unknown))} is no field of Objective ({', '.join(known)})")
-    return Objective(**values)
+    return Objective(**{name: _as_number(value) for name, value in values.items()})
 
 
 def _mapping(options: Mapping[str, Any] | str | None) -> dict[str, Any]:
     if isinstance(options, str):
-        try:
-            options = yaml.safe_load(options)  # JSON is YAML
-        except yaml.YAMLError as error:
-            raise ValueError(f"objective_options must be a JSON or YAML mapping: {error}") from error
+        options = _read_mapping("objective_options", options)
     if options is None:
         return {}
     if not isinstance(options, Mapping):
@@ -78,10 +77,22 @@ def _mapping(options: Mapping[str, Any] | str | None) -> dict[str, Any]:
     return {str(name): _number(str(name), value) for name, value in options.items()}
 
 
+def _read_mapping(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} must be a JSON or YAML mapping: {error}") from error
+
+
+def _as_number(value: Any) -> Any:
+    """YAML takes 5e-3 for a text."""
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, str):  # as YAML takes 5e-3
-        with contextlib.suppress(ValueError):
-            value = float(value)
+    value = _as_number(value)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"objective_options: {name} must be a number, got {value!r}")
     return value

@@ -119,12 +119,16 @@ def reduction(value: str) -> None:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {value!r}")
 
 
-def objective(given: Objective | None, beta: float, gamma: float) -> Objective:
-    """The objective that a call asks for."""
+def objective(given: Objective | None, beta: float | None, gamma: float | None) -> Objective:
+    """The objective that a call asks for; beta and gamma are PerPO's, with the published defaults."""
     if given is None:
-        return Objective(beta, gamma)
+        return Objective(0.1 if beta is None else beta, 0.5 if gamma is None else gamma)
     if not isinstance(given, Objective):
-        raise TypeError(f"objective must be a perpo_kernels.objectives.Objective, got {type(given).__name__}")
+        hint = "; call the preset: objectives.dpo()" if callable(given) or isinstance(given, str) else ""
+        raise TypeError(f"objective must be a perpo_kernels.objectives.Objective, got {type(given).__name__}{hint}")
+    for name, value in (("beta", beta), ("gamma", gamma)):
+        if value is not None:
+            raise ValueError(f"{name} and objective are both given: an Objective holds its own {name}, set it there")
     return given
 
 
@@ -139,11 +143,13 @@ def needs(
             f"pair_weights go with pairs='given' and nothing else; the objective has pairs={target.pairs!r} and "
             f"pair_weights {'is None' if pair_weights is None else 'were given'}"
         )
+    if target.flips and flip_probs is None:
+        raise ValueError("flip_probs must be given: this objective takes the probability of a flip of each candidate")
     if flip_probs is not None and (target.link != "logistic" or target.pairs == "none"):
         raise ValueError("flip_probs soften the logistic link of pairs, which this objective does not have")
 
 
-def pair_weights(x: Tensor | None, cu_lists: Tensor) -> None:
+def pair_weights(x: Tensor | None, cu_lists: Tensor, k: int = 0) -> None:
     if x is None:
         return
     floating("pair_weights", x)
@@ -151,6 +157,8 @@ def pair_weights(x: Tensor | None, cu_lists: Tensor) -> None:
     n_lists = cu_lists.numel() - 1
     if x.dim() != 3 or x.shape[0] != n_lists or x.shape[1] != x.shape[2]:
         raise ValueError(f"pair_weights must be [G, k, k] with G = {n_lists} lists, got {_shape(x)}")
+    if x.shape[1] < k:
+        raise ValueError(f"pair_weights must be [G, k, k] with k at least {k}, the longest list, got {_shape(x)}")
 
 
 def token_weights(x: Tensor | None, labels: Tensor) -> None:

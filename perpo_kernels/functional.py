@@ -13,7 +13,7 @@ from torch import Tensor
 from perpo_kernels import backends, checks, layout, linear, ops, reference
 from perpo_kernels.objectives import Objective
 
-METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "lists/active")
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "lists/pair_accuracy", "lists/active")
 
 
 def _is_reference(backend: str) -> bool:
@@ -89,7 +89,7 @@ def linear_token_log_probs(
         bias: [V] or None.
         temperature, softcap, logit_scale: > 0; softcap None means none.
         ignore_index: positions with this label give 0 and get no gradient.
-        max_chunk_bytes: budget of one chunk of logits; None: 64 MiB on the CPU, 1 GiB elsewhere.
+        max_chunk_bytes: budget of one chunk of logits; None: 100 MiB on the CPU, 1 GiB elsewhere.
         backend: "auto", "triton", "eager" or "reference".
 
     Returns:
@@ -122,8 +122,8 @@ def perpo_loss(
     lengths: Tensor | None = None,  # same shape
     pair_weights: Tensor | None = None,  # [G, k, k]
     flip_probs: Tensor | None = None,  # same shape
-    beta: float = 0.1,
-    gamma: float = 0.5,
+    beta: float | None = None,
+    gamma: float | None = None,
     reduction: str = "mean",
     objective: Objective | None = None,
     backend: str = "auto",
@@ -140,8 +140,9 @@ def perpo_loss(
         lengths: numbers of response tokens, needed by length-normalised objectives only.
         pair_weights: [G, k, k] with k at least the longest list, needed by objectives with pairs="given": entry [g,
             i, j] is the weight with which candidate i of list g is preferred to candidate j; 0 for no preference.
-        flip_probs: probability that a preference over this candidate is wrong (RosePO); 1 − soft_target if not given.
-        beta, gamma: of PerPO; `objective` takes their place.
+        flip_probs: probability in [0, 1] that a preference over this candidate is wrong; RosePO needs it, other
+            objectives on pairs with the logistic link take 1 − soft_target if it is not given.
+        beta, gamma: of PerPO, 0.1 and 0.5 if not given; `objective` takes their place.
         reduction: "mean" over all lists (inactive ones count, so that accumulation stays exact), "sum", or "none".
         objective: any of `perpo_kernels.objectives`, for example `objectives.plackett_luce()`.
         backend: "auto", "triton", "eager" or "reference".
@@ -166,6 +167,7 @@ def perpo_loss(
     if target.length_normalized and lengths is None:
         raise ValueError("lengths must be given: this objective divides log-probs by the number of tokens")
     checks.reduction(reduction)
+    k = 0
     if cu_lists is None:
         n_lists, k = log_probs.shape
         cu_lists = layout.equal_lists(n_lists, k, log_probs.device)
@@ -173,10 +175,11 @@ def perpo_loss(
         ref_log_probs, valid, lengths, flip_probs = (
             None if x is None else x.reshape(-1) for x in (ref_log_probs, valid, lengths, flip_probs)
         )
-    checks.pair_weights(pair_weights, cu_lists)
+    checks.pair_weights(pair_weights, cu_lists, k)
     if _is_reference(backend):
         ops.check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
         ops.check_pair_weights(pair_weights, cu_lists)
+        ops.check_flip_probs(flip_probs)
         lists = _reference_lists(log_probs, rewards, cu_lists, ref_log_probs, valid, lengths, pair_weights, flip_probs)
         losses = reference.list_losses(lists, target)
         return _reduce(losses.sum(), losses, reduction)
@@ -213,7 +216,7 @@ class LinearPerPOOutput(NamedTuple):
         """Scalars under TRL's names, detached and still on the device; computed when asked for.
 
         rewards/chosen, rewards/rejected: β·(log π − log π_ref) of the best and the worst candidate, mean over active
-        lists; rewards/margins: their difference; rewards/accuracies: share of preferred pairs that the scores rank
+        lists; rewards/margins: their difference; lists/pair_accuracy: share of preferred pairs that the scores rank
         right, mean over active lists; lists/active: share of lists that have a preferred pair at all.
         """
         active = self.list_stats[3]
@@ -235,8 +238,8 @@ def linear_perpo_loss(
     token_weights: Tensor | None = None,  # [T]
     pair_weights: Tensor | None = None,  # [G, k, k]
     flip_probs: Tensor | None = None,  # [S]
-    beta: float = 0.1,
-    gamma: float = 0.5,
+    beta: float | None = None,
+    gamma: float | None = None,
     reduction: str = "mean",
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -264,7 +267,8 @@ def linear_perpo_loss(
             CPU while the rest is on a GPU: then they are checked for free, and chunks can follow the lists.
         ref_log_probs: [S], Σ_t log π_ref(y_it), or None for no reference.
         token_weights: [T], ω_t of each token in Σ_t ω_t log π(y_it) (TIS-DPO, arXiv 2410.04350); constants. The
-            reference log-probs must then be sums with the same weights.
+            reference log-probs must then be sums with the same weights. A token of weight 0 is as absent as an ignored
+            one: it does not count in a length, and a candidate with no other takes part in no pair.
         pair_weights, flip_probs: as `perpo_loss`; the objective says whether they are needed.
         beta, gamma, reduction, objective: as `perpo_loss`.
         backend: "auto", "triton", "eager" or "reference".
@@ -289,6 +293,7 @@ def linear_perpo_loss(
         ops.check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
         ops.check_cumulative("cu_seqlens", cu_seqlens, hidden.shape[0], "tokens")
         ops.check_pair_weights(pair_weights, cu_lists)
+        ops.check_flip_probs(flip_probs)
         tokens = _reference_linear(hidden, weight, labels, bias, z)
         log_probs, lengths = reference.sequence_log_probs(tokens, labels, cu_seqlens, ignore_index, token_weights)
         lists = _reference_lists(

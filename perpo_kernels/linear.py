@@ -28,6 +28,7 @@ from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import (
     accumulation_dtype,
     check_cumulative,
+    check_flip_probs,
     check_labels,
     check_pair_weights,
     first_derivative_only,
@@ -218,6 +219,7 @@ def linear_list_loss(
     check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
     check_cumulative("cu_seqlens", cu_seqlens, hidden.shape[0], "tokens")
     check_pair_weights(pair_weights, cu_lists)
+    check_flip_probs(flip_probs)
     head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
     n_tokens, n_hidden = hidden.shape
     log_probs = hidden.new_zeros(n_tokens, dtype=accumulation_dtype(hidden.dtype))
@@ -258,6 +260,9 @@ def linear_list_loss(
 
     for segment in _segments(cu_seqlens, cu_lists, n_tokens, rows):
         tokens = slice(segment.first_token, segment.last_token)
+        if segment.last_token == segment.first_token:
+            close_lists(segment)
+            continue
         if segment.last_token - segment.first_token <= rows:
             z = head.project(hidden[tokens], buffer)
             log_probs[tokens], _ = head.kernels.fused_rows_(z, labels[tokens], head.z)
@@ -285,8 +290,8 @@ def linear_list_loss(
 
 
 def _coefficient_unit(objective: Objective) -> float:
-    """|∂L/∂s| is at most β for PerPO; g ⊙ X is formed in multiples of it, so that fp16 neither overflows nor fades."""
-    return objective.beta
+    """What |∂L/∂s| is about; g ⊙ X is formed in multiples of it, so that fp16 neither overflows nor fades."""
+    return 2 / objective.beta if objective.link == "squared" else objective.beta
 
 
 def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) -> list[Segment]:
@@ -294,7 +299,7 @@ def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) ->
     n_lists = cu_lists.numel() - 1
     on_host = cu_seqlens.device.type == "cpu" and cu_lists.device.type == "cpu"
     if n_tokens <= rows or not on_host:
-        return [Segment(0, n_lists, 0, n_tokens)] if n_tokens else []
+        return [Segment(0, n_lists, 0, n_tokens)]
     return list_segments(cu_seqlens, cu_lists, rows)
 
 

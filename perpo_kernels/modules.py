@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from perpo_kernels import checks
 from perpo_kernels.functional import LinearPerPOOutput, linear_perpo_loss, perpo_loss
 from perpo_kernels.objectives import Objective
 
@@ -13,14 +14,14 @@ class PerPOLoss(nn.Module):
 
     def __init__(
         self,
-        beta: float = 0.1,
-        gamma: float = 0.5,
+        beta: float | None = None,
+        gamma: float | None = None,
         reduction: str = "mean",
         objective: Objective | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.objective = objective or Objective(beta, gamma)
+        self.objective = checks.objective(objective, beta, gamma)
         self.reduction = reduction
         self.backend = backend
 
@@ -62,14 +63,14 @@ class LinearPerPOLoss(nn.Module):
 
     def __init__(
         self,
-        beta: float = 0.1,
-        gamma: float = 0.5,
+        beta: float | None = None,
+        gamma: float | None = None,
         reduction: str = "mean",
         objective: Objective | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.objective = objective or Objective(beta, gamma)
+        self.objective = checks.objective(objective, beta, gamma)
         self.reduction = reduction
         self.options = options
 

@@ -31,9 +31,10 @@ Plackett–Luce with ties: the tied candidates share one denominator (Breslow), 
 term.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -44,6 +45,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "list_term": ("none", "softmax", "plackett_luce"),
     "pointwise": ("none", "nca", "anchor"),
 }
+
+
+SMALLEST_TEMPERATURE = 1e-30  # 1 / T has to be a number of fp32
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,10 @@ class Objective:
         nll: ≥ 0, weight of the negative log-likelihood of the best candidates.
         length_normalized: scores are means over tokens.
         reference: False refuses reference log-probs.
+        flips: the data must hold `flip_probs`, each candidate's own 1 − q.
 
     Raises:
-        ValueError: a value outside its range, or a combination without meaning, with the reason.
+        ValueError, TypeError: a value outside its range, or a combination without meaning, with the reason.
     """
 
     beta: float = 0.1
@@ -87,6 +92,7 @@ class Objective:
     nll: float = 0.0
     length_normalized: bool = False
     reference: bool = True
+    flips: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -98,9 +104,17 @@ class Objective:
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
             if not -math.inf < value < math.inf:
                 raise ValueError(f"{name} must be finite, got {value!r}")
+        for name in ("length_normalized", "reference", "flips"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not self.beta > 0:
             raise ValueError(f"beta must be a finite number > 0, got {self.beta!r}")
-        for name in ("gamma", "target_temperature", "nll"):
+        if 0 < self.target_temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"target_temperature must be 0 (the best alone) or at least {SMALLEST_TEMPERATURE}, "
+                f"got {self.target_temperature!r}"
+            )
+        for name in ("gamma", "target_temperature", "nll", "soft_target"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}")
         self._check_combination()
@@ -111,8 +125,11 @@ class Objective:
                 "pairs='none' needs a list_term or a pointwise term: with nothing that compares candidates there is "
                 "no preference to learn"
             )
-        if self.soft_target != 1.0 and self.link != "logistic":
-            raise ValueError(f"soft_target is a probability of the logistic link, but link is {self.link!r}")
+        if (self.soft_target != 1.0 or self.flips) and (self.link != "logistic" or self.pairs == "none"):
+            raise ValueError(
+                f"soft_target and flips are probabilities of the logistic link of pairs, but link is {self.link!r} and "
+                f"pairs is {self.pairs!r}"
+            )
         if self.pairs == "given" and self.weight == "lambda":
             raise ValueError("pairs='given' brings its own weights, which weight='lambda' would replace")
         if self.pairs == "given" and self.log_margin:
@@ -122,20 +139,25 @@ class Objective:
 
     def numbers(self) -> list[float]:
         """What the operators are given; `Objective.from_numbers` gives the objective back."""
-        values = asdict(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return [
             float(CHOICES[name].index(value)) if name in CHOICES else float(value) for name, value in values.items()
         ]
 
-    @classmethod
-    def from_numbers(cls, numbers: Sequence[float]) -> "Objective":
-        values: dict[str, Any] = {}
-        for field, number in zip(fields(cls), numbers, strict=True):
-            if field.name in CHOICES:
-                values[field.name] = CHOICES[field.name][int(number)]
-            else:
-                values[field.name] = bool(number) if isinstance(field.default, bool) else float(number)
-        return cls(**values)
+    @staticmethod
+    def from_numbers(numbers: Sequence[float]) -> "Objective":
+        return _from_numbers(tuple(numbers))
+
+
+@functools.cache  # a training run has one or two, and asks at every step
+def _from_numbers(numbers: tuple[float, ...]) -> Objective:
+    values: dict[str, Any] = {}
+    for field, number in zip(fields(Objective), numbers, strict=True):
+        if field.name in CHOICES:
+            values[field.name] = CHOICES[field.name][int(number)]
+        else:
+            values[field.name] = bool(number) if isinstance(field.default, bool) else float(number)
+    return Objective(**values)
 
 
 def perpo(beta: float = 0.1, gamma: float = 0.5) -> Objective:
@@ -167,7 +189,7 @@ def robust_dpo(beta: float = 0.1, epsilon: float = 0.1) -> Objective:
 
 def rosepo(beta: float = 0.1) -> Objective:
     """RosePO (arXiv 2410.12519): cDPO over all pairs, with ε of each rejected candidate given as `flip_probs` [S]."""
-    return Objective(beta, weight="uniform")
+    return Objective(beta, weight="uniform", flips=True)
 
 
 def ipo(beta: float = 0.1) -> Objective:
@@ -186,7 +208,10 @@ def odpo(beta: float = 0.1, alpha: float = 1.0) -> Objective:
 
 
 def lipo(beta: float = 0.1) -> Objective:
-    """LiPO-λ (arXiv 2402.01878): logistic pairs weighted by the change in DCG when they swap places."""
+    """LiPO-λ (arXiv 2402.01878): logistic pairs weighted by the change in DCG when they swap places.
+
+    The gain of a candidate is 2^r − 1, so rewards should be of unit scale: 2^128 is infinite in fp32.
+    """
     return Objective(beta, weight="lambda", normalize="none")
 
 
@@ -201,7 +226,11 @@ def plackett_luce(beta: float = 0.1) -> Objective:
 
 
 def infonca(beta: float = 0.01, target_temperature: float = 1.0) -> Objective:
-    """InfoNCA (arXiv 2402.05369): cross-entropy between softmax(r / T) and softmax(βs)."""
+    """InfoNCA (arXiv 2402.05369): cross-entropy between softmax(r / T) and softmax(βs).
+
+    T belongs to the scale of the rewards: the paper's scores go to 10, these to 1. At T far below their differences it
+    is S-DPO; at T far above, all candidates are to be equally likely.
+    """
     return Objective(beta, pairs="none", list_term="softmax", target_temperature=target_temperature)
 
 
@@ -231,11 +260,16 @@ def mdpo(beta: float = 0.1) -> Objective:
 
 
 def p3o(beta: float = 0.5) -> Objective:
-    """P3O (arXiv 2310.00212), the pairwise policy gradient, not clipped: mean of −½ (r_i − r_j)(s_i − s_j)."""
+    """P3O (arXiv 2310.00212), the pairwise policy gradient, not clipped: mean of −½ (r_i − r_j)(s_i − s_j).
+
+    Over pairs of different rewards; tied ones, which add 0, do not count in the mean.
+    """
     return Objective(beta, gamma=1.0, normalize="pairs", link="linear")
 
 
 def _probability(name: str, value: float, below: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= value < below:
         raise ValueError(f"{name} must lie in [0, {below}), got {value!r}")
 

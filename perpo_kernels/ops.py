@@ -8,6 +8,7 @@ the derivative. The operators take plain values; names are checked and defaults 
 import functools
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -58,7 +59,8 @@ def check_labels(labels: Tensor, n_vocab: int, ignore_index: int) -> None:
 def check_cumulative(name: str, counts: Tensor, total: int, of: str) -> None:
     if not values_are_checked(counts):
         return
-    if int(counts[0]) != 0 or int(counts[-1]) != total or bool((counts.diff() < 0).any()):
+    values = counts.tolist()
+    if values[0] != 0 or values[-1] != total or any(a > b for a, b in pairwise(values)):
         raise ValueError(
             f"{name} must start at 0, never decrease and end at the number of {of}, {total}; got "
             f"{counts.tolist() if counts.numel() <= 16 else f'{counts[:8].tolist()} … {counts[-4:].tolist()}'}"
@@ -74,6 +76,15 @@ def check_pair_weights(pair_weights: Tensor | None, cu_lists: Tensor) -> None:
             f"pair_weights must be [G, k, k] with k at least {longest}, the longest list, "
             f"got {list(pair_weights.shape)}"
         )
+
+
+def check_flip_probs(flip_probs: Tensor | None) -> None:
+    if flip_probs is None or not values_are_checked(flip_probs):
+        return
+    wrong = ~((flip_probs >= 0) & (flip_probs <= 1))
+    if bool(wrong.any()):
+        at = int(wrong.flatten().nonzero()[0])
+        raise ValueError(f"flip_probs must be probabilities in [0, 1], got {flip_probs.flatten()[at].item()} at {at}")
 
 
 def first_derivative_only(op: str) -> None:
@@ -212,17 +223,18 @@ def run_list_loss(problem: ListProblem, backend: str, result: ListResult) -> Non
 
 
 def new_list_result(problem: ListProblem) -> ListResult:
+    """To be written by `run_list_loss`, every entry of it: filling it first would be four launches more."""
     n_lists = problem.cu_lists.numel() - 1
     dtype = accumulation_dtype(problem.log_probs.dtype)
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=problem.log_probs.device)
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=problem.log_probs.device)
 
     return ListResult(
-        losses=zeros(n_lists),
-        coefficients=zeros(problem.log_probs.numel()),
-        sequence_log_probs=zeros(problem.rewards.numel()),
-        stats=zeros(4, n_lists),
+        losses=new(n_lists),
+        coefficients=new(problem.log_probs.numel()),
+        sequence_log_probs=new(problem.rewards.numel()),
+        stats=new(4, n_lists),
     )
 
 
@@ -249,6 +261,7 @@ def list_loss(
     if cu_seqlens is not None:
         check_cumulative("cu_seqlens", cu_seqlens, log_probs.numel(), "tokens")
     check_pair_weights(pair_weights, cu_lists)
+    check_flip_probs(flip_probs)
     problem = list_problem(
         ListProblem(
             log_probs,

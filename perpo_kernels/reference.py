@@ -48,12 +48,14 @@ def sequence_log_probs(
     ignore_index: int = -100,
     token_weights: Tensor | None = None,  # [T]
 ) -> tuple[Tensor, Tensor]:  # [S], int [S]
-    """Σ_t ω_t log π(y_t) over the valid tokens of each candidate, and how many there are."""
+    """Σ_t ω_t log π(y_t) over the valid tokens of each candidate, and how many there are; weight 0 is not valid."""
+    valid = labels != ignore_index
     if token_weights is not None:
-        log_probs = torch.where(labels == ignore_index, 0.0, log_probs * token_weights)
+        valid = valid & (token_weights != 0)
+        log_probs = torch.where(valid, log_probs * token_weights.masked_fill(~valid, 0.0), 0.0)
     spans = list(pairwise(cu_seqlens.tolist()))
     sums = [log_probs[a:b].sum() for a, b in spans]
-    counts = [int((labels[a:b] != ignore_index).sum()) for a, b in spans]
+    counts = [int(valid[a:b].sum()) for a, b in spans]
     return (torch.stack(sums) if sums else log_probs.new_zeros(0)), torch.tensor(counts, device=log_probs.device)
 
 
@@ -175,7 +177,9 @@ def pair_term(lists: Lists, scores: Tensor, weights: dict[tuple[int, int], Tenso
         d = objective.beta * (scores[i] - scores[j]) - margin
         target = objective.soft_target if lists.flip_probs is None else 1 - float(lists.flip_probs[j])
         if objective.link == "logistic":
-            link = -F.logsigmoid(d) + (1 - target) * d
+            link = -F.logsigmoid(d)
+            if target != 1:  # d may be infinite
+                link = link + (1 - target) * d
         elif objective.link == "hinge":
             link = F.relu(1 - d)
         elif objective.link == "squared":

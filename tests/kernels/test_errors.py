@@ -169,7 +169,7 @@ case(ValueError, "reduction", "'mean', 'sum' or 'none'", "'batchmean'")(lambda: 
 case(ValueError, "beta", "> 0", "0")(lambda: loss(beta=0))
 case(ValueError, "gamma", ">= 0", "-1")(lambda: loss(gamma=-1))
 case(TypeError, "beta", "number", "str")(lambda: loss(beta="0.1"))
-case(TypeError, "gamma", "number", "NoneType")(lambda: loss(gamma=None))
+case(TypeError, "gamma", "number", "list")(lambda: loss(gamma=[]))
 
 # ------------------------------------------------------------------------------------------------------------- layout
 

@@ -201,7 +201,7 @@ def test_metrics(backend, device, trainable):
         head.hidden.double(), weight.double(), head.labels, **wide._asdict(), beta=0.4, backend="reference"
     )
     assert set(out.metrics) == {
-        "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "lists/active",
+        "rewards/chosen", "rewards/rejected", "rewards/margins", "lists/pair_accuracy", "lists/active",
     }  # fmt: skip
     for name, value in out.metrics.items():
         assert value.shape == ()

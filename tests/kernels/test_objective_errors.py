@@ -11,7 +11,10 @@ from .test_errors import T, inputs, linear_loss, loss
 
 MEANINGLESS = {
     "pairs='none' needs a list_term or a pointwise term: with nothing that compares candidates": {"pairs": "none"},
-    "soft_target is a probability of the logistic link, but link is 'hinge'": {"link": "hinge", "soft_target": 0.9},
+    "soft_target and flips are probabilities of the logistic link of pairs, but link is 'hinge'": {
+        "link": "hinge",
+        "soft_target": 0.9,
+    },
     "pairs='given' brings its own weights, which weight='lambda' would replace": {"pairs": "given", "weight": "lambda"},
     "log_margin takes the logarithm of r_i − r_j, which given pairs need not": {"pairs": "given", "log_margin": 1.0},
     "target_temperature shapes the target of list_term='softmax' and pointwise='nca' only": {"target_temperature": 1.0},

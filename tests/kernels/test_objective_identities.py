@@ -177,25 +177,26 @@ def trl(loss_type: str, log_probs: Tensor, ref: Tensor, lengths: Tensor, beta: f
 
 
 OF_TRL = {
-    ("sigmoid", 0.0): objectives.dpo(0.3),
-    ("sigmoid", 0.1): objectives.cdpo(0.3, 0.1),
-    ("robust", 0.1): objectives.robust_dpo(0.3, 0.1),
-    ("hinge", 0.0): objectives.hinge(0.3),
-    ("ipo", 0.0): objectives.ipo(0.3),
-    ("nca_pair", 0.0): objectives.nca(0.3, target_temperature=0.0),
-    ("simpo", 0.0): objectives.simpo(0.3, 0.5),
+    ("sigmoid", 0.0): objectives.dpo,
+    ("sigmoid", 0.1): lambda beta: objectives.cdpo(beta, 0.1),
+    ("robust", 0.1): lambda beta: objectives.robust_dpo(beta, 0.1),
+    ("hinge", 0.0): objectives.hinge,
+    ("ipo", 0.0): objectives.ipo,
+    ("nca_pair", 0.0): lambda beta: objectives.nca(beta, target_temperature=0.0),
+    ("simpo", 0.0): lambda beta: objectives.simpo(beta, 0.5),
 }
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.3])  # 0.1 is TRL's default, for every one of them
 @pytest.mark.parametrize(("loss_type", "smoothing"), OF_TRL, ids=str)
-def test_a_pair_costs_what_it_costs_in_trl(device, dense_backend, loss_type, smoothing):
+def test_a_pair_costs_what_it_costs_in_trl(device, dense_backend, loss_type, smoothing, beta):
     log_probs, ref = -20 * torch.rand(2, 2, device=device).double()
     lengths = torch.tensor([7.0, 4.0], device=device).double()
     rewards = torch.tensor([1.0, 0.0], device=device).double()
     leaf = log_probs.clone().requires_grad_()
-    expected = trl(loss_type, leaf, ref, lengths, 0.3, smoothing)
+    expected = trl(loss_type, leaf, ref, lengths, beta, smoothing)
     expected.backward()
-    objective = OF_TRL[loss_type, smoothing]
+    objective = OF_TRL[loss_type, smoothing](beta)
     options = {"ref_log_probs": ref} if objective.reference else {}
     got = solve(objective, log_probs, rewards, dense_backend, lengths=lengths, **options)
     close(got, (expected.detach(), leaf.grad))

@@ -3,7 +3,10 @@
 Formulas: `perpo_kernels.objectives`. The gradient is written out; autograd is not used.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,76 +24,93 @@ class Candidates(NamedTuple):
     score: Tensor  # s
     log_prob: Tensor  # Σ ω log π
     reward: Tensor  # NaN for a candidate that takes part in nothing
-    flip_prob: Tensor
+    flip_prob: Tensor | None
 
 
 def list_loss(problem: ListProblem, result: ListResult) -> None:
     """The longest list is read on the host: free on the CPU, one synchronisation on a device."""
     p = problem
-    lengths = p.cu_lists.diff()
-    if lengths.numel() == 0 or p.rewards.numel() == 0:
-        return  # the result is zeros already
-    everyone, tokens = _candidates(p, result)
-    k = max(int(lengths.max()), 1)
+    bounds = p.cu_lists.tolist()
+    here = slice(bounds[0], bounds[-1])
+    k = max((b - a for a, b in pairwise(bounds)), default=0)
+    if k == 0:
+        result.losses.zero_()
+        result.stats.zero_()
+        return
+    everyone, counts = _candidates(p, here, result)
     d_score, d_log_prob = torch.zeros_like(everyone.score), torch.zeros_like(everyone.score)
-    slot = torch.arange(k, device=lengths.device)
-    for block in torch.arange(lengths.numel(), device=lengths.device).split(max(1, PAIRS_AT_ONCE // (k * k))):
-        inside = slot < lengths[block, None]
-        place = torch.where(inside, p.cu_lists[block, None] + slot, 0).long()
-        lists = Candidates(*(x[place] for x in everyone))
-        lists = lists._replace(reward=lists.reward.masked_fill(~inside, torch.nan))
-        given = None if p.pair_weights is None else p.pair_weights[block, :k, :k]
-        loss, slope, likelihood, stats = lists_of_k(lists, given, p.objective)
-        result.losses[block] = loss
-        result.stats[:, block] = stats
-        d_score[place[inside]] = slope[inside]
-        d_log_prob[place[inside]] = likelihood[inside]
+    for lists, place, inside in _blocks(p.cu_lists, here, k):
+        score, log_prob, reward = (x[place].view(-1, k) for x in everyone[:3])
+        if inside is not None:
+            reward = reward.masked_fill(~inside, torch.nan)
+        flips = None if everyone.flip_prob is None else everyone.flip_prob[place].view(-1, k)
+        some = Candidates(score, log_prob, reward, flips)
+        given = None if p.pair_weights is None else p.pair_weights[lists, :k, :k]
+        loss, slope, likelihood, stats = lists_of_k(some, given, p.objective)
+        result.losses[lists] = loss
+        result.stats[:, lists] = stats
+        for total, values in ((d_score, slope), (d_log_prob, likelihood)):
+            if values is None:
+                continue
+            if inside is None:
+                total[place] = values.view(-1)
+            else:
+                total[place[inside.view(-1)]] = values[inside]
     if p.objective.length_normalized:
-        d_score /= tokens.clamp(min=1)
-    _write_coefficients(p, d_score + d_log_prob, result)
+        d_score /= counts.clamp(min=1)
+    _write_coefficients(p, here, d_score + d_log_prob, result)
 
 
-def _candidates(p: ListProblem, result: ListResult) -> tuple[Candidates, Tensor]:
-    """The candidates of all lists, and their numbers of valid tokens [S]."""
-    first, last = int(p.cu_lists[0]), int(p.cu_lists[-1])
-    here = slice(first, last)
+def _blocks(cu_lists: Tensor, here: slice, k: int) -> Iterator[tuple[slice, Any, Tensor | None]]:
+    """A few lists at a time: which, where their candidates are from `here` on, and which of k are there (None: all)."""
+    n_lists, at_once = cu_lists.numel() - 1, max(1, PAIRS_AT_ONCE // (k * k))
+    equal = n_lists * k == here.stop - here.start
+    slot = torch.arange(k, device=cu_lists.device)
+    for first in range(0, n_lists, at_once):
+        lists = slice(first, min(first + at_once, n_lists))
+        if equal:
+            yield lists, slice(lists.start * k, lists.stop * k), None
+            continue
+        inside = slot < (cu_lists[lists.start + 1 : lists.stop + 1] - cu_lists[lists])[:, None]
+        place = torch.where(inside, cu_lists[lists, None] + slot - here.start, 0).long()
+        yield lists, place.view(-1), inside
+
+
+def _candidates(p: ListProblem, here: slice, result: ListResult) -> tuple[Candidates, Tensor]:
+    """The candidates of all lists, and their numbers of valid tokens."""
     dtype = result.losses.dtype
-    n_candidates = p.rewards.numel()
-    counts = torch.ones(last - first, dtype=dtype, device=p.rewards.device)
+    counts = torch.ones(here.stop - here.start, dtype=dtype, device=p.rewards.device)
+    present: Tensor | None = None
     if p.cu_seqlens is None or p.labels is None:
         sums = p.log_probs[here].to(dtype)
-        present = torch.ones_like(counts, dtype=torch.bool)
         if p.lengths is not None:
             counts = p.lengths[here].to(dtype)
             present = counts > 0
     else:
-        bounds = p.cu_seqlens[first : last + 1]
+        bounds = p.cu_seqlens[here.start : here.stop + 1]
         tokens = slice(int(bounds[0]), int(bounds[-1]))
         lengths = bounds.diff().long()
         kept = p.labels[tokens] != p.ignore_index
         log_probs = p.log_probs[tokens].to(dtype)
         if p.token_weights is not None:
-            log_probs = log_probs * p.token_weights[tokens]
+            weights = p.token_weights[tokens]
+            kept &= weights != 0
+            log_probs = log_probs * weights
         sums = _segment_sum(torch.where(kept, log_probs, 0.0), lengths)
         counts = _segment_sum(kept.to(dtype), lengths)
         present = counts > 0
     if p.valid is not None:
-        present &= p.valid[here]
-        sums = sums.where(p.valid[here], 0.0)
+        valid = p.valid[here]
+        present = valid if present is None else present & valid
+        sums = sums.where(valid, 0.0)
     rewards = p.rewards[here].to(dtype)
+    taking_part = rewards.isfinite() if present is None else present & rewards.isfinite()
     score = sums if p.ref_log_probs is None else sums - p.ref_log_probs[here].to(dtype)
     if p.objective.length_normalized:
         score = score / counts.clamp(min=1)
-
-    def place(values: Tensor) -> Tensor:
-        out = torch.zeros(n_candidates, dtype=dtype, device=values.device)
-        out[here] = values
-        return out
-
     result.sequence_log_probs[here] = sums
-    flips = torch.full_like(counts, torch.nan) if p.flip_probs is None else p.flip_probs[here].to(dtype)
-    reward = rewards.masked_fill(~(present & rewards.isfinite()), torch.nan)
-    return Candidates(place(score), place(sums), place(reward), place(flips)), place(counts)
+    flips = None if p.flip_probs is None else p.flip_probs[here].to(dtype)
+    return Candidates(score, sums, rewards.masked_fill(~taking_part, torch.nan), flips), counts
 
 
 def _segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
@@ -100,85 +120,77 @@ def _segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0)
 
 
-def _write_coefficients(p: ListProblem, gradient: Tensor, result: ListResult) -> None:
-    first, last = int(p.cu_lists[0]), int(p.cu_lists[-1])
+def _write_coefficients(p: ListProblem, here: slice, gradient: Tensor, result: ListResult) -> None:
     if p.cu_seqlens is None:
-        result.coefficients[first:last] = gradient[first:last]
+        result.coefficients[here] = gradient
         return
-    bounds = p.cu_seqlens[first : last + 1]
+    bounds = p.cu_seqlens[here.start : here.stop + 1]
     tokens = slice(int(bounds[0]), int(bounds[-1]))
-    result.coefficients[tokens] = torch.repeat_interleave(gradient[first:last], bounds.diff())
-    if p.token_weights is not None:
-        result.coefficients[tokens] *= p.token_weights[tokens]
+    result.coefficients[tokens] = torch.repeat_interleave(gradient, bounds.diff())
+    if p.token_weights is not None and p.labels is not None:  # those of ignored tokens may be anything
+        ignored = p.labels[tokens] == p.ignore_index
+        result.coefficients[tokens] *= p.token_weights[tokens].masked_fill(ignored, 0.0)
 
 
-def lists_of_k(c: Candidates, given: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[n, k] candidates -> loss [n], ∂loss/∂s [n, k], ∂loss/∂(Σ log π) [n, k], statistics [4, n]."""
+def lists_of_k(
+    c: Candidates, given: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """[n, k] candidates -> loss [n], ∂loss/∂s [n, k], ∂loss/∂(Σ log π) [n, k] or None, statistics [4, n]."""
     o = objective
+    dtype = c.score.dtype
     member = ~c.reward.isnan()
     better = c.reward.unsqueeze(-1) > c.reward.unsqueeze(-2)  # [n, i, j]: r_i > r_j; false where either is no candidate
     highest = c.reward.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
     lowest = c.reward.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)
     is_best, is_worst = c.reward == highest, c.reward == lowest
-    p_best = is_best.to(c.score.dtype) / is_best.sum(-1, keepdim=True).clamp(min=1)
+    active = (highest > lowest).squeeze(-1)
     if given is not None:
-        given = given.to(c.score.dtype).masked_fill(~(member.unsqueeze(-1) & member.unsqueeze(-2)), 0.0)
-    active = (better if given is None else given > 0).any(-1).any(-1)
+        given = given.to(dtype).masked_fill(~(member.unsqueeze(-1) & member.unsqueeze(-2)), 0.0)
+        active = (given > 0).flatten(-2).any(-1)
 
-    z = o.beta * c.score.where(member, 0.0)
-    loss = torch.zeros_like(z[:, 0])
-    slope = torch.zeros_like(z)  # ∂loss/∂z
+    z = o.beta * c.score.masked_fill(~member, 0.0)
+    ahead = z.unsqueeze(-1) - z.unsqueeze(-2)  # [n, i, j]
+    terms: list[tuple[Tensor, Tensor]] = []  # loss [n] and ∂loss/∂z [n, k]
     if o.pairs != "none":
-        pair_loss, pair_slope = _pair_term(c, z, better, given, highest, lowest, o)
-        loss, slope = loss + pair_loss, slope + pair_slope
-    p = p_best
+        terms.append(_pair_term(c, ahead, better, given, highest, lowest, o))
+    best_share = is_best.to(dtype) / is_best.sum(-1, keepdim=True).clamp(min=1)
+    p = best_share
     if o.target_temperature:
         p = (c.reward / o.target_temperature).masked_fill(~member, -torch.inf).softmax(-1)
     if o.list_term == "softmax":
         log_softmax = z.masked_fill(~member, -torch.inf).log_softmax(-1)
-        loss = loss - torch.where(member, p * log_softmax, 0.0).sum(-1)
-        slope = slope + log_softmax.exp() - p
+        terms.append((-torch.where(member, p * log_softmax, 0.0).sum(-1), log_softmax.exp() - p))
     elif o.list_term == "plackett_luce":
-        pl_loss, pl_slope = _plackett_luce(c.reward, z, better)
-        loss, slope = loss + pl_loss, slope + pl_slope
+        terms.append(_plackett_luce(c.reward, z, better))
     if o.pointwise != "none":
-        loss = loss - torch.where(member, p * F.logsigmoid(z), 0.0).sum(-1)
-        slope = slope - p * torch.sigmoid(-z)
+        terms.append((-torch.where(member, p * F.logsigmoid(z), 0.0).sum(-1), -p * torch.sigmoid(-z)))
     if o.pointwise == "nca":
-        share = member.to(z.dtype) / member.sum(-1, keepdim=True).clamp(min=1)
-        loss = loss - (share * F.logsigmoid(-z)).sum(-1)
-        slope = slope + share * torch.sigmoid(z)
-    likelihood = -o.nll * p_best
-    if o.nll:
-        loss = loss - o.nll * torch.where(is_best, p_best * c.log_prob, 0.0).sum(-1)
-
-    right = (better & (c.score.unsqueeze(-1) > c.score.unsqueeze(-2))).sum((-1, -2)).to(z.dtype)
-    right /= better.sum((-1, -2)).clamp(min=1)
-    chosen, rejected = (z.gather(-1, x.int().argmax(-1, keepdim=True)).squeeze(-1) for x in (is_best, is_worst))
-    stats = torch.stack([chosen, rejected, right, active.to(z.dtype)])
+        share = member.to(dtype) / member.sum(-1, keepdim=True).clamp(min=1)
+        terms.append((-(share * F.logsigmoid(-z)).sum(-1), share * torch.sigmoid(z)))
+    loss, slope = (functools.reduce(torch.add, parts) for parts in zip(*terms, strict=True))
+    likelihood = None
     on = active.unsqueeze(-1) & member
-    return (
-        loss.where(active, 0.0),
-        (o.beta * slope).where(on, 0.0),
-        likelihood.where(on, 0.0),
-        stats.where(active, 0.0),
-    )
+    if o.nll:
+        loss = loss - o.nll * torch.where(is_best, best_share * c.log_prob, 0.0).sum(-1)
+        likelihood = (-o.nll * best_share).where(on, 0.0)
+
+    right = (better & (ahead > 0)).sum((-1, -2)) / better.sum((-1, -2)).clamp(min=1)
+    chosen, rejected = (z.gather(-1, x.int().argmax(-1, keepdim=True)).squeeze(-1) for x in (is_best, is_worst))
+    stats = torch.stack([chosen, rejected, right.to(dtype), active.to(dtype)])
+    return loss.where(active, 0.0), (o.beta * slope).where(on, 0.0), likelihood, stats.where(active, 0.0)
 
 
 def _pair_term(
     c: Candidates,
-    z: Tensor,  # [n, k]: βs
+    ahead: Tensor,  # [n, k, k]: z_i − z_j
     better: Tensor,  # bool [n, k, k]
     given: Tensor | None,  # [n, k, k]
     highest: Tensor,  # [n, 1]
     lowest: Tensor,
     o: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """Σ w_ij ℓ(d_ij) [n] and its slope in z [n, k]."""
-    gap = torch.where(better, c.reward.unsqueeze(-1) - c.reward.unsqueeze(-2), 1.0)
-    unit = torch.where((highest - lowest).isfinite(), 1.0, 0.5)  # differences of halves are finite for all rewards
-    scaled, spread = unit * c.reward, unit * highest - unit * lowest
-    share = torch.where(better, (scaled.unsqueeze(-1) - scaled.unsqueeze(-2)) / spread.unsqueeze(-1), 1.0)
+    """Σ w_ij ℓ(d_ij) [n] and its slope in z [n, k]. Outside of the pairs w is 0 and d is 0, so that ℓ is finite."""
+    weight = given
     if given is not None:
         pair = given > 0
         weight = given.where(pair, 0.0)
@@ -188,27 +200,49 @@ def _pair_term(
             pair = pair & (c.reward == highest).unsqueeze(-1)
         if o.pairs == "best_vs_worst":
             pair = pair & (c.reward == lowest).unsqueeze(-2)
-        weight = pair.to(z.dtype)
         if o.weight == "power":
-            weight = (share if o.normalize == "list" else gap).pow(o.gamma).where(pair, 0.0)
+            weight = _power_weight(c.reward, pair, highest, lowest, o)
         elif o.weight == "lambda":
-            weight = _lambda_weight(c, z).where(pair, 0.0)
-    if o.normalize != "none":
-        total = (weight if o.normalize == "list" else pair).sum((-1, -2), keepdim=True)
-        weight = weight / total.where(total > 0, 1.0)
-    d = torch.where(pair, z.unsqueeze(-1) - z.unsqueeze(-2) - o.offset, 0.0)
+            weight = _lambda_weight(c, o.beta * c.score).where(pair, 0.0)
+    d = ahead.where(pair, 0.0)
+    if o.offset:
+        d = (ahead - o.offset).where(pair, 0.0)
     if o.log_margin:
+        gap = torch.where(pair, c.reward.unsqueeze(-1) - c.reward.unsqueeze(-2), 1.0)
         d = d - o.log_margin * gap.log()
-    flip = torch.full_like(c.flip_prob, 1 - o.soft_target).where(c.flip_prob.isnan(), c.flip_prob).unsqueeze(-2)
-    link, slope = _link(d, flip, o)
-    pull = (weight * slope).where(pair, 0.0)
-    return (weight * link).where(pair, 0.0).sum((-1, -2)), pull.sum(-1) - pull.sum(-2)
+    link, slope = _link(d, c.flip_prob, o)
+    if weight is None:  # uniform
+        weight = pair.to(d.dtype)
+    loss = (weight * link).flatten(-2).sum(-1)
+    pull = weight * slope
+    slope = pull.sum(-1) - pull.sum(-2)
+    if o.normalize != "none":
+        total = (weight if o.normalize == "list" else pair).flatten(-2).sum(-1).to(d.dtype)
+        scale = 1 / total.where(total > 0, 1.0)
+        loss, slope = loss * scale, slope * scale.unsqueeze(-1)
+    return loss, slope
 
 
-def _link(d: Tensor, flip: Tensor, o: Objective) -> tuple[Tensor, Tensor]:
-    """ℓ(d) and ℓ'(d); `flip` is 1 − q."""
+def _power_weight(reward: Tensor, pair: Tensor, highest: Tensor, lowest: Tensor, o: Objective) -> Tensor:
+    """(r_i − r_j)^γ over the pairs, else 0; in multiples of the range^γ where the sum over the list divides it out."""
+    gap = reward.unsqueeze(-1) - reward.unsqueeze(-2)
+    if o.normalize == "list":
+        spread = (highest - lowest).unsqueeze(-1)
+        if bool(spread.isinf().any()):  # differences of halves are finite for all rewards
+            half = 0.5 * reward
+            gap, spread = half.unsqueeze(-1) - half.unsqueeze(-2), (0.5 * highest - 0.5 * lowest).unsqueeze(-1)
+        gap = gap / spread
+    return gap.masked_fill(~pair, 1.0).pow(o.gamma).masked_fill(~pair, 0.0)
+
+
+def _link(d: Tensor, flip_prob: Tensor | None, o: Objective) -> tuple[Tensor, Tensor]:
+    """ℓ(d) and ℓ'(d), with d 0 outside of the pairs."""
     if o.link == "logistic":
-        return flip * d - F.logsigmoid(d), flip - torch.sigmoid(-d)
+        link, slope = -F.logsigmoid(d), -torch.sigmoid(-d)
+        if flip_prob is None and o.soft_target == 1:
+            return link, slope
+        flip = d.new_tensor(1 - o.soft_target) if flip_prob is None else flip_prob.unsqueeze(-2)
+        return link + torch.where(flip == 0, 0.0, flip * d), slope + flip  # d may be infinite
     if o.link == "hinge":
         return F.relu(1 - d), -(d < 1).to(d.dtype)
     if o.link == "squared":

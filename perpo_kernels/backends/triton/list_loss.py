@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perpo_kernels.backends import ListProblem, ListResult
-from perpo_kernels.backends.triton.list_scores import candidate_scores, ranks_or_denominators
+from perpo_kernels.backends.triton.list_scores import candidate_scores, ranks_and_denominators
 from perpo_kernels.backends.triton.list_terms import (
     LIST_PLACKETT_LUCE,
     LIST_SOFTMAX,
@@ -46,7 +46,7 @@ MAX_TILE = 64  # candidates a step
 PAIR_TILE = 1024  # pairs a step: four a thread
 TOKEN_TILE = 2048  # tokens a step, of all candidates of the tile together
 NUM_WARPS = 8
-SCRATCH_ROWS = 6  # scores, keys, slopes of the pair term, 1 / lengths, ranks or denominators, Plackett–Luce slopes
+SCRATCH_ROWS = 7  # scores, keys, slopes of the pair term, 1 / lengths, ranks, Plackett–Luce denominators and slopes
 
 
 @triton.jit
@@ -94,6 +94,7 @@ def list_loss_kernel(
     HAS_LENGTHS: tl.constexpr,
     HAS_TOKEN_WEIGHTS: tl.constexpr,
     HAS_FLIPS: tl.constexpr,
+    SOFT: tl.constexpr,
     K: tl.constexpr,
     J: tl.constexpr,
     R: tl.constexpr,
@@ -105,8 +106,11 @@ def list_loss_kernel(
     keys = scratch + n_candidates
     slopes = keys + n_candidates
     inverse_lengths = slopes + n_candidates
-    aux = inverse_lengths + n_candidates
-    luce_slopes = aux + n_candidates
+    ranks = inverse_lengths + n_candidates
+    denominators = ranks + n_candidates
+    luce_slopes = denominators + n_candidates
+    RANKS: tl.constexpr = (PAIRS != PAIRS_NONE) and (WEIGHT == WEIGHT_LAMBDA)
+    LUCE: tl.constexpr = LIST_TERM == LIST_PLACKETT_LUCE
     slot = tl.arange(0, K)
 
     highest = -float("inf")
@@ -145,8 +149,8 @@ def list_loss_kernel(
         lowest = tl.minimum(lowest, tl.min(tl.where(is_number, key, float("inf")), axis=0))
     tl.debug_barrier()
 
-    if (LIST_TERM == LIST_PLACKETT_LUCE) or ((PAIRS != PAIRS_NONE) and (WEIGHT == WEIGHT_LAMBDA)):
-        ranks_or_denominators(scores, keys, aux, begin, end, beta, LIST_TERM, WEIGHT, K)
+    if RANKS or LUCE:
+        ranks_and_denominators(scores, keys, ranks, denominators, begin, end, beta, RANKS, LUCE, K)
         tl.debug_barrier()
 
     # Differences of halves stay finite for every finite reward, and a correctly rounded quotient of equals is 1.
@@ -211,12 +215,13 @@ def list_loss_kernel(
                 w_win = tl.where(w_win > 0, w_win, 0.0)
                 w_lose = tl.where(w_lose > 0, w_lose, 0.0)
                 d = tl.where(both, ahead, 0.0)
-                link, slope_win = link_and_slope(d - offset, flip_win, beta, LINK)
-                _, slope_lose = link_and_slope(-d - offset, flip_lose, beta, LINK)
+                link, slope_win = link_and_slope(d - offset, flip_win, beta, LINK, SOFT)
+                _, slope_lose = link_and_slope(-d - offset, flip_lose, beta, LINK, SOFT)
                 norms += w_win
                 pairs += (w_win > 0).to(tl.int32)
-                link_sums += w_win * link
-                slope += w_win * slope_win - w_lose * slope_lose
+                # A candidate without edges may have any score; its product with a weight of 0 is not taken.
+                link_sums += tl.where(w_win > 0, w_win * link, 0.0)
+                slope += tl.where(w_win > 0, w_win * slope_win, 0.0) - tl.where(w_lose > 0, w_lose * slope_lose, 0.0)
             elif PAIRS != PAIRS_NONE:
                 better = in_pair_set(key_i[:, None], key_j[None, :], highest, lowest, PAIRS)
                 worse = in_pair_set(key_j[None, :], key_i[:, None], highest, lowest, PAIRS)
@@ -228,30 +233,30 @@ def list_loss_kernel(
                     d -= log_margin * tl.log(2.0 * half_gap)
                 rank_i = 0.0
                 rank_j = 0.0
-                if WEIGHT == WEIGHT_LAMBDA:
-                    rank_i = tl.load(aux + i, mask=i < end, other=1.0)[:, None]
-                    rank_j = tl.load(aux + j, mask=j < end, other=1.0)[None, :]
+                if RANKS:
+                    rank_i = tl.load(ranks + i, mask=i < end, other=1.0)[:, None]
+                    rank_j = tl.load(ranks + j, mask=j < end, other=1.0)[None, :]
                 weight = ranked_weight(gap, key_i[:, None], key_j[None, :], rank_i, rank_j, gamma, WEIGHT)
                 flip = soft_flip
                 if HAS_FLIPS:
                     flip_i = tl.load(flip_probs + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
                     flip_j = tl.load(flip_probs + j, mask=j < end, other=0.0).to(tl.float32)[None, :]
                     flip = tl.where(better, flip_j, flip_i)  # of the worse
-                link, pull = link_and_slope(d, flip, beta, LINK)
+                link, pull = link_and_slope(d, flip, beta, LINK, SOFT)
                 winning = tl.where(better, weight, 0.0)
                 norms += winning
                 if NORMALIZE == NORMALIZE_PAIRS:
                     pairs += better.to(tl.int32)
                 link_sums += winning * link
                 slope += tl.where(better, weight, tl.where(worse, -weight, 0.0)) * pull
-            if LIST_TERM == LIST_PLACKETT_LUCE:
-                denominator = tl.load(aux + j, mask=j < end, other=0.0)[None, :]
+            if LUCE:
+                denominator = tl.load(denominators + j, mask=j < end, other=0.0)[None, :]
                 chosen_from = (key_i[:, None] <= key_j[None, :]) & (key_j > lowest)[None, :]
                 chance = tl.exp(tl.where(chosen_from, z_i[:, None] - denominator, -float("inf")))
                 luce_slope += chance
         tl.store(slopes + i, tl.sum(slope, axis=1), mask=i < end)
-        if LIST_TERM == LIST_PLACKETT_LUCE:
-            own = tl.load(aux + i, mask=i < end, other=0.0)
+        if LUCE:
+            own = tl.load(denominators + i, mask=i < end, other=0.0)
             other_loss += tl.sum(tl.where(has_worse, own - z_i, 0.0), axis=0)
             chances = tl.sum(luce_slope, axis=1)
             tl.store(luce_slopes + i, chances - tl.where(has_worse, 1.0, 0.0), mask=i < end)
@@ -290,7 +295,7 @@ def list_loss_kernel(
             key = tl.load(keys + i, mask=here, other=float("nan"))
             member = key == key
             z = tl.where(member, beta * tl.load(scores + i, mask=here, other=0.0), 0.0)
-            if LIST_TERM == LIST_PLACKETT_LUCE:
+            if LUCE:
                 c += tl.load(luce_slopes + i, mask=here, other=0.0)
             if (LIST_TERM == LIST_SOFTMAX) or (POINTWISE != POINTWISE_NONE):
                 p = target_share(key, highest, inverse_temperature, target_total, n_best, TEMPERED)
@@ -324,8 +329,9 @@ def list_loss_kernel(
                 t = first[:, None] + (r + step)[None, :]
                 inside = t < last[:, None]
                 spread_c = tl.broadcast_to(c[:, None], [K, R])
-                if HAS_TOKEN_WEIGHTS:
-                    spread_c *= tl.load(token_weights + t, mask=inside, other=0.0).to(tl.float32)
+                if HAS_TOKEN_WEIGHTS:  # those of ignored tokens may be anything
+                    kept = inside & (tl.load(labels + t, mask=inside, other=0) != ignore_index)
+                    spread_c *= tl.load(token_weights + t, mask=kept, other=0.0).to(tl.float32)
                 tl.store(coefficients + t, spread_c, mask=inside)
         else:
             tl.store(coefficients + i, c, mask=here)
@@ -339,8 +345,6 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         return
     tokens = p.cu_seqlens is not None
     tile = min(MAX_TILE, max(16, triton.next_power_of_2(triton.cdiv(n_candidates, n_lists))))
-    # Without token tiles the assembler aims at fewer registers and spills: it gets less to hold at once.
-    pair_tile = PAIR_TILE if tokens or o.pairs == "given" else PAIR_TILE // 2
     scratch = torch.empty(SCRATCH_ROWS, n_candidates, dtype=torch.float32, device=p.rewards.device)
 
     def or_dummy(x: Tensor | None) -> Tensor:
@@ -382,8 +386,9 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         HAS_LENGTHS=p.lengths is not None,
         HAS_TOKEN_WEIGHTS=p.token_weights is not None,
         HAS_FLIPS=p.flip_probs is not None,
+        SOFT=p.flip_probs is not None or o.soft_target != 1,
         K=tile,
-        J=min(tile, pair_tile // tile),
+        J=min(tile, PAIR_TILE // tile),
         R=TOKEN_TILE // tile if tokens else 1,
         num_warps=NUM_WARPS,
     )

@@ -1,9 +1,7 @@
-"""The first stages of `list_loss`: the scores of a list's candidates, and their ranks or Plackett–Luce denominators."""
+"""The first stages of `list_loss`: the scores of a list's candidates, their ranks and Plackett–Luce denominators."""
 
 import triton
 import triton.language as tl
-
-from perpo_kernels.backends.triton.list_terms import LIST_PLACKETT_LUCE
 
 
 @triton.jit
@@ -47,7 +45,9 @@ def candidate_scores(
             inside = inside & (tl.load(labels + t, mask=inside, other=0) != ignore_index)
             term = tl.load(log_probs + t, mask=inside, other=0.0).to(tl.float32)
             if HAS_TOKEN_WEIGHTS:
-                term *= tl.load(token_weights + t, mask=inside, other=0.0).to(tl.float32)
+                weight = tl.load(token_weights + t, mask=inside, other=0.0).to(tl.float32)
+                inside = inside & (weight != 0.0)
+                term = tl.where(inside, term * weight, 0.0)
             partial += term
             counts += inside.to(tl.int32)
         total = tl.sum(partial, axis=1)
@@ -68,10 +68,10 @@ def candidate_scores(
 
 
 @triton.jit
-def ranks_or_denominators(
-    scores, keys, aux, begin, end, beta, LIST_TERM: tl.constexpr, WEIGHT: tl.constexpr, K: tl.constexpr
+def ranks_and_denominators(
+    scores, keys, ranks, denominators, begin, end, beta, RANKS: tl.constexpr, LUCE: tl.constexpr, K: tl.constexpr
 ):
-    """aux_i: the rank of i by score, or log Σ_{m: r_m ≤ r_i} exp βs_m of Plackett–Luce."""
+    """The rank of i by score, and log Σ_{m: r_m ≤ r_i} exp βs_m of Plackett–Luce; either may be left out."""
     slot = tl.arange(0, K)
     for start in range(begin, end, K):
         i = start + slot
@@ -84,19 +84,20 @@ def ranks_or_denominators(
             j = other + slot
             key_j = tl.load(keys + j, mask=j < end, other=float("nan"))
             z_j = beta * tl.load(scores + j, mask=j < end, other=0.0)
-            if LIST_TERM == LIST_PLACKETT_LUCE:
+            if LUCE:
                 in_race = key_j[None, :] <= key_i[:, None]
                 z = tl.where(in_race, z_j[None, :], -float("inf"))
                 new_top = tl.maximum(top, tl.max(z, axis=1))
                 shift = tl.where(new_top == -float("inf"), 0.0, new_top)
                 total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
                 top = new_top
-            else:
+            if RANKS:
                 above = z_j[None, :] > z_i[:, None]
                 above = above | ((z_j[None, :] == z_i[:, None]) & (j[None, :] < i[:, None]))
                 above = above & (key_j == key_j)[None, :]
                 rank += tl.sum(above.to(tl.int32), axis=1)
-        if LIST_TERM == LIST_PLACKETT_LUCE:
-            tl.store(aux + i, tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), 0.0), mask=i < end)
-        else:
-            tl.store(aux + i, rank.to(tl.float32), mask=i < end)
+        if LUCE:
+            denominator = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
+            tl.store(denominators + i, denominator, mask=i < end)
+        if RANKS:
+            tl.store(ranks + i, rank.to(tl.float32), mask=i < end)

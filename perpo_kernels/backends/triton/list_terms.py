@@ -42,11 +42,15 @@ def softplus_and_sigmoid(x):
 
 
 @triton.jit
-def link_and_slope(d, flip, beta, LINK: tl.constexpr):
-    """ℓ(d) and ℓ'(d); flip is 1 − q of the logistic link."""
+def link_and_slope(d, flip, beta, LINK: tl.constexpr, SOFT: tl.constexpr):
+    """ℓ(d) and ℓ'(d); flip is 1 − q of the logistic link, 0 unless SOFT."""
     if LINK == LINK_LOGISTIC:
         softplus, sigmoid = softplus_and_sigmoid(-d)
-        return softplus + flip * d, flip - sigmoid
+        if SOFT:
+            softplus += tl.where(flip == 0.0, 0.0, flip * d)  # d may be infinite
+            return softplus, flip - sigmoid
+        else:
+            return softplus, -sigmoid
     elif LINK == LINK_HINGE:
         return tl.maximum(1.0 - d, 0.0), tl.where(d < 1.0, -1.0, 0.0)
     elif LINK == LINK_SQUARED:
