@@ -24,6 +24,8 @@ OFTEN_SET = {
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "bf16",
+    "fsdp",
+    "fsdp_config",
     "warmup_steps",
     "save_steps",
     "save_total_limit",

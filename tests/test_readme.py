@@ -63,4 +63,9 @@ def test_from_logits() -> None:
     "target", sorted(set(re.findall(r"\]\(((?:docs|perpo|perpo_kernels)/[^)]+)\)", README.read_text())))
 )
 def test_every_link_leads_somewhere(target: str) -> None:
-    assert (README.parent / target).exists()
+    name, _, heading = target.partition("#")
+    file = README.parent / name
+    assert file.exists()
+    if heading:
+        headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert heading in {one.lower().replace(" ", "-") for one in headings}

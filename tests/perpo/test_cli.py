@@ -13,7 +13,6 @@ from peft import PeftModel
 
 from perpo import cli, train_command
 from perpo.candidates import parts_folder
-from perpo.data import ListRecord, write_records
 from perpo.options import ModelConfig, parse
 from perpo.vlm import Encoder, load_model, load_processor
 
@@ -22,33 +21,13 @@ from . import tiny_models, training
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with a model, images, scored lists and a config file."""
-    model, processor = tiny_models.build("llava")
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    lists = []
-    for record in training.records():
-        record.image.save(tmp_path / f"{record.id}.png")  # type: ignore[union-attr]
-        lists.append(ListRecord(record.id, f"{record.id}.png", record.prompt, "", "", record.responses, record.rewards))
-    write_records(lists, tmp_path / "lists.jsonl")
-    settings: dict[str, Any] = {
-        "model_name_or_path": str(tmp_path / "model"),
-        "train_file": str(tmp_path / "lists.jsonl"),
-        "image_root": str(tmp_path),
-        "output_dir": str(tmp_path / "out"),
-        "learning_rate": "1e-3",
-        "max_steps": 2,
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    return tmp_path
+    return training.save_run(
+        tmp_path,
+        learning_rate="1e-3",
+        lora_alpha=8,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
 
 
 def test_from_files_to_a_saved_adapter(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from perpo import cli, train_command
-from perpo.data import ListRecord, write_records
+from perpo.data import ListRecord
 from perpo.trainer import PerPOTrainer
 
-from . import tiny_models, training
+from . import training
 
 ROOT = Path(__file__).parents[2]
 Shown = pytest.CaptureFixture[str]
@@ -22,30 +21,8 @@ Shown = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with a model, four images, their lists and a config file."""
-    model, processor = tiny_models.build("llava")
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    lists = []
-    for record in training.records():
-        record.image.save(tmp_path / f"{record.id}.png")  # type: ignore[union-attr]
-        lists.append(ListRecord(record.id, f"{record.id}.png", record.prompt, "", "", record.responses, record.rewards))
-    write_records(lists, tmp_path / "lists.jsonl")
-    settings: dict[str, Any] = {
-        "model_name_or_path": str(tmp_path / "model"),
-        "train_file": str(tmp_path / "lists.jsonl"),
-        "image_root": str(tmp_path),
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 2,
-        "lora_r": 4,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     torch.set_num_threads(1)
-    return tmp_path
+    return training.save_run(tmp_path)
 
 
 def command(project: Path, *extra: str) -> list[str]:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from perpo.config import PerPOConfig
-from perpo.data import ListRecord
+from perpo.data import ListRecord, write_records
 from perpo.trainable import language_lora
 from perpo.trainer import PerPOTrainer
 
@@ -25,6 +26,32 @@ def records(n: int = 4, k: int = 3, seed: int = 0) -> list[ListRecord]:
         picture = tiny_models.picture((40, 28) if i % 2 else (28, 40), i)
         made.append(ListRecord(f"r{i}", picture, f"Where is {i}?", "", "", ANSWERS[i % 2 :][:size], rewards))
     return made
+
+
+def save_run(folder: Path, **settings: Any) -> Path:
+    """Write what a user of `perpo train` has into a folder: a tiny LLaVA, four pictures, their lists, `run.yaml`."""
+    model, processor = tiny_models.build("llava")
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    lists = []
+    for record in records():
+        record.image.save(folder / f"{record.id}.png")  # type: ignore[union-attr]
+        lists.append(ListRecord(record.id, f"{record.id}.png", record.prompt, "", "", record.responses, record.rewards))
+    write_records(lists, folder / "lists.jsonl")
+    defaults: dict[str, Any] = {
+        "model_name_or_path": str(folder / "model"),
+        "train_file": str(folder / "lists.jsonl"),
+        "image_root": str(folder),
+        "output_dir": str(folder / "out"),
+        "max_steps": 2,
+        "lora_r": 4,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(defaults | settings))
+    return folder
 
 
 def config(folder: Path, **options: Any) -> PerPOConfig:

@@ -71,24 +71,33 @@ class _Rows:
         else:
             out.zero_()[self.kept] = values.to(out.dtype)
 
+    def exponentiate(self, top: Tensor) -> None:
+        """`logits` become exp(z − m), 0 at the target; `others` their sum and `total` that with the target's.
+
+        The target is kept apart because 1 − p of a nearly certain one is the others' share, and no difference.
+        """
+        own = self.logits.sub_(top).exp_().gather(-1, self.target)
+        self.others = self.logits.scatter_(-1, self.target, 0.0).sum(-1, keepdim=True)
+        self.total = self.others + own
+
     def log_probs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(log_prob, m, log Σ exp(z − m)); `logits` become exp(z − m) on the way, and `total` their sum."""
+        """(log_prob, m, log Σ exp(z − m))."""
         target_logit = self.logits.gather(-1, self.target)
         top = self.logits.amax(-1, keepdim=True)
         top.masked_fill_(top == -torch.inf, 0.0)
-        self.total = self.logits.sub_(top).exp_().sum(-1, keepdim=True)
+        self.exponentiate(top)
         log_total = self.total.log()
         log_prob = ((target_logit - top) - log_total).squeeze(-1)
         log_prob.masked_fill_(self.ignored, 0.0).masked_fill_(self.wrong, torch.nan)
         return log_prob, top.squeeze(-1), log_total.squeeze(-1)
 
-    def gradient(self, exp: Tensor, total: Tensor, coefficients: Tensor | None) -> Tensor:
-        """coefficient · (onehot − exp / total) · dz/draw, in place of `exp`."""
-        scale = torch.full_like(total, self.map.pre * self.map.post)
+    def gradient(self, coefficients: Tensor | None) -> Tensor:
+        """coefficient · (onehot − softmax) · dz/draw, in place of `logits`; after `exponentiate`."""
+        scale = torch.full_like(self.total, self.map.pre * self.map.post)
         if coefficients is not None:
             scale *= coefficients.unsqueeze(-1)
         scale.masked_fill_(self.ignored.unsqueeze(-1), 0.0).masked_fill_(self.wrong.unsqueeze(-1), torch.nan)
-        grad = exp.mul_(-scale / total).scatter_add_(-1, self.target, scale)
+        grad = self.logits.mul_(-scale / self.total).scatter_(-1, self.target, scale * (self.others / self.total))
         return grad if self.slope is None else grad.mul_(self.slope)
 
 
@@ -109,7 +118,7 @@ def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Te
         rows = _Rows(raw, labels[place], z, reuse=True)
         for values, out in zip(rows.log_probs(), (log_probs, *lse), strict=True):
             rows.spread(values, out[place])
-        rows.spread(rows.gradient(rows.logits, rows.total, None), raw)
+        rows.spread(rows.gradient(None), raw)
     return log_probs, lse
 
 
@@ -120,6 +129,5 @@ def grad_rows_(
     for (raw, place), (target, _) in zip(_row_blocks(logits), _row_blocks(out), strict=True):
         rows = _Rows(raw, labels[place], z, reuse=in_place)
         kept = slice(None) if rows.kept is None else rows.kept
-        top, log_total = lse[:, place][:, kept].unsqueeze(-1)
-        some = None if coefficients is None else coefficients[place][kept]
-        rows.spread(rows.gradient(rows.logits.sub_(top).exp_(), log_total.exp(), some), target)
+        rows.exponentiate(lse[0, place][kept].unsqueeze(-1))
+        rows.spread(rows.gradient(None if coefficients is None else coefficients[place][kept]), target)
