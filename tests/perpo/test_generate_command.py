@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,7 +156,9 @@ def test_a_process_killed_beside_another_goes_on_alone(project: Path, monkeypatc
     shown, _ = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 0, shown
     finished = shards[1].read_bytes().count(b"\n")
-    assert f"{20 - finished} records are still with other processes" in shown
+    still = re.search(r"(\d+) records are still with other processes", shown)
+    assert still, shown
+    assert 20 - finished <= int(still[1]) <= 20  # the other may have been killed after this one had counted
     assert not (project / "lists.jsonl").exists()
     before = [shard.read_bytes() for shard in shards]
     monkeypatch.setenv("RANK", "1")
