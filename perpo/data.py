@@ -132,6 +132,12 @@ class ListRecord:
         known = {"rewards": rewards, "complete": None if complete is None or all(complete) else complete}
         return replace(self, responses=tuple(responses), **(dict.fromkeys(_PER_RESPONSE) | known))  # type: ignore[arg-type]
 
+    def picked(self, places: Sequence[int]) -> Self:
+        """The record with the responses at these places alone, and what is known of them."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in ("responses", *_PER_RESPONSE)}
+        kept: dict[str, Any] = {n: None if v is None else tuple(v[i] for i in places) for n, v in values.items()}
+        return replace(self, **kept)
+
     @property
     def has_preference(self) -> bool:
         """Whether any two responses have different rewards: the only lists with a gradient."""

@@ -102,19 +102,7 @@ def thin_out(record: ListRecord, max_candidates: int) -> ListRecord:
     rewards = record.rewards or (0.0,) * record.k
     ranked = sorted(range(record.k), key=lambda i: -rewards[i])
     step = (record.k - 1) / (max_candidates - 1)
-    kept = sorted(ranked[round(j * step)] for j in range(max_candidates))
-
-    def pick(values: tuple[Any, ...] | None) -> Any:
-        return None if values is None else tuple(values[i] for i in kept)
-
-    return dataclasses.replace(
-        record,
-        responses=tuple(record.responses[i] for i in kept),
-        rewards=pick(record.rewards),
-        ref_log_probs=pick(record.ref_log_probs),
-        flip_probs=pick(record.flip_probs),
-        complete=pick(record.complete),
-    )
+    return record.picked(sorted(ranked[round(j * step)] for j in range(max_candidates)))
 
 
 class ListCollator:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -14,8 +12,6 @@ from perpo.data import ListRecord
 from perpo.lists import ListCollator, Sample, records_of
 
 AMONG = 64  # first samples of the data
-
-_OF_CANDIDATES = ("responses", "rewards", "ref_log_probs", "flip_probs", "complete")
 
 
 def check_sharing(
@@ -64,9 +60,4 @@ def _second_longest(sample: Sample) -> int:
 
 
 def _longest(record: ListRecord) -> ListRecord:
-    kept = sorted(range(record.k), key=lambda i: -len(record.responses[i]))[:2]
-    values: dict[str, Any] = {name: getattr(record, name) for name in _OF_CANDIDATES}
-    picked: dict[str, Any] = {
-        name: tuple(value[i] for i in kept) for name, value in values.items() if value is not None
-    }
-    return dataclasses.replace(record, **picked)
+    return record.picked(sorted(range(record.k), key=lambda i: -len(record.responses[i]))[:2])

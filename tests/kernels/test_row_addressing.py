@@ -8,7 +8,12 @@ from perpo_kernels import backends
 triton = pytest.importorskip("triton", reason="triton has no package for this platform")
 tl = triton.language
 
-from perpo_kernels.backends.triton.common import body_bounds, edge_offsets, row_launch, row_pointer  # noqa: E402
+from perpo_kernels.backends.triton.common import (  # noqa: E402 - needs triton
+    body_bounds,
+    edge_offsets,
+    row_launch,
+    row_pointer,
+)
 
 
 @triton.jit

@@ -375,3 +375,14 @@ def test_a_full_disk_is_an_error_that_names_it() -> None:
         with pytest.raises(OSError, match="No space left"), record_files.atomic_file("lists.jsonl") as file:
             file.write(b"x" * 100_000)
     assert not Path("lists.jsonl").exists()
+
+
+def test_what_is_known_of_a_response_goes_with_it() -> None:
+    known = {"rewards": (0.1, 0.2, 0.3), "ref_log_probs": (-1.0, -2.0, -3.0), "complete": (True, False, True)}
+    record = ListRecord("a", None, "?", "", "ocr", ("x", "y", "z"), flip_probs=(0.0, 0.1, 0.2), **known)
+    kept = record.picked([2, 0])
+    assert kept.responses == ("z", "x")
+    assert kept.flip_probs == (0.2, 0.0)
+    for name, values in known.items():
+        assert getattr(kept, name) == (values[2], values[0])
+    assert (kept.id, kept.prompt, kept.task) == ("a", "?", "ocr")
