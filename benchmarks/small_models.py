@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from benchmarks.problems import Prefix, Setting
-from perpo.trainable import freeze
+from perpo.model.trainable import freeze
 
 WORDS = 12  # at least so many tokens of a prompt are text
 IMAGE, VIDEO, VISION_START, VISION_END, FIRST_WORD = 1, 2, 3, 4, 8  # token ids

@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmarks import small_models
 from benchmarks.harness import OURS, Case
 from benchmarks.problems import Prefix, Setting
-from perpo.samplers import Question, Sampling
-from perpo.samplers.with_transformers import TransformersSampler
+from perpo.sampling.sampler import Question, Sampling
+from perpo.sampling.with_transformers import TransformersSampler
 
 
 class FixedEncoder:

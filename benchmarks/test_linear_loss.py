@@ -30,7 +30,7 @@ from benchmarks.harness import BARE, FLOOR, OURS, Case
 from benchmarks.problems import Head, Lists, Problem, Setting, problem, shapes
 from perpo_kernels import backends
 from perpo_kernels.backends import LogitMap
-from perpo_kernels.head import Head as OurHead
+from perpo_kernels.chunks import Head as OurHead
 
 
 def ours(p: Problem, grad: bool) -> Callable[[], object]:

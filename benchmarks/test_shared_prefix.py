@@ -1,7 +1,7 @@
 """What does attention over a packed row [prompt | answers] cost, forward and backward?
 
-Hypothesis. Three plain attentions merged by log-sum-exp (`perpo.attention`) do no more work than there are pairs of a
-query and a key that it sees, so that they are close to one causal attention with as many pairs, and cheaper than a
+Hypothesis. Three plain attentions merged by log-sum-exp (`perpo.prefix.attention`) do no more work than there are pairs
+of a query and a key that it sees, so that they are close to one causal attention with as many pairs, and cheaper than a
 dense mask over the row (which computes all T² pairs) and than a row for every answer (which repeats the prompt's) at
 every shape.
 
@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from benchmarks.harness import FLOOR, OURS, Case
 from benchmarks.problems import Prefix, Setting
-from perpo.attention import prefix_attention
-from perpo.prefix_layout import PrefixLayout, prefix_layout
+from perpo.prefix.attention import prefix_attention
+from perpo.prefix.layout import PrefixLayout, prefix_layout
 
 
 class Heads(NamedTuple):

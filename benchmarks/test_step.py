@@ -35,10 +35,10 @@ from torch.nn import functional as F
 from benchmarks import peers, small_models
 from benchmarks.harness import OURS, Case
 from benchmarks.problems import Prefix, Setting
-from perpo import prefix_sharing
-from perpo.collate import ListBatch, candidate_rows, candidate_tensors
-from perpo.language_head import Head, install, perpo_output
-from perpo.packing import PromptPositions, packed_row
+from perpo.encoding.batch import ListBatch, candidate_rows, candidate_tensors
+from perpo.encoding.packed import PromptPositions, packed_row
+from perpo.model import sharing as prefix_sharing
+from perpo.model.language_head import Head, install, perpo_output
 
 
 def free_bytes(device: str) -> int:

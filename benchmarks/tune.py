@@ -36,7 +36,7 @@ from perpo_kernels import backends
 from perpo_kernels.backends import ListProblem, LogitMap
 from perpo_kernels.backends.eager import rows as eager_rows
 from perpo_kernels.objectives import Objective
-from perpo_kernels.ops import new_list_result
+from perpo_kernels.ops.lists import new_list_result
 
 Knobs = dict[str, int]
 ROW_GRID = [dict(zip(("THREADS", "VECTORS"), x, strict=True)) for x in product((128, 256, 512, 1024), (2, 4, 8))]

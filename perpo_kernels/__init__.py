@@ -13,8 +13,8 @@ from perpo_kernels.functional import (
     perpo_loss,
     token_log_probs,
 )
-from perpo_kernels.mixture import combine_references
 from perpo_kernels.modules import LinearPerPOLoss, PerPOLoss
+from perpo_kernels.references import combine_references
 
 __version__ = "0.1.0"
 __all__ = [

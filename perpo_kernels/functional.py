@@ -1,7 +1,7 @@
 """The public functions: check the arguments, pick the backend, call the operator.
 
 Symbols: T tokens, S candidates, G lists, k candidates a list, V vocabulary, H hidden size. The formulas are in
-`perpo_kernels.objectives` (the loss) and `perpo_kernels.linear` (how gradients come without logits).
+`perpo_kernels.objectives` (the loss) and `perpo_kernels.ops.linear` (how gradients come without logits).
 """
 
 import os
@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perpo_kernels import backends, checks, layout, linear, ops, reference
+from perpo_kernels import backends, checks, layout, reference
 from perpo_kernels.objectives import Objective
+from perpo_kernels.ops import linear
+from perpo_kernels.ops import lists as ops
 
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "lists/pair_accuracy", "lists/active")
 

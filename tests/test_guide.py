@@ -27,20 +27,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import perpo.vlm
-from perpo import cli
-from perpo.data import ListRecord, read_records, write_records
-from perpo.images import open_image
+import perpo.encoding.encoder
+from perpo.cli import main as cli
+from perpo.data.images import open_image
+from perpo.data.record import ListRecord, read_records, write_records
+from perpo.encoding.seen_size import seen_sizes
 from perpo.rewards.boxes import write_boxes
 from perpo.rewards.scoring import UnreadableAnswers, find_task, score_records
-from perpo.seen_size import seen_sizes
 
 from .perpo import tiny_models, tiny_qwen
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
 NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
-EIGHT = "torchrun --nproc-per-node 8 -m perpo.cli"
+EIGHT = "torchrun --nproc-per-node 8 -m perpo"
 FEW = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {{}} -m tests.perpo.tiny_qwen"
 pytestmark = pytest.mark.filterwarnings("ignore::perpo.rewards.scoring.UnreadableAnswers")
 
@@ -85,7 +85,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(folder)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perpo.vlm, "AutoProcessor", tiny_qwen.Processor)
+        patch.setattr(perpo.encoding.encoder, "AutoProcessor", tiny_qwen.Processor)
         yield folder
     os.chdir(before)
     torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from perpo import cli
+from perpo.cli import main as cli
 from perpo.demo.model import SHIPPED, WEIGHTS
 from perpo.demo.tasks import TASKS, make_records
 from perpo_kernels.objectives import PRESETS

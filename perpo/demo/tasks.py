@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from perpo.data import ListRecord, write_records
+from perpo.data.record import ListRecord, write_records
 from perpo.demo.digits import Pictures
 from perpo.demo.pages import QUESTION, make_pages, transcripts
 from perpo.demo.scenes import box_text, make_scenes, question

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from perpo.line_file import LineFile, read_lines
+from perpo.storage.journal import LineFile, read_lines
 
 
 class Key(NamedTuple):

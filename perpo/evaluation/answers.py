@@ -18,12 +18,12 @@ import torch
 from PIL import Image, ImageStat
 from torch import Tensor, nn
 
-from perpo.collate import TOKEN_KEYS, collate_lists
-from perpo.data import ListRecord
+from perpo.data.images import open_image
+from perpo.data.record import ListRecord
+from perpo.encoding.batch import TOKEN_KEYS, collate_lists
+from perpo.encoding.encoder import Encoder
+from perpo.encoding.seen_size import seen_sizes
 from perpo.evaluation.answer_store import Answers
-from perpo.images import open_image
-from perpo.seen_size import seen_sizes
-from perpo.vlm import Encoder
 
 
 class Answerer:
@@ -32,7 +32,7 @@ class Answerer:
     Args:
         model: with a `generate`; put on its device and into evaluation mode by the caller.
         encoder: of the same model.
-        image_root: the folder of the records' images, see `perpo.images.open_image`.
+        image_root: the folder of the records' images, see `perpo.data.images.open_image`.
         max_new_tokens: after which an answer is cut.
     """
 

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from perpo.data import ListRecord, read_records
+from perpo.data.files import atomic_file
+from perpo.data.images import ImageError, open_image, resolve_image
+from perpo.data.record import ListRecord, read_records
 from perpo.evaluation.answer_store import Answers, AnswerStore, Key
 from perpo.evaluation.answers import Answerer
 from perpo.evaluation.config import EvaluationConfig
@@ -30,10 +32,8 @@ from perpo.evaluation.figures import Figures, ModelAnswers, figures
 from perpo.evaluation.metrics import Metric, judge, metrics_of, task_in_format
 from perpo.evaluation.models import ModelSource, parse_models
 from perpo.evaluation.text_scores import check_tokenizer
-from perpo.images import ImageError, open_image, resolve_image
-from perpo.record_files import atomic_file
-from perpo.reference_cache import record_key
 from perpo.rewards.scoring import Tally, UnreadableAnswers, bad_truths, find_task
+from perpo.training.reference_cache import record_key
 
 ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perpo.data import ListRecord
+from perpo.data.images import ImageError, open_image
+from perpo.data.record import ListRecord
 from perpo.evaluation.evaluate import TaskEvaluation
 from perpo.evaluation.metrics import Judged, is_grounding
 from perpo.evaluation.plots import TRUTH, picture
-from perpo.images import ImageError, open_image
 from perpo.rewards.boxes import parse_boxes, true_boxes_of
 from perpo.rewards.grounding import Box
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from perpo.data import ListRecord
+from perpo.data.record import ListRecord
 from perpo.evaluation.bootstrap import Array
 from perpo.evaluation.text_scores import bleu_from_sums, bleu_terms, meteor, why_no_meteor
 from perpo.rewards.boxes import Size, box_reward

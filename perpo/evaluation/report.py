@@ -13,13 +13,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from perpo.data.files import atomic_file
 from perpo.evaluation.bootstrap import Interval
 from perpo.evaluation.evaluate import Evaluation, TaskEvaluation
 from perpo.evaluation.examples import Example, choose_examples, example_picture, question
 from perpo.evaluation.figures import Figure
 from perpo.evaluation.metrics import Metric
 from perpo.evaluation.plots import TRUTH, best_of_k_plot, metrics_plot, model_colours, no_image_plot
-from perpo.record_files import atomic_file
 
 REPORT = "report.html"
 _LONGEST = 400  # characters of a text shown

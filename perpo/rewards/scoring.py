@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from perpo.data import ListRecord
+from perpo.data.record import ListRecord
 from perpo.rewards.boxes import FORMATS, box_format, box_reward, parse_boxes, says_none, scaled_giou, true_boxes_of
 from perpo.rewards.completions import RewardFunction
 from perpo.rewards.counting import counting_reward, exact_match_reward, numeric_reward, read_count, read_number

@@ -8,9 +8,9 @@ from benchmarks.problems import Head, Lists, Prefix, Setting, problem
 from benchmarks.test_linear_loss import chosen_first, liger_pairs, ours
 from benchmarks.test_shared_prefix import dense
 from benchmarks.test_step import Step
-from perpo import prefix_sharing
-from perpo.attention import prefix_attention
-from perpo.prefix_layout import prefix_layout
+from perpo.model import sharing as prefix_sharing
+from perpo.prefix.attention import prefix_attention
+from perpo.prefix.layout import prefix_layout
 
 CPU = Setting("cpu", "tiny")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

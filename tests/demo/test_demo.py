@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
-from perpo import cli
-from perpo.data import read_records
+from perpo.cli import main as cli
+from perpo.data.record import read_records
 from perpo.demo.__main__ import QUICK, main, parse
 from perpo.demo.compare import BEST_OF_K, Result
 from perpo.demo.model import SHIPPED, WEIGHTS, build_model
@@ -22,10 +22,10 @@ from perpo.demo.steps import Job, Recipe, claim, run
 from perpo.demo.tasks import SEEDS, TASKS, make_records
 from perpo.demo.train_sft import TURN, _continuations, normalised, page_turns, scene_turns, train_sft
 from perpo.demo.vocabulary import IMAGE, PATCHES, TOKENS, build_processor
+from perpo.encoding.encoder import Encoder, load_model, load_processor
 from perpo.evaluation.answers import Answerer
 from perpo.rewards import parse_box
 from perpo.rewards.scoring import Tally, score_record
-from perpo.vlm import Encoder, load_model, load_processor
 
 TINY = Recipe(objectives=("perpo",), lists=6, k=4, held_out=8, batch=3, resamples=10, examples=2)
 

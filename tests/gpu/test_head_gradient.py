@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perpo_kernels.head import add_product
+from perpo_kernels.chunks import add_product
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from perpo import flash_parts, flex
-from perpo.attention import masked_prefix_attention, prefix_attention
-from perpo.prefix_layout import prefix_layout
+from perpo.prefix import flash_attention as flash_parts
+from perpo.prefix import flex_attention as flex
+from perpo.prefix.attention import masked_prefix_attention, prefix_attention
+from perpo.prefix.layout import prefix_layout
 
 needs_ampere = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="no flash attention on this GPU"

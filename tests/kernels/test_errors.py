@@ -227,7 +227,7 @@ def test_on_a_gpu_labels_are_checked_on_request_only(monkeypatch, device):
 
 def test_perpo_check_decides_whether_a_device_is_asked(monkeypatch):
     """Values on a device are looked at, which synchronises, only with PERPO_CHECK=1; on the CPU always."""
-    from perpo_kernels.ops import values_are_checked
+    from perpo_kernels.ops.lists import values_are_checked
 
     on_device = torch.empty(1, device="meta")
     for value, expected in (("", False), ("0", False), ("1", True)):

@@ -7,7 +7,7 @@ from torch import Tensor
 from perpo_kernels import backends, layout, reference
 from perpo_kernels.backends import ListProblem, ListResult
 from perpo_kernels.objectives import Objective
-from perpo_kernels.ops import new_list_result
+from perpo_kernels.ops.lists import new_list_result
 
 from .accuracy import assert_equal_to_rounding
 from .problems import IGNORED, RAGGED, ragged_lists

@@ -5,9 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from perpo.candidates import CandidateConfig, Outcome, generate
-from perpo.data import ListRecord
-from perpo.samplers import Answer, Question
+from perpo.data.record import ListRecord
+from perpo.sampling.candidates import CandidateConfig, Outcome, generate
+from perpo.sampling.sampler import Answer, Question
 
 
 class Counting:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import perpo.evaluation.evaluate
-from perpo.data import ListRecord, write_records
+from perpo.data.record import ListRecord, write_records
 from perpo.evaluation.answer_store import Answers
 from perpo.evaluation.config import EvaluationConfig
 from perpo.evaluation.evaluate import Evaluation, evaluate

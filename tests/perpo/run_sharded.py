@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from perpo import prefix_sharing
-from perpo.collate import ListBatch
-from perpo.data import ListRecord
-from perpo.language_head import install, perpo_output
-from perpo.lists import ListCollator
-from perpo.vlm import Encoder
+from perpo.data.record import ListRecord
+from perpo.encoding.batch import ListBatch
+from perpo.encoding.encoder import Encoder
+from perpo.model import sharing as prefix_sharing
+from perpo.model.language_head import install, perpo_output
+from perpo.training.lists import ListCollator
 from tests.perpo import tiny_models
 
 

@@ -17,7 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
 from transformers import TrainerCallback
 
-from tests.perpo import training
+from tests.perpo import tiny_runs
 
 
 class KillAt(TrainerCallback):
@@ -37,7 +37,7 @@ def train(folder: Path, kill_at: int | None = None, **options: Any) -> None:
     family, n_lists, lora = options.pop("family", "llava"), options.pop("n_lists", 4), options.pop("lora", True)
     resume, dropout = options.pop("resume", None), options.pop("dropout", 0.0)
     evaluate = options.pop("evaluate", False)
-    runner = training.trainer(family, folder, lora=lora, data=training.records(n_lists), dropout=dropout, **options)
+    runner = tiny_runs.trainer(family, folder, lora=lora, data=tiny_runs.records(n_lists), dropout=dropout, **options)
     if kill_at is not None:
         runner.add_callback(KillAt(kill_at))
     if evaluate:
@@ -45,7 +45,7 @@ def train(folder: Path, kill_at: int | None = None, **options: Any) -> None:
     else:
         runner.train(resume_from_checkpoint=resume)
     if runner.is_world_process_zero():
-        torch.save((training.trained(runner.model), runner.state.log_history), folder / "trained.pt")
+        torch.save((tiny_runs.trained(runner.model), runner.state.log_history), folder / "trained.pt")
 
 
 if __name__ == "__main__":

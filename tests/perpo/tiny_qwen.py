@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import perpo.vlm
+import perpo.encoding.encoder
 from tests.perpo import tiny_models
 
 
@@ -45,11 +45,11 @@ def save(folder: Path) -> None:
 
 def install() -> None:
     """Let every command of this process load its processor so."""
-    perpo.vlm.AutoProcessor = Processor  # type: ignore[attr-defined]
+    perpo.encoding.encoder.AutoProcessor = Processor  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
-    from perpo import cli
+    from perpo.cli import main as cli
 
     install()
     sys.exit(cli.main(sys.argv[1:]))

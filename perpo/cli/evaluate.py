@@ -1,0 +1,49 @@
+"""`perpo evaluate`: models side by side on held-out records, as figures (JSON) and as a page (HTML)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from perpo.cli.settings import parse
+from perpo.evaluation.config import EvaluationConfig
+from perpo.evaluation.evaluate import ANSWERS, FIGURES, Evaluation, evaluate
+from perpo.evaluation.report import write_report
+
+
+def main(arguments: Sequence[str]) -> int:
+    (config,) = parse((EvaluationConfig,), arguments, "perpo evaluate")
+    try:
+        evaluation = evaluate(config)
+        report = write_report(evaluation)
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        if os.environ.get("PERPO_TRACEBACK"):
+            raise
+        hint = "set batch_size to fewer answers\n" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"perpo evaluate: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
+        return 1
+    print(summary(evaluation))
+    print(f"\nfigures: {report.with_name(FIGURES)}\nanswers: {report.with_name(ANSWERS)}\nreport:  {report}")
+    return 0
+
+
+def summary(evaluation: Evaluation) -> str:
+    """A table a task: greedy figures with their intervals, and the gap of the no-image test."""
+    lines = []
+    for task in evaluation.tasks:
+        models = list(task.answers)
+        lines += ["", f"{task.task}: {len(task.records)} records", " " * 22 + "".join(f"{m[:24]:>26}" for m in models)]
+        for metric in task.metrics:
+            found = [task.figures.by_model[model][metric.name] for model in models]
+            cells = [f"{f.greedy.value:.3f} [{f.greedy.low:.3f}, {f.greedy.high:.3f}]" for f in found]
+            lines.append(f"{metric.label:22}" + "".join(f"{cell:>26}" for cell in cells))
+        metric = task.metrics[0]
+        gaps = [task.figures.by_model[model][metric.name].gap for model in models]
+        if any(gaps):
+            cells = [f"{g.value:+.3f} [{g.low:+.3f}, {g.high:+.3f}]" if g else "–" for g in gaps]
+            lines.append(f"{'gap without image':22}" + "".join(f"{cell:>26}" for cell in cells))
+    lines += [f"\nNOTE {notice}" for notice in evaluation.notices]
+    return "\n".join(lines).strip()

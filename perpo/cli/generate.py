@@ -1,0 +1,199 @@
+"""`perpo generate`: from images with ground truth to lists of scored answers.
+
+perpo generate --model Qwen/Qwen2.5-VL-7B-Instruct --records boxes.jsonl --output lists.jsonl \\
+    --task grounding --answer-format qwen2.5-vl
+
+Run again after a kill, the same command goes on. Several processes share the records by RANK and WORLD_SIZE, as
+torchrun sets them; each takes the GPU of its LOCAL_RANK.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from perpo.cli.settings import ModelConfig, parse
+from perpo.data.record import ListRecord, read_records
+from perpo.encoding.encoder import Encoder, load_model, load_processor
+from perpo.rewards.boxes import box_format
+from perpo.rewards.scoring import bad_truths
+from perpo.sampling.candidates import SHOWN_ERRORS, CandidateConfig, Outcome, generate
+from perpo.sampling.sampler import Sampler, Sampling
+from perpo.sampling.with_transformers import TransformersSampler
+from perpo.sampling.with_vllm import VllmSampler
+
+
+@dataclass
+class GenerateConfig:
+    """Which records, how answers to them are drawn and scored, and where they go."""
+
+    records: str = field(metadata={"help": "Images, prompts and true answers: .jsonl, .json or .parquet."})
+    output: str = field(
+        metadata={"help": "Lists for `perpo train`: .jsonl or .parquet. Finished records are kept in OUTPUT.parts."}
+    )
+    k: int = field(default=20, metadata={"help": "Answers to a record."})
+    max_samples: int | None = field(
+        default=None,
+        metadata={"help": "Answers drawn at most in search of k different ones; then repeats are kept. Default: 2 k."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the distribution that answers are drawn from."})
+    top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens with this probability."})
+    max_new_tokens: int = field(default=128, metadata={"help": "An answer is cut after so many tokens."})
+    seed: int = field(default=0, metadata={"help": "The same seed draws the same answers for the same record."})
+    task: str | None = field(
+        default=None, metadata={"help": "Task of records that name none: grounding, ocr, counting, numeric, exact, …"}
+    )
+    answer_format: str | None = field(
+        default=None, metadata={"help": "How the model writes boxes, for grounding tasks: llava, qwen2.5-vl, …"}
+    )
+    reward: str | None = field(
+        default=None,
+        metadata={"help": "Reward of all records, whatever their task: a name as in task, or package.module:function."},
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that image paths are under; default: any path is allowed."}
+    )
+    skip_bad: bool = field(default=False, metadata={"help": "Leave out bad records and count them."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "A prompt with more tokens, image included, makes a bad record."}
+    )
+    answers_at_once: int | None = field(
+        default=None, metadata={"help": "Answers to a record generated together; fewer take less memory. Default: all."}
+    )
+    engine: str = field(
+        default="transformers",
+        metadata={"help": "What runs the model.", "choices": ["transformers", "vllm"]},
+    )
+    engine_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Arguments of vllm.LLM, as JSON or YAML mapping: {"tensor_parallel_size": 2}.'},
+    )
+    sampling: Sampling = field(init=False)
+    candidates: CandidateConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.engine_options, str):
+            try:
+                self.engine_options = json.loads(self.engine_options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"engine_options must be a JSON mapping: {error}") from error
+        if not isinstance(self.engine_options, dict | None):
+            raise ValueError(f"engine_options must be a mapping, got {self.engine_options!r}")
+        if self.engine_options and self.engine != "vllm":
+            raise ValueError("engine_options are arguments of vllm.LLM: set engine='vllm', or leave them out")
+        if self.answers_at_once is not None and self.engine == "vllm":
+            raise ValueError("answers_at_once is for engine='transformers'; vLLM sees to its memory by itself")
+        if self.answer_format is not None:
+            box_format(self.answer_format)
+        if self.temperature == 0 and self.k > 1:
+            raise ValueError(f"temperature=0 gives the same answer {self.k} times: set it above 0, or k=1")
+        self.sampling = Sampling(self.temperature, self.top_p, self.max_new_tokens, self.seed)
+        self.candidates = CandidateConfig(
+            self.k, self.max_samples, self._named(self.reward), self.skip_bad, self.image_root
+        )
+
+    def with_task(self, record: ListRecord) -> ListRecord:
+        """The record with the task that its answers are scored by.
+
+        Raises:
+            ValueError: it names none, and neither does the command.
+        """
+        task = self._named(record.task or self.task)
+        if not (task or self.reward):
+            raise ValueError(f"record {record.id!r} names no task: set task or reward")
+        return replace(record, task=task or "")
+
+    def _named(self, task: str | None) -> str | None:
+        boxes = task in ("grounding", "grounding-giou")
+        return f"{task}/{self.answer_format}" if boxes and self.answer_format else task
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        model_config, config = parse((ModelConfig, GenerateConfig), arguments, "perpo generate")
+        outcome = run(model_config, config)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if os.environ.get("PERPO_TRACEBACK"):
+            raise
+        hint = "set answers_at_once to fewer answers\n" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"perpo generate: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
+        return 1
+    print(outcome.totals.summary())
+    if outcome.n_missing:
+        print(f"{outcome.n_missing} records are still with other processes; the last of them writes {config.output}")
+    else:
+        print(f"written to {config.output}")
+    return 0
+
+
+def run(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
+    """Read, sample, score, write."""
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    options: dict[str, Any] = {"check_images": True, "root": config.image_root}
+    records, report = read_records(config.records, require=("answer",), skip_bad=config.skip_bad, **options)
+    records = [config.with_task(record) for record in records]
+    bad = bad_truths(records, config.candidates.reward)  # now, rather than after hours of sampling
+    if bad and not config.skip_bad:
+        raise ValueError(f"{next(iter(bad.values()))}\nskip_bad leaves out such records and counts them")
+    records = [record for record in records if record.id not in bad]
+    if rank == 0:
+        print(report.summary() + (f"; {len(bad)} with an answer that their reward cannot take skipped" if bad else ""))
+        for error in [*report.errors, *bad.values()][:SHOWN_ERRORS]:
+            print(f"  skipped: {error}", file=sys.stderr)
+    if not Path(config.output).parent.is_dir():
+        raise ValueError(f"output: there is no folder {str(Path(config.output).parent)!r}")
+    sampler = _sampler(model_config, config)
+    return generate(records, sampler, config.output, config.candidates, rank=rank, world_size=world_size)
+
+
+def _sampler(model_config: ModelConfig, config: GenerateConfig) -> Sampler:
+    name, trust = model_config.model_name_or_path, model_config.trust_remote_code
+    revision, length = model_config.model_revision, config.max_prompt_length
+    options: dict[str, Any] = dict(model_config.processor_options or {})  # type: ignore[arg-type]
+    if config.engine == "vllm":
+        settings: dict[str, Any] = {"dtype": model_config.dtype, "trust_remote_code": trust, "revision": revision}
+        settings |= {"mm_processor_kwargs": options} if options else {}
+        encoder = Encoder(
+            _processor(name, trust, revision, options), _end_ids(name, revision), max_prompt_length=length
+        )
+        return VllmSampler(name, encoder, config.sampling, settings | dict(config.engine_options or {}))  # type: ignore[arg-type]
+    model = load_model(
+        name,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+        revision=revision,
+        trust_remote_code=trust,
+    )
+    encoder = Encoder.for_model(_processor(name, trust, revision, options), model, max_prompt_length=length)
+    device = torch.device("cuda", _number("LOCAL_RANK", 0)) if torch.cuda.is_available() else torch.device("cpu")
+    return TransformersSampler(model.to(device), encoder, config.sampling, answers_at_once=config.answers_at_once)
+
+
+def _processor(name: str, trust: bool, revision: str | None, options: dict[str, Any]) -> Any:
+    extra = {"revision": revision} if revision is not None else {}
+    return load_processor(name, trust_remote_code=trust, **options, **extra)
+
+
+def _end_ids(name: str, revision: str | None) -> list[int]:
+    """Of the model's generation config, without loading the model."""
+    try:
+        config = GenerationConfig.from_pretrained(name, **({"revision": revision} if revision is not None else {}))
+    except OSError:  # it has none
+        return []
+    eos = config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _number(variable: str, default: int) -> int:
+    value = os.environ.get(variable, "")
+    if value and not value.isdecimal():
+        raise ValueError(f"the environment's {variable} must be a number, got {value!r}")
+    return int(value) if value else default

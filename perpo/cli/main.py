@@ -1,0 +1,56 @@
+"""The command `perpo`: finds the sub-command and imports only that.
+
+A sub-command is a module with `main(arguments) -> int` (the exit code) and a line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "coco": Command("perpo.cli.coco", "grounding records from a COCO-style file"),
+    "generate": Command("perpo.cli.generate", "sample and score candidate answers: lists for `perpo train`"),
+    "plan": Command("perpo.cli.plan", "what a training step costs and what fits on a GPU"),
+    "train": Command("perpo.cli.train", "align a vision-language model with lists of scored answers"),
+    "evaluate": Command("perpo.cli.evaluate", "compare models on held-out records, with and without the image"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `perpo ARGUMENTS`; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if given else 2
+    name, *rest = given
+    if name not in COMMANDS:
+        print(f"perpo: no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    sys.path.append(os.getcwd())  # for rewards by import path: a console script has not the folder that it runs in
+    return importlib.import_module(COMMANDS[name].module).main(rest)
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: perpo COMMAND [--setting value …]",
+            "",
+            "Perceptual Preference Optimization of vision-language models.",
+            "",
+            *lines,
+            "",
+            "`perpo COMMAND --help` lists the settings of a command; --config FILE.yaml holds those of any but coco.",
+        ]
+    )

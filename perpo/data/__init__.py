@@ -1,0 +1,1 @@
+"""List records: the schema, reading and checking them, their files and images."""

@@ -1,0 +1,1 @@
+"""From processor, prompt and answers to tokens, batches and packed rows."""

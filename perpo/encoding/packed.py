@@ -1,0 +1,114 @@
+"""Lists as one packed row in which every prompt, image included, stands once: [prompts | answers].
+
+A packed row costs Σ (P + k R) tokens where a row for every candidate costs Σ k (P + R), forward and backward, and the
+vision tower sees every image once. Which token sees which is in the layout (`perpo.prefix.layout`); where a token
+stands for the position embedding is told by `PromptPositions`: an answer goes on where its prompt ends. All of it is
+worked out here on the CPU, so that a step does not have to wait for the device to tell it. (Some models look at their
+inputs all the same, as to whether they hold as many places of an image as there are features.)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perpo.encoding.batch import TOKEN_KEYS, check_prompts, concatenate
+from perpo.prefix.layout import PrefixLayout, Range, prefix_layout
+
+# Model types whose prompts are not purely causal: the value of token_type_ids whose runs see each other.
+_SEE_EACH_OTHER = {"gemma3": 1, "paligemma": 0}
+
+
+class PromptPositions:
+    """Position ids of a model's prompts, and which of their tokens see each other.
+
+    Can be sent to the workers of a data loader: it keeps the model's config and methods, not its weights.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self.model_type: str = core.config.model_type
+        self.body: Any = None  # Qwen-VL and its kin: computes three positions a token
+        if hasattr(core.base_model, "get_rope_index"):
+            kind: Any = type(core.base_model)
+            self.body = kind.__new__(kind)
+            nn.Module.__init__(self.body)
+            self.body.config = core.base_model.config
+            self._arguments = tuple(inspect.signature(self.body.get_rope_index).parameters)
+
+    def positions(self, prompt: dict[str, Tensor], longest: int) -> tuple[Tensor, Tensor]:
+        """Of a prompt of P tokens and `longest` tokens after it: int64 [P] and [longest], or both with 3 rows."""
+        n_prompt = prompt["input_ids"].shape[1]
+        first = 1 if self.model_type == "paligemma" else 0
+        if self.body is None:
+            return torch.arange(first, first + n_prompt), torch.arange(first + n_prompt, first + n_prompt + longest)
+        if any(name.endswith("grid_thw") for name in prompt):
+            known = {name: prompt[name] for name in self._arguments if name in prompt}
+            places = self.body.get_rope_index(**known)[0][:, 0]  # [3, P]
+        else:
+            places = torch.arange(n_prompt).expand(3, -1)
+        following = places.max() + 1 + torch.arange(longest)  # not P: an image takes fewer positions than tokens
+        return places, following.expand(3, -1)
+
+    def blocks(self, prompt: dict[str, Tensor]) -> list[Range]:
+        """Runs of tokens that all see each other."""
+        value = _SEE_EACH_OTHER.get(self.model_type)
+        if value is None or "token_type_ids" not in prompt:
+            return []
+        inside = [False, *(prompt["token_type_ids"][0] == value).tolist(), False]
+        edges = [i for i, (a, b) in enumerate(pairwise(inside)) if a != b]
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def packed_row(
+    prompts: Sequence[dict[str, Tensor]],  # P encoded prompts, each a batch of one
+    responses: Sequence[Sequence[Sequence[int]]],  # of each prompt its responses as token ids
+    positions: PromptPositions,
+    answer_values: Mapping[str, int] | None = None,  # see `Encoder.answer_values`
+) -> tuple[dict[str, Tensor], Tensor, PrefixLayout]:
+    """One row for all candidates: the model's inputs, `ListBatch.rows` and the layout.
+
+    The state that predicts a response's first token is the prompt's last, which all of its responses share.
+
+    Raises:
+        ValueError: prompts of different kinds in one batch, or an input that is not known to run along the tokens.
+    """
+    check_prompts(prompts, responses)
+    fed = [[list(ids[:-1]) for ids in of_prompt] for of_prompt in responses]
+    layout = prefix_layout(
+        [prompt["input_ids"].shape[1] for prompt in prompts],
+        [[len(ids) for ids in of_prompt] for of_prompt in fed],
+        [positions.blocks(prompt) for prompt in prompts],
+    )
+    inputs: dict[str, Tensor] = {"position_ids": _position_ids(prompts, layout, positions)}
+    answers = [token for of_prompt in fed for ids in of_prompt for token in ids]
+    for name in prompts[0]:
+        parts = [prompt[name] for prompt in prompts]
+        if name not in TOKEN_KEYS:
+            inputs[name] = concatenate(parts)
+        elif name != "attention_mask":  # nothing is padded
+            value = {**TOKEN_KEYS, **(answer_values or {})}[name]
+            rest = answers if value is None else [value] * len(answers)
+            inputs[name] = torch.cat([*parts, torch.tensor([rest], dtype=parts[0].dtype)], 1)
+    rows = [
+        row
+        for prompt, of_prompt, ids_list in zip(layout.prompts, layout.answers, responses, strict=True)
+        for answer, ids in zip(of_prompt, ids_list, strict=True)
+        for row in ([prompt[1] - 1, *range(*answer)] if ids else [])
+    ]
+    return inputs, torch.tensor(rows, dtype=torch.int64), layout
+
+
+def _position_ids(
+    prompts: Sequence[dict[str, Tensor]], layout: PrefixLayout, positions: PromptPositions
+) -> Tensor:  # [1, T] or [3, 1, T]
+    of_prompts, of_answers = [], []
+    for prompt, lengths in zip(prompts, layout.answer_lengths, strict=True):
+        inside, after = positions.positions(prompt, max(lengths, default=0))
+        of_prompts.append(inside)
+        of_answers += [after[..., :length] for length in lengths]
+    return torch.cat([*of_prompts, *of_answers], -1).unsqueeze(-2)

@@ -1,0 +1,1 @@
+"""Attention over a shared prompt. Knows no trainer and no record."""

@@ -1,0 +1,1 @@
+"""Drawing candidate answers from a model and scoring them into lists."""

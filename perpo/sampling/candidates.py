@@ -1,0 +1,298 @@
+"""Sample and score k candidates for every record: from labelled images to the lists that training takes.
+
+A process takes every world_size-th record, and keeps each as soon as it is scored (`perpo.sampling.shards`). Whichever
+process is last finds all records there and writes the output, whole or not at all, in the order of the records.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from perpo.data.images import ImageError, open_image
+from perpo.data.record import ListRecord, write_records
+from perpo.encoding.seen_size import seen_sizes
+from perpo.rewards.scoring import Tally, Task, find_task, score_record
+from perpo.sampling.sampler import Answer, Question, Sampler, distinct_answers
+from perpo.sampling.shards import Finished, Shards, check_sources, source_of
+
+SHOWN_ERRORS = 20  # of skipped records; all are counted
+
+
+@dataclass(frozen=True)
+class CandidateConfig:
+    """What is asked of the sampler, and what becomes of the answers.
+
+    Attributes:
+        k: answers to a record.
+        max_samples: answers drawn at most in search of k different ones; then repeats are kept. None: 2 k.
+        reward: name, or import path, of the reward for all records; None: the one that each record's task names.
+        skip_bad: leave out records whose image cannot be opened, whose prompt does not fit, whose answer the reward
+            cannot take, and count them.
+        image_root: folder that image paths are under; None allows any path.
+    """
+
+    k: int = 20
+    max_samples: int | None = None
+    reward: str | None = None
+    skip_bad: bool = False
+    image_root: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be ≥ 1, got {self.k}")
+        if self.max_samples is not None and self.max_samples < self.k:
+            raise ValueError(f"max_samples must be ≥ k = {self.k}, got {self.max_samples}")
+
+    def identity(self) -> dict[str, str]:
+        return {"k": str(self.k), "max_samples": str(self._most), "reward": self.reward or "of each record's task"}
+
+    @property
+    def _most(self) -> int:
+        return 2 * self.k if self.max_samples is None else self.max_samples
+
+    def answers(self, sampler: Sampler, questions: Sequence[Question]) -> list[list[Answer]]:
+        return distinct_answers(sampler, questions, self.k, self._most)
+
+
+@dataclass
+class Totals:
+    """What lists came out."""
+
+    n_lists: int = 0
+    n_failed: int = 0
+    n_answers: int = 0
+    n_repeats: int = 0
+    n_cut: int = 0
+    n_unreadable: int = 0
+    n_active: int = 0  # lists with a preference
+    reward_sum: float = 0.0
+    best_sum: float = 0.0
+
+    def add(self, one: Finished) -> None:
+        if one.error is not None:
+            self.n_failed += 1
+            return
+        self.n_lists += 1
+        self.n_answers += len(one.responses)
+        self.n_repeats += len(one.responses) - len(set(one.responses))
+        self.n_cut += one.complete.count(False)
+        self.n_unreadable += one.unreadable
+        self.n_active += len(set(one.rewards)) > 1
+        self.reward_sum += sum(one.rewards)
+        self.best_sum += max(one.rewards)
+
+    @property
+    def short(self) -> str:
+        """For a progress bar."""
+        lists, answers = max(self.n_lists, 1), max(self.n_answers, 1)
+        parts = [
+            f"reward {self.reward_sum / answers:.3f}",
+            f"best {self.best_sum / lists:.3f}",
+            f"active {self.n_active / lists:.0%}",
+            f"unreadable {self.n_unreadable / answers:.0%}",
+            f"skipped {self.n_failed}" if self.n_failed else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lists, answers = max(self.n_lists, 1), max(self.n_answers, 1)
+        parts = [
+            f"{self.n_lists} lists, {self.n_answers} answers; mean reward {self.reward_sum / answers:.3f}, of the best "
+            f"in a list {self.best_sum / lists:.3f}; {self.n_active / lists:.1%} of the lists hold a preference",
+            f"{self.n_repeats / answers:.1%} of the answers repeat another of their list" if self.n_repeats else "",
+            f"{self.n_cut / answers:.1%} of the answers were cut by max_new_tokens" if self.n_cut else "",
+            f"{self.n_unreadable / answers:.1%} of the answers could not be read" if self.n_unreadable else "",
+            f"{self.n_failed} bad records skipped" if self.n_failed else "",
+        ]
+        return "\n".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far `generate` came.
+
+    Attributes:
+        totals: of all records where the output was written, otherwise of this process' share.
+        n_missing: records that other processes have not finished yet; the output is written once there are none.
+    """
+
+    totals: Totals
+    n_missing: int
+
+
+def generate(
+    records: Sequence[ListRecord],
+    sampler: Sampler,
+    output: str | os.PathLike[str],
+    config: CandidateConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Outcome:
+    """Answer and score the records that are not in `{output}.parts` yet; write `output` when all of them are.
+
+    Args:
+        records: with an answer, and a task unless config.reward is given. Responses they have are replaced.
+        output: a .jsonl or .parquet file.
+        rank, world_size: of how many processes this is the which.
+
+    Raises:
+        ValueError: a bad record, unless skip_bad; an unknown reward; an output that cannot hold the records.
+        StaleShardsError: `{output}.parts` holds answers made with another model, setting or record.
+        OSError: no space left; what was finished before is kept.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0..{world_size - 1} (world_size - 1), got {rank}")
+    path = Path(output)
+    folder = parts_folder(path)
+    check_output(records, path, folder)
+    tasks = {name: find_task(name) for name in sorted({config.reward or record.task for record in records} - {""})}
+    worker = _Worker(sampler, config, tasks)
+    with Shards(folder, config.identity() | sampler.identity(), rank) as shards:
+        finished = shards.read()
+        check_sources(records, finished, folder, config.image_root)
+        share = records[rank::world_size]
+        done = {one.id for one in finished.values() if one.error is None}
+        for record in share:
+            if record.id in done:
+                worker.recall(finished[record.id])
+        todo = [record for record in share if record.id not in done]
+        label = "generate" if world_size == 1 else f"generate {rank}/{world_size}"
+        bar = tqdm(total=len(share), initial=len(share) - len(todo), desc=label, unit="list", disable=rank != 0)
+        with bar:
+            for one in worker.run(todo):
+                shards.add(one)
+                worker.totals.add(one)
+                bar.set_postfix_str(worker.totals.short, refresh=False)
+                bar.update()
+                if one.error is not None and worker.totals.n_failed <= SHOWN_ERRORS:
+                    bar.write(f"skipped: {one.error}")
+                worker.tally.check(finished=False)
+        worker.tally.check()
+        finished = shards.read()
+    n_missing = sum(record.id not in finished for record in records)
+    if n_missing:
+        return Outcome(worker.totals, n_missing)
+    return Outcome(merge(records, finished, path), 0)
+
+
+def merge(records: Sequence[ListRecord], finished: Mapping[str, Finished], path: Path) -> Totals:
+    """Write the records with their answers, without those that failed."""
+    totals = Totals()
+    for record in records:
+        totals.add(finished[record.id])
+    if not totals.n_lists:
+        first = next(iter(finished.values())).error if finished else "there are none"
+        raise ValueError(f"no usable record: all {totals.n_failed} were skipped; the first: {first}")
+    kept = (finished[record.id].attach(record) for record in records if finished[record.id].error is None)
+    try:
+        write_records(kept, path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror or error}: {path} was not written, but all answers are in {path.name}.parts: see to that "
+            "and run the same command again",
+        ) from error
+    return totals
+
+
+def check_output(records: Sequence[ListRecord], path: Path, folder: Path) -> None:
+    """What would go wrong at the end goes wrong at the beginning."""
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"output must be a .jsonl or .parquet file, got {str(path)!r}")
+    held = next((r for r in records if not isinstance(r.image, str | os.PathLike | None)), None)
+    if path.suffix == ".jsonl" and held is not None:
+        raise ValueError(
+            f"output: record {held.id!r} holds its image itself, and {path.name!r} can hold only paths: name a "
+            ".parquet file"
+        )
+    if path.exists() and not folder.exists():
+        raise ValueError(f"output: {path} exists, and not by a run that could go on; move it away or name another file")
+    if len({record.id for record in records}) < len(records):
+        raise ValueError("records: ids must be distinct, since finished records are known by them")
+
+
+def parts_folder(output: str | os.PathLike[str]) -> Path:
+    """Where finished records are kept until the output is written, and after it."""
+    return Path(f"{os.fspath(output)}.parts")
+
+
+class _Worker:
+    """Answers and scores records, and keeps count."""
+
+    def __init__(self, sampler: Sampler, config: CandidateConfig, tasks: Mapping[str, Task]) -> None:
+        self.sampler = sampler
+        self.config = config
+        self.tasks = tasks
+        self.tally = Tally()
+        self.totals = Totals()
+        self.seen_size = seen_sizes(sampler.encoder.processor)
+
+    def recall(self, one: Finished) -> None:
+        """Count what was finished before a resume."""
+        self.totals.add(one)
+        self.tally.total += len(one.responses)
+        self.tally.unreadable += one.unreadable
+
+    def run(self, records: Sequence[ListRecord]) -> Iterator[Finished]:
+        for start in range(0, len(records), self.sampler.batch_size):
+            yield from self._batch(records[start : start + self.sampler.batch_size])
+
+    def _batch(self, records: Sequence[ListRecord]) -> Iterator[Finished]:
+        asked: list[tuple[ListRecord, Question]] = []
+        for record in records:
+            try:
+                image = None if record.image is None else open_image(record.image, self.config.image_root)
+            except ImageError as error:
+                yield self._failed(record, error)
+            else:
+                asked.append((record, Question(record.id, record.prompt, image)))  # type: ignore[arg-type]
+        yield from self._answered(asked)
+
+    def _answered(self, asked: Sequence[tuple[ListRecord, Question]]) -> Iterator[Finished]:
+        if not asked:
+            return
+        try:
+            lists = self.config.answers(self.sampler, [question for _, question in asked])
+        except ValueError as error:
+            if len(asked) == 1:
+                yield self._failed(asked[0][0], error)
+            else:  # one of them
+                for one in asked:
+                    yield from self._answered([one])
+            return
+        for (record, question), answers in zip(asked, lists, strict=True):
+            try:
+                yield self._scored(record, question, answers)
+            except ValueError as error:
+                yield self._failed(record, error)
+
+    def _scored(self, record: ListRecord, question: Question, answers: Sequence[Answer]) -> Finished:
+        columns = {} if question.image is None else {"image_size": self.seen_size(question.image.size)}
+        unreadable = self.tally.unreadable
+        scored = score_record(
+            record.answered([answer.text for answer in answers]),
+            self.tasks.get(self.config.reward or record.task),
+            self.tally,
+            columns,
+        )
+        return Finished(
+            record.id,
+            source_of(record, self.config.image_root),
+            list(scored.responses),
+            list(scored.rewards or ()),
+            [answer.complete for answer in answers],
+            self.tally.unreadable - unreadable,
+        )
+
+    def _failed(self, record: ListRecord, error: ValueError) -> Finished:
+        shown = str(error) if repr(record.id) in str(error) else f"record {record.id!r}: {error}"
+        if not self.config.skip_bad:
+            raise ValueError(f"{shown}\nskip_bad leaves out such records and counts them") from error
+        return Finished(record.id, source_of(record, self.config.image_root), error=shown)

@@ -1,0 +1,1 @@
+"""Training on lists: configuration, reference log-probs, metrics, checkpoints, the trainer."""

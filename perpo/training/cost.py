@@ -1,0 +1,207 @@
+"""What a training step costs before it is run: tokens, operations and memory of one list, from a model's config.
+
+Memory is the sum of
+
+    weights       parameters × bytes
+    gradients     trained parameters × bytes
+    optimizer     trained parameters × 8: AdamW's two moments in fp32
+    activations   what autograd keeps for the backward pass: counted, by running the model's own layers on the meta
+                  device, which computes shapes and nothing else, and adding up what they save
+    momentary     the larger of two things that come one after the other: the loss (one chunk of logits, and the
+                  gradient of the response states) and the backward pass of one layer (two tensors as wide as the widest
+                  of its linear layers; with gradient checkpointing also what the layer keeps when it is run again)
+
+and operations (multiply and add count as two) of one list are
+
+    language model   2 T N forward, 2 T N backward, 2 T n for the gradients of n trained of its N linear weights
+    attention        4 D pairs forward, 10 D pairs backward, a head and a layer
+    head             2 R k V H forward and as much backward
+    vision tower     2 N_v a patch, forward; it is frozen
+
+with T = P + k R tokens and P²/2 + k R P + k R²/2 pairs where the prompt is shared, k (P + R) tokens and k (P + R)²/2
+pairs where it is not. Gradient checkpointing adds the forward pass of the layers once more. Memory is that of a GPU,
+where no attention keeps its scores. Left out: attention inside the tower, and that a sliding window has fewer pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+
+from perpo.model.language_head import causal_lm
+from perpo.model.trainable import adapt, freeze, language_lora
+from perpo.prefix import attention
+from perpo.prefix.layout import PrefixLayout, prefix_layout
+
+MOMENTS = 8  # bytes a trained parameter
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What a forward pass is fed: `n` lists of `k` answers of R tokens to a prompt of P tokens, image included."""
+
+    prompt_tokens: int
+    response_tokens: int
+    k: int
+    n: int = 1
+    shared: bool = True
+
+    @property
+    def layout(self) -> PrefixLayout:
+        rows = 1 if self.shared else self.k
+        answers = [self.response_tokens] * (self.k // rows)
+        return prefix_layout([self.prompt_tokens] * (self.n * rows), [answers] * (self.n * rows))
+
+    @property
+    def pairs(self) -> float:
+        """Of a query and a key that it sees."""
+        p, r = self.prompt_tokens, self.response_tokens
+        if self.shared:
+            return self.n * (p * p / 2 + self.k * (r * p + r * r / 2))
+        return self.n * self.k * (p + r) ** 2 / 2
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained. lora_r 0: the language model itself, with vision tower, projector and head frozen."""
+
+    lora_r: int = 128
+    gradient_checkpointing: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    max_chunk_bytes: int = 1 << 30
+    shards: int = 1  # devices that weights, gradients and optimizer are spread over (FSDP, ZeRO-3)
+
+
+class Planner:
+    """The cost of training one model, by its config."""
+
+    def __init__(self, config: PreTrainedConfig, training: Training) -> None:
+        self.config, self.training = config, training
+        model = _model(config, training)
+        core = causal_lm(model)
+        text = config.get_text_config()
+        head = core.get_output_embeddings()
+        language = core.get_decoder()
+        self.vision_parameters = _count(core.get_encoder(modality="image")) if text is not config else 0
+        self.parameters = _count(model)
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.trained_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        self.weight_bytes = sum(p.nbytes for p in model.parameters())
+        linear = [module for module in language.modules() if isinstance(module, nn.Linear) and module is not head]
+        self.linear_parameters = sum(module.weight.numel() for module in linear)
+        self.linear_trained = sum(module.weight.numel() for module in linear if module.weight.requires_grad)
+        self.widest = max(max(module.in_features, module.out_features) for module in linear)
+        self.vocabulary, self.hidden = head.weight.shape
+        self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // self.heads
+
+    def operations(self, lists: Lists) -> float:
+        """Floating-point operations of one forward and backward pass."""
+        tokens = lists.layout.n_tokens
+        forward = 2 * tokens * self.linear_parameters
+        attention_forward = 4 * self.layers * self.heads * self.head_dim * lists.pairs
+        total = 2 * forward + 2 * tokens * self.linear_trained + 3.5 * attention_forward
+        if self.training.gradient_checkpointing:
+            total += forward + attention_forward
+        total += 4 * lists.n * lists.k * lists.response_tokens * self.vocabulary * self.hidden
+        images = lists.n * (1 if lists.shared else lists.k)
+        return total + 2 * images * self._patches(lists) * self.vision_parameters
+
+    def memory(self, lists: Lists) -> dict[str, float]:
+        """Bytes on each device, by what they are for."""
+        training, layout = self.training, lists.layout
+        one, two = (self._saved(layout, n_layers) for n_layers in (1, 2))
+        size = training.dtype.itemsize
+        responses = lists.n * lists.k * lists.response_tokens
+        logits = min(training.max_chunk_bytes, responses * self.vocabulary * size)
+        loss = logits + 2 * responses * self.hidden * size
+        layer = 2.0 * layout.n_tokens * self.widest * size
+        if training.gradient_checkpointing:
+            once, twice = (self._saved(layout, n_layers, checkpointing=False) for n_layers in (1, 2))
+            layer += twice - once
+        return {
+            "weights": self.weight_bytes / training.shards,
+            "gradients": self.trained_bytes / training.shards,
+            "optimizer": MOMENTS * self.trained / training.shards,
+            "activations": one + (self.layers - 1) * (two - one),
+            "momentary": max(loss, layer),
+        }
+
+    def fitting(self, lists: Lists, capacity: float) -> int:
+        """The most lists in one forward pass that a device of so many bytes holds; 0: not even one."""
+        fixed = {"weights", "gradients", "optimizer"}
+        parts = self.memory(lists)
+        rest = capacity - sum(parts[name] for name in fixed)
+        each = sum(value for name, value in parts.items() if name not in fixed) / lists.n
+        return max(0, int(rest / each))
+
+    def _patches(self, lists: Lists) -> float:
+        """Of an image that takes up the whole prompt."""
+        return lists.prompt_tokens * patches_per_token(self.config)
+
+    def _saved(self, layout: PrefixLayout, n_layers: int, checkpointing: bool | None = None) -> int:
+        """Bytes that autograd keeps of a language model of so many layers, its weights apart."""
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        text.num_hidden_layers = n_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:n_layers]
+        model = _model(config, self.training)
+        core = causal_lm(model).train()
+        attention.install(core)
+        if self.training.gradient_checkpointing if checkpointing is None else checkpointing:
+            core.gradient_checkpointing_enable({"use_reentrant": False})
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept: dict[int, Any] = {}  # the storages themselves, so that none is freed and its address used again
+
+        def keep(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage
+            return x
+
+        with torch.device("meta"), saved_tensors_hooks(keep, lambda x: x), attention.packed_forward(core):
+            core.get_decoder()(
+                inputs_embeds=torch.empty(1, layout.n_tokens, self.hidden, dtype=self.training.dtype),
+                position_ids=torch.zeros(1, layout.n_tokens, dtype=torch.int64),
+                prefix_layout=layout,
+                use_cache=False,
+            )
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+def patches_per_token(config: PreTrainedConfig) -> float:
+    """Patches of an image that the language model sees as one token, by what the families call it."""
+    vision = getattr(config, "vision_config", None)
+    for owner, name in ((vision, "spatial_merge_size"), (config, "spatial_merge_size"), (config, "scale_factor")):
+        if isinstance(merged := getattr(owner, name, None), int):  # so many squared
+            return merged**2
+    if ratio := getattr(config, "downsample_ratio", None):
+        return ratio**-2
+    if tokens := getattr(config, "mm_tokens_per_image", None):
+        assert vision is not None
+        return (vision.image_size // vision.patch_size) ** 2 / tokens
+    return 1.0
+
+
+def _model(config: PreTrainedConfig, training: Training) -> nn.Module:
+    """On the meta device: shapes without memory."""
+    with torch.device("meta"):
+        try:
+            model = AutoModelForImageTextToText.from_config(config, dtype=training.dtype)
+        except ValueError:  # no vision-language model
+            model = AutoModelForCausalLM.from_config(config, dtype=training.dtype)
+        if training.lora_r:
+            return adapt(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
+        freeze(model)
+        return model
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,376 @@
+"""`PerPOTrainer`: the Hugging Face trainer with lists as samples and the list-wise loss on hidden states.
+
+One sample is a list: one image, one question, k candidates. The loss is Σ over lists / number of lists in the optimizer
+step, over all accumulated batches and all ranks, so it does not matter how lists are spread over them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list, extract_model_from_parallel, gather_object
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from perpo.data.record import ListRecord
+from perpo.encoding.batch import ListBatch
+from perpo.encoding.encoder import Encoder, load_model
+from perpo.model import sharing as prefix_sharing
+from perpo.model.language_head import causal_lm, check_language_head, install, perpo_output, sequence_log_probs
+from perpo.model.trainable import adapt, keep_in_fp32, set_precision
+from perpo.training.checkpoints import check_loaded, claim, last_complete_checkpoint, names_of_model
+from perpo.training.config import PerPOConfig
+from perpo.training.lists import ListCollator, Sample, leave_out, records_of, training_lists
+from perpo.training.metrics import ListMetrics
+from perpo.training.reference_cache import ReferenceCache, weights_fingerprint
+from perpo.training.row_sampler import RowSampler, row_sampler
+from perpo.training.run_identity import run_identity
+from perpo.training.sharing_check import check_sharing
+from perpo_kernels import LinearPerPOOutput
+
+
+class PerPOTrainer(Trainer):
+    """Trains any Hugging Face vision-language model on lists of scored candidates.
+
+    Args:
+        model: with its language head; a PeftModel or full. What requires gradients is trained.
+        args: `PerPOConfig`.
+        train_dataset, eval_dataset: records, or what `perpo.data.record.read_records` reads: a file, a
+            `datasets.Dataset`. processing_class: the processor (a tokenizer for a text model). peft_config: adapters to
+            put on the model (`perpo.model.trainable.language_lora` gives the published ones). ref_model: the second
+            model of reference="model". callbacks, optimizers: as `transformers.Trainer`.
+
+    Raises:
+        ValueError: settings that do not fit together, by name; a stale reference cache; a model whose head is unknown.
+    """
+
+    args: PerPOConfig
+    train_dataset: list[Sample] | None
+    eval_dataset: list[Sample] | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PerPOConfig,
+        train_dataset: Sequence[ListRecord] | Any = None,
+        processing_class: Any = None,
+        *,
+        eval_dataset: Sequence[ListRecord] | Any = None,
+        peft_config: LoraConfig | None = None,
+        ref_model: nn.Module | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if processing_class is None:
+            raise ValueError("processing_class: give the model's processor, AutoProcessor.from_pretrained(…)")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start one process a GPU with `torchrun --nproc-per-node "
+                f"{args.n_gpu} -m perpo train …`, or choose one with CUDA_VISIBLE_DEVICES"
+            )
+        if peft_config is not None:
+            if isinstance(model, PeftModel):
+                raise ValueError("peft_config: the model has adapters already; merge them or leave peft_config out")
+            set_seed(args.seed)  # as Trainer does, but after the adapters are drawn
+            model = adapt(model, peft_config)
+        self._check_reference(model, args, ref_model)
+        set_precision(model, args)
+        install(model)
+        self.encoder = Encoder.for_model(
+            processing_class,
+            causal_lm(model),
+            max_prompt_length=args.max_prompt_length,
+            max_response_length=args.max_response_length,
+        )
+        positions = prefix_sharing.prepare(model, args.prefix_sharing, args.device)
+        self._sharing_unchecked = positions is not None
+        self._evaluated: Any = None
+        self._rows: RowSampler | None = None
+        self.objective = args.list_objective
+        self.metrics = {"train": ListMetrics(self.objective), "eval": ListMetrics(self.objective)}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ListCollator(self.encoder, args.image_root, positions),
+            train_dataset=None if train_dataset is None else training_lists("train_dataset", train_dataset, args),
+            eval_dataset=None if eval_dataset is None else training_lists("eval_dataset", eval_dataset, args),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the lists of the whole optimizer step
+        self._n_parameters = sum(p.numel() for p in model.parameters())
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded:  # FSDP and DeepSpeed keep their own fp32 copies
+            keep_in_fp32(model)
+            with self.accelerator.autocast():
+                check_language_head(model)
+        if args.reference == "model":
+            ref_model = self._prepare_ref_model(ref_model)
+        self._identity: dict[str, str] = {}
+        if self.is_world_process_zero():
+            self._identity = run_identity(model, args, self.encoder, self.train_dataset or [], ref_model)
+        self.ref_model = ref_model and self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
+        if args.reference == "precomputed":
+            if sharded:
+                raise ValueError(
+                    "reference='precomputed' needs the whole model on each device while it computes, which FSDP and "
+                    "DeepSpeed do not give; use reference='adapter_off' with adapters, or reference='data' with "
+                    "records that hold ref_log_probs"
+                )
+            self._precompute()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """As `Trainer.train`; True: from the last checkpoint that was written to its end, or from the start."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self._claim_folder(resume_from_checkpoint or None)
+        self.metrics["train"].reset()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def _claim_folder(self, checkpoint: str | None) -> None:
+        problem: list[Exception | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                claim(str(self.args.output_dir), self._identity, checkpoint)
+            except (ValueError, OSError) as error:
+                problem = [error]
+        broadcast_object_list(problem)  # all ranks stop, or none
+        if problem[0] is not None:
+            raise problem[0]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with names_of_model(self.model) if _internal_call else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint that holds other names would leave the model as it was, with a warning."""
+        check_loaded(self.model, load_result.missing_keys)
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Resumed at its last step in the middle of an epoch, `Trainer` would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if self._rows is not None:
+            self._rows.set_epoch(int(options["epoch"]))
+        super()._run_epoch(*args, **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        self._rows = row_sampler(self)
+        return self._rows or super()._get_train_sampler(train_dataset)
+
+    # -------------------------------------------------------------------------------------------------------- the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: ListBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        self._check_sharing(model)
+        batch = self._with_reference(model, inputs)
+        output = self._forward(model, batch)
+        self.metrics["train" if model.training else "eval"].add(batch, output)
+        if num_items_in_batch is None:
+            loss = output.loss / batch.n_lists
+        else:  # the ranks' gradients are averaged, so each gives its share times their number
+            loss = output.loss * self.accelerator.num_processes / num_items_in_batch
+        return (loss, output) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, batch: ListBatch) -> LinearPerPOOutput:
+        call = partial(
+            perpo_output,
+            batch=batch,
+            objective=self.objective,
+            reduction="sum",
+            max_chunk_bytes=self.args.max_chunk_bytes,
+        )
+        return LinearPerPOOutput(*model(**batch.keywords, head_call=call))
+
+    def _with_reference(self, model: nn.Module, batch: ListBatch) -> ListBatch:
+        """The batch with reference log-probs, if they are made at every step."""
+        if self.args.reference == "model":
+            batch.ref_log_probs = sequence_log_probs(self.ref_model, batch)  # type: ignore[arg-type]
+        elif self.args.reference == "adapter_off":
+            with _as_reference(model):
+                batch.ref_log_probs = sequence_log_probs(model, batch)
+        elif self.args.reference != "none" and batch.ref_log_probs is None:
+            raise ValueError(
+                f"reference={self.args.reference!r}: these lists have no reference log-probs; give them to the trainer "
+                "as train_dataset or eval_dataset, and evaluate(trainer.eval_dataset)"
+            )
+        return batch
+
+    def _check_sharing(self, model: nn.Module) -> None:
+        """Once, on lists of the data: packed rows give what separate rows give."""
+        samples = self.train_dataset or self.eval_dataset or self._evaluated
+        if not self._sharing_unchecked or not samples:
+            return
+        self._sharing_unchecked = False
+        models = [model] if self.ref_model is None else [model, self.ref_model]
+        with self.accelerator.autocast():  # as in the forward pass, which tells how much rounding there may be
+            check_sharing(models, samples, self.data_collator, self._prepare_inputs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
+        """Lists in the optimizer step, on all ranks. Takes those that only fill up the last batch out of it."""
+        n_lists = sum(batch.n_lists for batch in batch_samples)
+        if not batch_samples or self.args.world_size == 1:
+            return n_lists or None
+        n_lists -= batch_samples[-1].n_lists
+        last = batch_samples[-1]
+        if (
+            self._rows is not None
+            and self._rows.ends_with_filling
+            and self.accelerator.gradient_state.end_of_dataloader
+        ):
+            batch_samples[-1], n_last = leave_out(last, 0), 0
+        else:
+            batch_samples[-1], n_last = self._without_filling(last)
+        n_lists += n_last
+        return self.accelerator.gather(torch.tensor([n_lists], device=device)).sum()
+
+    def _without_filling(self, batch: ListBatch) -> tuple[ListBatch, int]:
+        """The batch that the data loader gave last, and how many of its lists are of this pass over the data."""
+        state, n_lists = self.accelerator.gradient_state, batch.n_lists
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return batch, n_lists
+        n_kept = min(max(state.remainder - self.args.process_index * n_lists, 0), n_lists)
+        return (batch if n_kept == n_lists else leave_out(batch, n_kept)), n_kept
+
+    def _prepare_inputs(self, inputs: ListBatch) -> ListBatch:
+        return inputs.to(self.args.device, non_blocking=True)
+
+    def floating_point_ops(self, inputs: ListBatch) -> int:
+        """6 × tokens × parameters, the usual estimate."""
+        return 6 * inputs.n_tokens * self._n_parameters
+
+    # ------------------------------------------------------------------------------------------------ logs, evaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            mine = self.metrics["train"].report(self.accelerator)
+            self.metrics["train"].reset()
+            logs = {**mine, **logs}
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: ListBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, None, None]:
+        batch, _ = self._without_filling(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(batch))
+        return loss.detach(), None, None
+
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        self.metrics["eval"].reset()
+        self._evaluated = dataloader.dataset
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self.metrics["eval"].report(self.accelerator).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    # -------------------------------------------------------------------------------------------------- the reference
+
+    @staticmethod
+    def _check_reference(model: nn.Module, args: PerPOConfig, ref_model: nn.Module | None) -> None:
+        if args.reference == "adapter_off" and not isinstance(model, PeftModel):
+            raise ValueError(
+                "reference='adapter_off' needs a model with adapters; give a peft_config, or use "
+                "reference='precomputed'"
+            )
+        if args.reference == "model" and ref_model is None and args.ref_model_name_or_path is None:
+            raise ValueError("reference='model' needs ref_model or ref_model_name_or_path")
+        if args.reference != "model" and ref_model is not None:
+            raise ValueError(f"ref_model is given, but reference={args.reference!r} does not use it")
+        if ref_model is not None and ref_model is model:
+            raise ValueError("ref_model is the model that is trained; give a copy, or use reference='precomputed'")
+
+    def _prepare_ref_model(self, ref_model: nn.Module | None) -> nn.Module:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError("reference='model' is not supported under DeepSpeed; use 'adapter_off' or 'data'")
+        if ref_model is None:
+            dtype = causal_lm(self.model).config.dtype or "auto"  # of the model as it was loaded
+            ref_model = load_model(str(self.args.ref_model_name_or_path), dtype=dtype)
+        install(ref_model)
+        shared = prefix_sharing.prepare(ref_model, self.args.prefix_sharing, self.args.device) is not None
+        same = causal_lm(ref_model).config.model_type == causal_lm(self.model).config.model_type
+        if not same or shared != (self.data_collator.positions is not None):
+            raise ValueError(
+                f"ref_model: {type(causal_lm(ref_model)).__name__} does not take the inputs of "
+                f"{type(causal_lm(self.model)).__name__}; give a model of the same architecture"
+            )
+        return ref_model.requires_grad_(False)
+
+    def _precompute(self) -> None:
+        """Reference log-probs of every record that the cache does not hold yet, shared out over ranks."""
+        identity = {
+            "model class": type(causal_lm(self.model)).__name__,
+            "weights": weights_fingerprint(causal_lm(self.model)),
+            "precision": self.accelerator.mixed_precision,
+            **self.encoder.fingerprint(),
+        }
+        with self.args.main_process_first(desc="reference cache"):
+            folder, root = self.args.reference_folder, self.args.image_root
+            cache = ReferenceCache(folder, identity, self.args.process_index, root)
+        samples = [*(self.train_dataset or []), *(self.eval_dataset or [])]
+        records = [record for sample in samples for record in records_of(sample)]
+        self.accelerator.wait_for_everyone()  # all have read the folder before any writes to it
+        if self.args.world_size > 1:  # machines need not share a disk
+            cache.update(gather_object(cache.entries(records)))
+        missing = [record for record in records if record not in cache]
+        mine = missing[self.args.process_index :: self.args.world_size]
+        computed = [cache.add(record, values) for record, values in self._reference_log_probs(mine)]
+        if self.args.world_size > 1:
+            cache.update(gather_object(computed))
+        if self.train_dataset is not None:
+            self.train_dataset = [_attach(cache, sample) for sample in self.train_dataset]
+        if self.eval_dataset is not None:
+            self.eval_dataset = [_attach(cache, sample) for sample in self.eval_dataset]
+
+    def _reference_log_probs(self, records: list[ListRecord]) -> Iterable[tuple[ListRecord, list[float]]]:
+        """One list at a time, by the model as it is now without its adapters."""
+        loader: DataLoader[ListBatch] = DataLoader(
+            [dataclasses.replace(record, ref_log_probs=None) for record in records],  # type: ignore[arg-type]
+            batch_size=1,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero() or not records
+        batches = tqdm(loader, desc="reference log-probs", unit="list", disable=hidden)
+        with _as_reference(self.model), self.accelerator.autocast():
+            if records:
+                self._check_sharing(self.model)
+            for record, batch in zip(records, batches, strict=True):
+                yield record, sequence_log_probs(self.model, self._prepare_inputs(batch)).tolist()
+
+
+@contextlib.contextmanager
+def _as_reference(model: nn.Module) -> Any:
+    """The model without its adapters and without dropout."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    without_adapters = inner.disable_adapter() if isinstance(inner, PeftModel) else contextlib.nullcontext()
+    was_training = model.training
+    model.eval()
+    try:
+        with without_adapters:
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _attach(cache: ReferenceCache, sample: Sample) -> Sample:
+    """The sample with its reference log-probs."""
+    return cache.attach(sample) if isinstance(sample, ListRecord) else tuple(map(cache.attach, sample))

@@ -1,0 +1,1 @@
+"""The PyTorch operators: log-probs, the list loss, and the linear losses."""

@@ -1,0 +1,192 @@
+"""Encoding, collating and hidden states equal what each family does by itself: one row, full logits, no tricks."""
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from perpo.encoding.batch import collate_lists
+from perpo.encoding.encoder import Encoder
+from perpo.model.language_head import check_language_head, response_hidden_states, sequence_log_probs, token_log_probs
+
+from .. import tiny_models
+
+RESPONSES = (["[0.10, 0.20]", "[0.3]", "nothing at all"], ["a"])
+SIZES = ((40, 28), (70, 30))  # of different shape: other tiles, grids and numbers of image tokens
+
+
+def encoded(family: str) -> tuple[Any, Encoder, list[dict[str, Tensor]], list[list[list[int]]]]:
+    model, processor = tiny_models.build(family)
+    encoder = Encoder.for_model(processor, model)
+    prompts = [encoder.prompt("Where is it?", tiny_models.picture(size, i)) for i, size in enumerate(SIZES)]
+    return model.eval(), encoder, prompts, [[encoder.response(r) for r in row] for row in RESPONSES]
+
+
+def plain_log_probs(model: Any, prompt: dict[str, Tensor], ids: list[int]) -> Tensor:
+    """One row, all logits, in the plainest way."""
+    whole = dict(prompt)
+    whole["input_ids"] = torch.cat([prompt["input_ids"], torch.tensor([ids])], 1)
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+        if name in whole:
+            whole[name] = torch.cat([whole[name], torch.full((1, len(ids)), value, dtype=whole[name].dtype)], 1)
+    logits = model(**whole).logits[0].float()
+    n_prompt = prompt["input_ids"].shape[1]
+    return torch.log_softmax(logits[n_prompt - 1 : -1], -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_log_probs_equal_those_of_a_plain_forward_of_each_row(family: str) -> None:
+    model, encoder, prompts, responses = encoded(family)
+    batch = collate_lists(prompts, responses, encoder.pad_id)
+    with torch.no_grad():
+        plain = [plain_log_probs(model, p, ids) for p, row in zip(prompts, responses, strict=True) for ids in row]
+        ours = token_log_probs(model, batch)
+        whole = sequence_log_probs(model, batch)
+    torch.testing.assert_close(ours, torch.cat(plain), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole, torch.stack([p.sum() for p in plain]), atol=1e-4, rtol=1e-5)
+    assert batch.cu_lists.tolist() == [0, 3, 4]
+    assert response_hidden_states(model, batch).shape == (batch.labels.numel(), tiny_models.HIDDEN)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_the_image_reaches_the_answer(family: str) -> None:
+    model, encoder, prompts, responses = encoded(family)
+    other = encoder.prompt("Where is it?", tiny_models.picture(SIZES[0], 7))
+    with torch.no_grad():
+        a = token_log_probs(model, collate_lists(prompts[:1], responses[:1], encoder.pad_id))
+        b = token_log_probs(model, collate_lists([other], responses[:1], encoder.pad_id))
+    assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_the_end_of_turn_and_the_gap_come_from_the_template(family: str) -> None:
+    model, processor = tiny_models.build(family)
+    encoder = Encoder.for_model(processor, model)
+    question = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}]
+    answered = [*question, {"role": "assistant", "content": [{"type": "text", "text": "yes [1]"}]}]
+    whole = processor.tokenizer(
+        processor.apply_chat_template(answered, tokenize=False), add_special_tokens=False
+    ).input_ids
+    start = encoder.prompt("Q")["input_ids"][0].tolist()
+    made = start + encoder.response("yes [1]")
+    assert made == whole[: len(made)]
+    assert encoder.decode(encoder.response("yes [1]")) == "yes [1]"
+
+
+MARKED = (
+    "<|object_ref_start|>the dog<|object_ref_end|><|box_start|>(120,340),(560,780)<|box_end|>",
+    "<ref>dog</ref><box>[[120, 340, 560, 780]]</box>",
+    "<|begin_of_box|>3<|end_of_box|>",
+)
+MARKUP = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<ref>", "</ref>", "<box>",
+          "</box>", "<|begin_of_box|>", "<|end_of_box|>")  # fmt: skip
+ANSWERS = [*MARKED, "two\nlines\n", " indented", "\n\n- item  ", "字 é", "", "a"]
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_what_is_trained_is_what_was_sampled(family: str, answer: str) -> None:
+    """Token for token: with the marks that a family writes as special tokens, and with all white space."""
+    model, processor = tiny_models.build(family)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": list(MARKUP)})
+    encoder = Encoder.for_model(processor, model)
+    sampled = processor.tokenizer(encoder.turn.before + answer, add_special_tokens=False)["input_ids"]
+    assert len(sampled) < len(answer.encode()) or answer not in MARKED  # the marks are single tokens
+    pad, end = processor.tokenizer.pad_token_id, encoder.turn.end_id
+    text = encoder.decode([*sampled, end, pad, pad])
+    assert text == answer
+    assert encoder.response(text) == [*sampled, end]
+    assert encoder.decode(torch.tensor(sampled)) == answer  # cut
+    assert encoder.response(answer, complete=False) == sampled
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_word_keeps_it_to_itself() -> None:
+    """As sentencepiece does for LLaMA: after ASSISTANT: comes the token "▁yes"."""
+    words = ["<unk>", "<s>", "</s>", "<box>", "▁yes", "▁", "yes", *"ASITN:Q?USER▁"]
+    core = Tokenizer(models.Unigram([(word, -1.0) for word in dict.fromkeys(words)], unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    core.add_special_tokens(["<unk>", "<s>", "</s>", "<box>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] }}{% if m['role'] == 'assistant' %}</s>"
+        "{% else %} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    encoder = Encoder(tokenizer)
+    sampled = tokenizer.convert_tokens_to_ids(["▁yes", "</s>"])
+    assert encoder.decode(sampled) == "yes"
+    assert encoder.response("yes") == sampled
+
+
+def test_a_place_of_a_picture_is_no_part_of_an_answer() -> None:
+    model, processor = tiny_models.build("qwen2_5_vl")
+    encoder = Encoder.for_model(processor, model)
+    ids = encoder.response("ab")
+    assert encoder.decode([ids[0], processor.image_token_id, *ids[1:]]) == "ab"
+    assert encoder.response("a<image>b") == ids
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_the_head_that_is_found_gives_the_models_logits(family: str) -> None:
+    model, _ = tiny_models.build(family)
+    check_language_head(model)
+    assert model.training
+
+
+def test_an_image_token_in_the_words_is_the_place_of_the_image() -> None:
+    model, processor = tiny_models.build("llava")
+    encoder = Encoder.for_model(processor, model)
+    assert encoder.render("<image>\nWhere?", True) == encoder.render("Where?", True)
+    assert encoder.render([{"role": "user", "content": "Where?"}], True) == encoder.render("Where?", True)
+    with pytest.raises(ValueError, match="2 places for a picture"):
+        encoder.prompt("<image><image>", tiny_models.picture())
+
+
+def test_a_prompt_that_is_too_long_says_by_how_much() -> None:
+    model, processor = tiny_models.build("llava")
+    encoder = Encoder.for_model(processor, model, max_prompt_length=20)
+    with pytest.raises(ValueError, match="max_prompt_length=20: this prompt has 41 tokens"):
+        encoder.prompt("Where?", tiny_models.picture())
+
+
+def test_a_long_response_is_cut_and_then_has_no_end() -> None:
+    model, processor = tiny_models.build("llava")
+    encoder = Encoder.for_model(processor, model, max_response_length=3)
+    assert len(encoder.response("far too long")) == 3
+    assert encoder.turn.end_id not in encoder.response("far too long")
+
+
+def test_without_a_chat_template_the_image_comes_before_the_words() -> None:
+    model, processor = tiny_models.build("llava")
+    processor.chat_template = None
+    encoder = Encoder.for_model(processor, model)
+    assert encoder.render("Where?", True) == "<image>\nWhere?\n"
+    assert encoder.prompt("Where?", tiny_models.picture())["pixel_values"].shape == (1, 3, 28, 28)
+
+
+def test_a_text_model_takes_a_tokenizer_and_refuses_an_image() -> None:
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = tiny_models.CHATML
+    encoder = Encoder(tokenizer)
+    assert encoder.render("Hello?", False) == "<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encoder.prompt("Hello?")["input_ids"][0]) == encoder.render("Hello?", False)
+    assert encoder.decode(encoder.response("yes")) == "yes"
+    with pytest.raises(ValueError, match="no image processor"):
+        encoder.prompt("Hello?", tiny_models.picture())
+
+
+def test_lists_with_and_without_image_do_not_share_a_batch() -> None:
+    model, processor = tiny_models.build("llava")
+    encoder = Encoder.for_model(processor, model)
+    prompts = [encoder.prompt("Where?", tiny_models.picture()), encoder.prompt("Where?")]
+    with pytest.raises(ValueError, match="per_device_train_batch_size=1"):
+        collate_lists(prompts, [[[1]], [[1]]], encoder.pad_id)
+
+
+def test_an_input_along_the_tokens_that_is_not_known_is_refused() -> None:
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="'cross_attention_mask' of shape"):
+        collate_lists([{"input_ids": ids, "cross_attention_mask": torch.ones(1, 5, 1, 4)}], [[[1]]], 0)

@@ -1,0 +1,107 @@
+"""Training in processes of its own: several at once, and killed ones."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ..run_training import train
+
+ROOT = Path(__file__).parents[3]
+RUN = ["-m", "tests.perpo.run_training"]
+
+
+def run(launcher: list[str], folder: Path, *extra: str, **options: Any) -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, *launcher, str(folder), json.dumps(options), *extra]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def trained(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    return torch.load(folder / "trained.pt", weights_only=True)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reference": "precomputed"},
+        pytest.param({"reference": "adapter_off", "gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"lora": False, "ddp_find_unused_parameters": True}, marks=pytest.mark.slow),
+    ],
+    ids=["lora", "adapter_off", "full"],
+)
+def test_two_processes_equal_one_that_accumulates(options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1, "n_lists": 7} | options
+    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
+    assert two.returncode == 0, two.stderr[-3000:]
+    train(tmp_path / "one", gradient_accumulation_steps=2, **options)
+    (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
+    assert_same(ours, theirs)
+    assert len(our_log) == 5  # the last step has one list
+    for a, b in zip(our_log[:4], their_log[:4], strict=True):
+        for name in ("loss", "rewards/accuracies", "lists/active", "lists/reward_mean", "logps/rejected"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_lists_that_fill_up_the_last_batch_count_once(tmp_path: Path) -> None:
+    """5 lists in batches of 2 on 2 ranks: in the last step one has a list and a repeated one, the other only such."""
+    options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1, "n_lists": 5}
+    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", per_device_train_batch_size=2, **options)
+    assert two.returncode == 0, two.stderr[-3000:]
+    train(tmp_path / "one", gradient_accumulation_steps=4, **options)
+    (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
+    assert_same(ours, theirs)
+    for a, b in zip(our_log[:2], their_log[:2], strict=True):
+        for name in ("loss", "rewards/accuracies", "lists/active", "lists/reward_mean", "logps/rejected"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_evaluation_on_two_processes_equals_one_also_if_they_do_not_divide_the_lists(tmp_path: Path) -> None:
+    options = {"n_lists": 3, "reference": "none", "evaluate": True}
+    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
+    assert two.returncode == 0, two.stderr[-3000:]
+    train(tmp_path / "one", **options)
+    (_, (ours,)), (_, (theirs,)) = trained(tmp_path / "two"), trained(tmp_path / "one")
+    of_lists = [name for name in theirs if name == "eval_loss" or name.startswith(("eval_rewards", "eval_l"))]
+    assert len(of_lists) == 12
+    for name in of_lists:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """SIGKILL after step 5 while a checkpoint is being written; the last whole one is of step 4, with dropout on."""
+    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "dropout": 0.2}
+    train(tmp_path / "whole", **options)
+    killed = run(RUN, tmp_path / "killed", "5", **options)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "trained.pt").exists()
+    reference = (tmp_path / "killed" / "reference" / "part-00000.jsonl").read_text()
+    train(tmp_path / "killed", resume=True, **options)
+    (ours, our_log), (theirs, their_log) = trained(tmp_path / "killed"), trained(tmp_path / "whole")
+    assert_same(ours, theirs)
+    assert [entry["step"] for entry in our_log] == [entry["step"] for entry in their_log]
+    assert [e.get("loss") for e in our_log[:-1]] == pytest.approx([e.get("loss") for e in their_log[:-1]])
+    assert (tmp_path / "killed" / "reference" / "part-00000.jsonl").read_text() == reference  # nothing computed again
+
+
+@pytest.mark.slow
+def test_gradients_through_sharded_weights_equal_plain_ones() -> None:
+    """FSDP2, the head in the root group and in one of its own."""
+    command = [sys.executable, *TORCHRUN, "-m", "tests.perpo.run_sharded"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
