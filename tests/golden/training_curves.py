@@ -28,9 +28,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
 from transformers.trainer_callback import PrinterCallback
 
-from perpo.trainable import freeze, language_lora
-from perpo.trainer import PerPOTrainer
-from tests.perpo import tiny_models, training
+from perpo.model.trainable import freeze, language_lora
+from perpo.training.trainer import PerPOTrainer
+from tests.perpo import tiny_models, tiny_runs
 
 FILE = Path(__file__).with_suffix(".json")
 HEADS = ("frozen", "trainable")
@@ -46,7 +46,7 @@ DECIDING = ("torch", "transformers")  # a minor release of these may change the 
 def curve(head: str, objective: str, rows: str) -> tuple[float, ...]:
     """The losses of ten steps over four lists, two a step."""
     model, processor = tiny_models.build("llava", dtype=torch.float64)
-    lists = [dataclasses.replace(record, responses=ANSWERS[: record.k]) for record in training.records(4)]
+    lists = [dataclasses.replace(record, responses=ANSWERS[: record.k]) for record in tiny_runs.records(4)]
     settings: dict[str, Any] = {"prefix_sharing": "on" if rows == "shared" else "off", "objective": objective}
     if head == "frozen":
         adapters, settings["reference"] = language_lora(model, r=4, alpha=8), "adapter_off"
@@ -54,7 +54,7 @@ def curve(head: str, objective: str, rows: str) -> tuple[float, ...]:
         adapters, settings["reference"] = None, "precomputed"
         freeze(model, head=False)
     with tempfile.TemporaryDirectory() as folder, one_thread():
-        config = training.config(
+        config = tiny_runs.config(
             Path(folder),
             per_device_train_batch_size=2,
             max_steps=10,
