@@ -13,6 +13,7 @@ itself, so that whatever watches over its weights (sharding hooks, DDP's search 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from types import MethodType
@@ -64,9 +65,9 @@ def install(model: nn.Module) -> None:
             f"model: {type(core).__name__} has no language head that get_output_embeddings() finds above a body; load "
             "it with AutoModelForImageTextToText or AutoModelForCausalLM"
         )
-    # Bound methods, not closures: copy.deepcopy then binds them to the copy.
+    # Bound methods that hold no model themselves: copy.deepcopy then binds them to the copy.
     core._perpo_plain_forward = core.forward
-    core.forward = MethodType(_forward, core)
+    core.forward = MethodType(_forward_like(core.forward), core)
 
 
 def response_hidden_states(model: nn.Module, batch: ListBatch) -> Tensor:  # [T, H]
@@ -129,6 +130,22 @@ def check_language_head(model: nn.Module) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- details
+
+
+def _forward_like(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`_forward` with the signature of a model's own: `generate` and `Trainer` read off it what a model takes.
+
+    Not functools.wraps: accelerate follows `__wrapped__` when it takes its own wrappers off, and would take this one too.
+    """
+    signature = inspect.signature(plain)
+    named = list(signature.parameters.values())
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, *args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[this, *named])  # type: ignore[attr-defined]
+    return forward
 
 
 def _forward(

@@ -1,6 +1,8 @@
 """The language head of any model, frozen, adapted or replaced, as the model itself applies it."""
 
 import copy
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +19,15 @@ from transformers import (
 
 from perpo.encoding.batch import ListBatch, collate_lists
 from perpo.encoding.encoder import Encoder
-from perpo.model.language_head import check_language_head, response_hidden_states, token_log_probs
+from perpo.model.language_head import (
+    causal_lm,
+    check_language_head,
+    response_hidden_states,
+    sequence_log_probs,
+    token_log_probs,
+)
 
-from .. import tiny_models
+from .. import tiny_models, tiny_runs
 
 
 def llava_batch() -> tuple[Any, ListBatch]:
@@ -132,3 +140,43 @@ def test_a_model_without_a_head_is_refused() -> None:
     model, batch = llava_batch()
     with pytest.raises(ValueError, match="AutoModelForImageTextToText"):
         response_hidden_states(model.model, batch)
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+def greedy(model: Any, inputs: dict[str, torch.Tensor]) -> list[int]:
+    ids = model.eval().generate(**inputs, do_sample=False, max_new_tokens=6)
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, *tiny_models.MORE_FAMILIES])
+def test_a_scored_model_generates_as_before(family: str) -> None:
+    """`generate` reads off a model's forward pass which inputs it takes: those of the picture, a mask, positions."""
+    model, processor = tiny_models.build(family)
+    encoder = Encoder.for_model(processor, model)
+    inputs = encoder.prompt("Where is it?", tiny_models.picture())
+    batch = collate_lists([inputs], [[encoder.response("[1]"), encoder.response("[2, 3]")]], encoder.pad_id)
+    takes, said = inspect.signature(model.forward), greedy(model, inputs)
+    sequence_log_probs(model, batch)
+    assert inspect.signature(model.forward) == takes
+    assert inspect.signature(copy.deepcopy(model).forward) == takes
+    assert greedy(model, inputs) == said
+    with_adapter = adapted(model, target_modules=["q_proj"])
+    said = greedy(with_adapter, inputs)
+    sequence_log_probs(with_adapter, batch)
+    assert greedy(with_adapter, inputs) == said
+    assert greedy(with_adapter.merge_and_unload(), inputs) == said
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_a_trained_model_generates_in_the_same_process_and_merged(family: str, tmp_path: Path) -> None:
+    trainer = tiny_runs.trainer(family, tmp_path)
+    trainer.train()
+    fresh, processor = tiny_models.build(family)
+    inputs = Encoder.for_model(processor, fresh).prompt("Where is it?", tiny_models.picture())
+    said = greedy(trainer.model, inputs)
+    merged = trainer.model.merge_and_unload()
+    assert greedy(merged, inputs) == said
+    fresh.load_state_dict(causal_lm(merged).state_dict())
+    assert greedy(fresh, inputs) == said
