@@ -56,7 +56,7 @@ def of_rows(rows: list[Row]) -> list[Row]:
 
 
 def test_every_kernel_and_target_is_covered(rows: list[Row]) -> None:
-    from benchmarks.static_report import TARGETS, available, cases
+    from benchmarks.kernel_cases import TARGETS, available, cases
 
     assert {r["kernel"] for r in rows} == {c.kernel for c in cases()}
     assert {r["target"] for r in rows} == {t for t in TARGETS if available(t)}
