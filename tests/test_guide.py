@@ -31,7 +31,7 @@ import perpo.encoding.encoder
 from perpo.cli import main as cli
 from perpo.data.images import open_image
 from perpo.data.record import ListRecord, read_records, write_records
-from perpo.encoding.seen_size import seen_sizes
+from perpo.encoding.encoder import Encoder
 from perpo.rewards.boxes import write_boxes
 from perpo.rewards.scoring import UnreadableAnswers, find_task, score_records
 
@@ -156,7 +156,7 @@ def option(words: list[str], name: str) -> str:
 def make_readable(path: Path) -> None:
     """Answers such as a large model gives: boxes near the true ones, in pixels of the resized image, with rewards."""
     draw = random.Random(0)
-    size_of = seen_sizes(tiny_qwen.Processor.from_pretrained(NAME, max_pixels=802816))
+    size_of = Encoder(tiny_qwen.Processor.from_pretrained(NAME, max_pixels=802816)).seen_size
 
     def columns(record: ListRecord) -> dict[str, Any]:
         return {"image_size": size_of(open_image(record.image, "images").size)}  # type: ignore[arg-type]
