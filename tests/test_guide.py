@@ -27,7 +27,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import perpo.encoding.encoder
+import perpo.model.load
 from perpo.cli import main as cli
 from perpo.data.images import open_image
 from perpo.data.record import ListRecord, read_records, write_records
@@ -85,7 +85,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(folder)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perpo.encoding.encoder, "AutoProcessor", tiny_qwen.Processor)
+        patch.setattr(perpo.model.load, "AutoProcessor", tiny_qwen.Processor)
         yield folder
     os.chdir(before)
     torch.set_num_threads(threads)
