@@ -35,10 +35,11 @@ from torch.nn import functional as F
 from benchmarks import peers, small_models
 from benchmarks.harness import OURS, Case
 from benchmarks.problems import Prefix, Setting
-from perpo.encoding.batch import ListBatch, candidate_rows, candidate_tensors
-from perpo.encoding.packed import PromptPositions, packed_row
-from perpo.model import sharing as prefix_sharing
-from perpo.model.language_head import Head, install, perpo_output
+from perpo.encoding.batch import ListBatch, candidate_tensors, separate_rows
+from perpo.encoding.packed import packed_row
+from perpo.encoding.positions import PromptPositions
+from perpo.model import sharing
+from perpo.model.language_head import LanguageHead, accept_rows, perpo_output
 
 
 def free_bytes(device: str) -> int:
@@ -65,7 +66,7 @@ class Step:
         model, prompt = small_models.build(family, setting.size, prefix.n_prompt, setting.device, dtype)
         if setting.size == "gpu":
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        install(model)
+        accept_rows(model)
         self.model, self.prompt = model, prompt
         self.trained = [x for x in model.parameters() if x.requires_grad]
         ids = torch.randint(small_models.FIRST_WORD, self.shape.n_vocab, (prefix.k, prefix.n_response))
@@ -82,7 +83,7 @@ class Step:
     def rows(self, answers: list[int] | None = None) -> ListBatch:
         """A row for every answer, or for these."""
         chosen = self.responses if answers is None else [[self.responses[0][i] for i in answers]]
-        inputs, rows, n_tokens = candidate_rows([self.prompt], chosen, pad_id=0)
+        inputs, rows, n_tokens = separate_rows([self.prompt], chosen, pad_id=0)
         if answers is None:
             known = self.known
         else:
@@ -96,7 +97,7 @@ class Step:
         return loss.detach(), torch.autograd.grad(loss, self.trained)
 
     def ours(self, batch: ListBatch) -> object:
-        def call(hidden: Tensor, head: Head) -> Any:
+        def call(hidden: Tensor, head: LanguageHead) -> Any:
             return perpo_output(hidden, head, batch)
 
         return self.gradients(self.model(**batch.keywords, head_call=call).loss)
@@ -105,9 +106,9 @@ class Step:
         logits = self.model(**batch.inputs, use_cache=False).logits.float()  # [k, P + R − 1, V]
         n_flat = logits.shape[0] * logits.shape[1]
         labels = batch.labels.new_zeros(n_flat)
-        labels[batch.rows] = batch.labels
+        labels[batch.response_rows] = batch.labels
         mask = torch.zeros(n_flat, device=labels.device)
-        mask[batch.rows] = 1
+        mask[batch.response_rows] = 1
         tokens = peers.plain_token_log_probs(logits.flatten(0, 1), labels) * mask
         assert batch.ref_log_probs is not None
         sums = tokens.view(1, logits.shape[0], -1).sum(-1)
@@ -115,7 +116,7 @@ class Step:
 
     def pairs(self, log_probs: Callable[..., Tensor], batch: ListBatch) -> object:
         """DPO of the first half of the rows against the second."""
-        hidden = self.model(**batch.inputs, response_rows=batch.rows)
+        hidden = self.model(**batch.inputs, response_rows=batch.response_rows)
         tokens = log_probs(hidden, self.model.get_output_embeddings().weight, batch.labels)
         assert batch.ref_log_probs is not None
         chosen, rejected = (tokens.view(len(batch.rewards), -1).sum(-1) - batch.ref_log_probs).chunk(2)
@@ -153,12 +154,12 @@ def test_step(benchmark: Any, compare: Any, setting: Setting, prefix: Prefix, fa
     rows = step.rows()
     ends = step.rows([0, prefix.k - 1])
     # Measured on the model as it comes; sharing replaces its attention, so ours has a model of its own.
-    sharing = Step(family, prefix, setting)
-    assert prefix_sharing.prepare(sharing.model, "auto") is not None
-    packed = sharing.packed()
+    packing = Step(family, prefix, setting)
+    assert sharing.prepare(packing.model, "auto") is not None
+    packed = packing.packed()
     ideal: dict[str, Any] = {"ideal_ratio": round(prefix.ideal, 2), "answer_tokens": prefix.k * prefix.n_response}
     cases = [
-        sharing.case(OURS, partial(sharing.ours, packed), packed.n_tokens, answer_tokens=ideal["answer_tokens"]),
+        packing.case(OURS, partial(packing.ours, packed), packed.n_tokens, answer_tokens=ideal["answer_tokens"]),
         step.case(f"{OURS}, rows", partial(step.ours, rows), rows.n_tokens, **ideal),
         step.case("the authors' way", partial(step.authors, rows), rows.n_tokens, rows.n_tokens, **ideal),
         *_trl(step, rows, "TRL, k / 2 pairs", **ideal),

@@ -27,11 +27,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import perpo.encoding.encoder
+import perpo.model.load
 from perpo.cli import main as cli
 from perpo.data.images import open_image
 from perpo.data.record import ListRecord, read_records, write_records
-from perpo.encoding.seen_size import seen_sizes
+from perpo.encoding.encoder import Encoder
 from perpo.rewards.boxes import write_boxes
 from perpo.rewards.scoring import UnreadableAnswers, find_task, score_records
 
@@ -85,7 +85,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(folder)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perpo.encoding.encoder, "AutoProcessor", tiny_qwen.Processor)
+        patch.setattr(perpo.model.load, "AutoProcessor", tiny_qwen.Processor)
         yield folder
     os.chdir(before)
     torch.set_num_threads(threads)
@@ -156,7 +156,7 @@ def option(words: list[str], name: str) -> str:
 def make_readable(path: Path) -> None:
     """Answers such as a large model gives: boxes near the true ones, in pixels of the resized image, with rewards."""
     draw = random.Random(0)
-    size_of = seen_sizes(tiny_qwen.Processor.from_pretrained(NAME, max_pixels=802816))
+    size_of = Encoder(tiny_qwen.Processor.from_pretrained(NAME, max_pixels=802816)).seen_size
 
     def columns(record: ListRecord) -> dict[str, Any]:
         return {"image_size": size_of(open_image(record.image, "images").size)}  # type: ignore[arg-type]

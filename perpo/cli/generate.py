@@ -22,7 +22,8 @@ from transformers import GenerationConfig
 
 from perpo.cli.settings import ModelConfig, parse
 from perpo.data.record import ListRecord, read_records
-from perpo.encoding.encoder import Encoder, load_model, load_processor
+from perpo.encoding.encoder import Encoder
+from perpo.model.load import load_model, load_processor
 from perpo.rewards.boxes import box_format
 from perpo.rewards.scoring import bad_truths
 from perpo.sampling.candidates import SHOWN_ERRORS, CandidateConfig, Outcome, generate

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from perpo.cli.settings import parse
-from perpo.training.cost import Lists, Planner, Training
+from perpo.training.cost import ListShape, Planner, Training
 
 GIB = 2**30
 
@@ -69,7 +69,7 @@ def report(options: PlanConfig) -> str:
         shards=options.shards,
     )
     planner = Planner(config, training)
-    shared = Lists(options.prompt_tokens, options.response_tokens, options.k, options.lists)
+    shared = ListShape(options.prompt_tokens, options.response_tokens, options.k, options.lists)
     both = (shared, dataclasses.replace(shared, shared=False))
     memories = [planner.memory(lists) for lists in both]
     rows = [

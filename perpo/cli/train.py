@@ -17,7 +17,8 @@ from transformers.utils import logging
 from perpo.cli.settings import ModelConfig, parse
 from perpo.data.image_check import unreadable_images
 from perpo.data.record import ListRecord, read_records
-from perpo.encoding.encoder import Encoder, load_model, load_processor
+from perpo.encoding.encoder import Encoder
+from perpo.model.load import load_model, load_processor
 from perpo.model.trainable import freeze, language_lora
 from perpo.sampling.candidates import parts_folder
 from perpo.storage.identity import known_identity

@@ -2,7 +2,7 @@
 
 A list has one prompt or several (the same question under another image), each with responses of its own; candidates
 stand prompt by prompt. What is known of each candidate (`candidate_tensors`) does not depend on how prompts and
-responses are laid out in rows (`candidate_rows`).
+responses are laid out in rows (`separate_rows`).
 
 Only the states that predict response tokens will be used, so the batch carries their flat positions, and the last
 token of a response, which predicts nothing, is not fed at all. The layout (cu_seqlens, cu_lists) stays on the CPU:
@@ -34,7 +34,7 @@ class ListBatch:
     """G lists of S candidates with T response tokens in all."""
 
     inputs: dict[str, Tensor]  # keywords of the model's forward: input_ids [S, L], attention_mask [S, L], pixels, …
-    rows: Tensor  # int64 [T], positions in the flattened [S · L] of the states that predict response tokens
+    response_rows: Tensor  # int64 [T], positions in the flattened [S · L] of the states that predict response tokens
     labels: Tensor  # int64 [T], the response tokens
     cu_seqlens: Tensor  # int32 [S + 1], on the CPU
     cu_lists: Tensor  # int32 [G + 1], on the CPU
@@ -57,8 +57,17 @@ class ListBatch:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Of the model's forward pass, as `perpo.model.language_head.install` extends it."""
-        return {**self.inputs, "response_rows": self.rows, "prefix_layout": self.layout}
+        """Of the model's forward pass, as `perpo.model.language_head.accept_rows` extends it."""
+        return {**self.inputs, "response_rows": self.response_rows, "prefix_layout": self.layout}
+
+    def counting_first(self, n_lists: int) -> ListBatch:
+        """The batch with only its first lists in loss and metrics: candidates without a reward take part in nothing.
+
+        The ranks must take equally many steps, so data loaders fill up the last batch with lists seen before.
+        """
+        rewards = self.rewards.clone()
+        rewards[int(self.cu_lists[n_lists]) :] = torch.nan
+        return replace(self, rewards=rewards)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ListBatch:
         """Everything but the layout on `device`."""
@@ -98,7 +107,7 @@ def collate_lists(
             the tokens in a way that is not known here.
     """
     known = candidate_tensors(responses, rewards, ref_log_probs, **options)
-    inputs, rows, n_tokens = candidate_rows(prompts, responses, pad_id)
+    inputs, rows, n_tokens = separate_rows(prompts, responses, pad_id)
     return ListBatch(inputs, rows, **known, n_tokens=n_tokens)
 
 
@@ -136,13 +145,13 @@ def candidate_tensors(
     }
 
 
-def candidate_rows(
+def separate_rows(
     prompts: Sequence[dict[str, Tensor]],  # P encoded prompts, each a batch of one
     responses: Sequence[Sequence[Sequence[int]]],  # of each prompt its responses as token ids
     pad_id: int,
     answer_values: Mapping[str, int] | None = None,  # see `Encoder.answer_values`
 ) -> tuple[dict[str, Tensor], Tensor, int]:
-    """A row for every candidate: the model's inputs, `ListBatch.rows` and how many tokens are fed."""
+    """A row for every candidate: the model's inputs, `ListBatch.response_rows` and how many tokens are fed."""
     check_prompts(prompts, responses)
     keys = list(prompts[0])
     pairs = [(prompt, list(ids)) for prompt, ids_list in zip(prompts, responses, strict=True) for ids in ids_list]

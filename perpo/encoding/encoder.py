@@ -1,4 +1,4 @@
-"""What a processor and a model expect of text and pictures: prompts and responses as tensors, models by name.
+"""What a processor and a model expect of text and pictures: prompts and responses as tensors.
 
 `Encoder` is the only place that knows chat templates, image placeholders and end-of-turn tokens; training, generation
 and evaluation all encode through it, so that a response is trained in exactly the form in which it is generated.
@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
+Size = tuple[int, int]  # width, height
 
 PROBE = "0"  # a response that no template treats specially
 
@@ -59,6 +58,7 @@ class Encoder:
             raise ValueError("end_ids: neither the generation config nor the tokenizer names an end-of-turn token")
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
+        self._seen_sizes: dict[Size, Size] = {}
 
     @classmethod
     def for_model(cls, processor: Any, model: nn.Module, **limits: int | None) -> Encoder:
@@ -105,6 +105,24 @@ class Encoder:
                 "the limit, shorten the prompt, or give the image processor fewer pixels"
             )
         return encoded
+
+    def seen_size(self, size: Size) -> Size:
+        """The size of a picture as the model sees it, which boxes in pixels are measured in.
+
+        After resizing for models that keep its shape (the Qwen-VL family: image_grid_thw patches); for all others the
+        size as it is. Only the size matters, so each is worked out once.
+        """
+        if size not in self._seen_sizes:
+            self._seen_sizes[size] = self._seen_size(size)
+        return self._seen_sizes[size]
+
+    def _seen_size(self, size: Size) -> Size:
+        images: Any = getattr(self.processor, "image_processor", None)
+        patch = getattr(images, "patch_size", None)
+        if not isinstance(patch, int):
+            return size
+        grid = images(images=[Image.new("RGB", size)], return_tensors="pt").get("image_grid_thw")
+        return size if grid is None else (int(grid[0, 2]) * patch, int(grid[0, 1]) * patch)
 
     def render(self, prompt: Prompt, with_image: bool) -> str:
         """The text that is tokenized: chat template and generation prompt around the messages."""
@@ -258,30 +276,3 @@ class Encoder:
             if words:
                 parts.append({"type": "text", "text": words})
         return parts
-
-
-def load_processor(name_or_path: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """`AutoProcessor` (a tokenizer for text models). Options such as max_pixels go to the image processor."""
-    return AutoProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
-
-
-def load_model(
-    name_or_path: str,
-    *,
-    dtype: torch.dtype | str = "auto",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> nn.Module:
-    """A vision-language model with its language head, or a causal language model if it is not one."""
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if revision is not None:
-        options["revision"] = revision
-    try:
-        return AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)

@@ -9,59 +9,14 @@ inputs all the same, as to whether they hold as many places of an image as there
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perpo.encoding.batch import TOKEN_KEYS, check_prompts, concatenate
-from perpo.prefix.layout import PrefixLayout, Range, prefix_layout
-
-# Model types whose prompts are not purely causal: the value of token_type_ids whose runs see each other.
-_SEE_EACH_OTHER = {"gemma3": 1, "paligemma": 0}
-
-
-class PromptPositions:
-    """Position ids of a model's prompts, and which of their tokens see each other.
-
-    Can be sent to the workers of a data loader: it keeps the model's config and methods, not its weights.
-    """
-
-    def __init__(self, core: Any) -> None:
-        self.model_type: str = core.config.model_type
-        self.body: Any = None  # Qwen-VL and its kin: computes three positions a token
-        if hasattr(core.base_model, "get_rope_index"):
-            kind: Any = type(core.base_model)
-            self.body = kind.__new__(kind)
-            nn.Module.__init__(self.body)
-            self.body.config = core.base_model.config
-            self._arguments = tuple(inspect.signature(self.body.get_rope_index).parameters)
-
-    def positions(self, prompt: dict[str, Tensor], longest: int) -> tuple[Tensor, Tensor]:
-        """Of a prompt of P tokens and `longest` tokens after it: int64 [P] and [longest], or both with 3 rows."""
-        n_prompt = prompt["input_ids"].shape[1]
-        first = 1 if self.model_type == "paligemma" else 0
-        if self.body is None:
-            return torch.arange(first, first + n_prompt), torch.arange(first + n_prompt, first + n_prompt + longest)
-        if any(name.endswith("grid_thw") for name in prompt):
-            known = {name: prompt[name] for name in self._arguments if name in prompt}
-            places = self.body.get_rope_index(**known)[0][:, 0]  # [3, P]
-        else:
-            places = torch.arange(n_prompt).expand(3, -1)
-        following = places.max() + 1 + torch.arange(longest)  # not P: an image takes fewer positions than tokens
-        return places, following.expand(3, -1)
-
-    def blocks(self, prompt: dict[str, Tensor]) -> list[Range]:
-        """Runs of tokens that all see each other."""
-        value = _SEE_EACH_OTHER.get(self.model_type)
-        if value is None or "token_type_ids" not in prompt:
-            return []
-        inside = [False, *(prompt["token_type_ids"][0] == value).tolist(), False]
-        edges = [i for i, (a, b) in enumerate(pairwise(inside)) if a != b]
-        return list(zip(edges[::2], edges[1::2], strict=True))
+from perpo.encoding.positions import PromptPositions
+from perpo.prefix.layout import PrefixLayout, prefix_layout
 
 
 def packed_row(
@@ -70,7 +25,7 @@ def packed_row(
     positions: PromptPositions,
     answer_values: Mapping[str, int] | None = None,  # see `Encoder.answer_values`
 ) -> tuple[dict[str, Tensor], Tensor, PrefixLayout]:
-    """One row for all candidates: the model's inputs, `ListBatch.rows` and the layout.
+    """One row for all candidates: the model's inputs, `ListBatch.response_rows` and the layout.
 
     The state that predicts a response's first token is the prompt's last, which all of its responses share.
 

@@ -22,7 +22,6 @@ from perpo.data.images import open_image
 from perpo.data.record import ListRecord
 from perpo.encoding.batch import TOKEN_KEYS, collate_lists
 from perpo.encoding.encoder import Encoder
-from perpo.encoding.seen_size import seen_sizes
 from perpo.evaluation.answer_store import Answers
 
 
@@ -48,7 +47,6 @@ class Answerer:
         self.encoder = encoder
         self.image_root = image_root
         self.max_new_tokens = max_new_tokens
-        self.seen_size = seen_sizes(encoder.processor)
 
     def greedy(self, records: Sequence[ListRecord], *, blank: bool = False) -> list[Answers]:
         """The one greedy answer to each record, asked as one batch.
@@ -81,7 +79,7 @@ class Answerer:
             encoded = self.encoder.prompt(prompt, image)
         except ValueError as error:
             raise ValueError(f"record {record.id!r}: {error}") from error
-        return encoded, None if image is None else self.seen_size(image.size)
+        return encoded, None if image is None else self.encoder.seen_size(image.size)
 
     def _generate(self, prompts: Sequence[dict[str, Tensor]], **options: Any) -> list[Tensor]:
         """Token ids of an answer to each prompt, with its end token if it has one.

@@ -20,7 +20,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig
 
-from perpo.encoding.encoder import Encoder, load_model, load_processor
+from perpo.encoding.encoder import Encoder
+from perpo.model.load import load_model, load_processor
 
 _ADAPTER = "adapter_config.json"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")

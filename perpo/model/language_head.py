@@ -1,6 +1,6 @@
 """From a model to what the loss needs: hidden states of response tokens and the language head, never the logits.
 
-`install` teaches the forward pass of a Hugging Face model three more keywords:
+`accept_rows` teaches the forward pass of a Hugging Face model three more keywords:
 
     model(**inputs, response_rows=rows)                  -> hidden states [T, H]
     model(**inputs, response_rows=rows, head_call=f)     -> f(hidden [T, H], head)
@@ -33,7 +33,7 @@ from perpo.prefix.layout import PrefixLayout
 from perpo_kernels import linear_perpo_loss, linear_token_log_probs
 
 
-class Head(NamedTuple):
+class LanguageHead(NamedTuple):
     """logits = softcap · tanh(logit_scale · (hidden weightᵀ + bias) / softcap)."""
 
     weight: Tensor  # [V, H]
@@ -42,7 +42,7 @@ class Head(NamedTuple):
     logit_scale: float = 1.0
 
 
-HeadCall = Callable[[Tensor, Head], Any]  # (hidden [T, H], head) -> anything made of tensors
+HeadCall = Callable[[Tensor, LanguageHead], Any]  # (hidden [T, H], head) -> anything made of tensors
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -51,7 +51,7 @@ def causal_lm(model: nn.Module) -> Any:
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
-def install(model: nn.Module) -> None:
+def accept_rows(model: nn.Module) -> None:
     """Let `model(…)` and whatever wraps it accept `response_rows` and `head_call`. Other calls are left as they are.
 
     Raises:
@@ -72,15 +72,15 @@ def install(model: nn.Module) -> None:
 
 def response_hidden_states(model: nn.Module, batch: ListBatch) -> Tensor:  # [T, H]
     """Last hidden states at the positions that predict response tokens."""
-    install(model)
+    accept_rows(model)
     return model(**batch.keywords)
 
 
 def token_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [T] fp32
     """log π(y_t) of every response token."""
-    install(model)
+    accept_rows(model)
 
-    def call(hidden: Tensor, head: Head) -> Tensor:
+    def call(hidden: Tensor, head: LanguageHead) -> Tensor:
         weight, bias, softcap, logit_scale = head
         return linear_token_log_probs(hidden, weight, batch.labels, bias, softcap=softcap, logit_scale=logit_scale)
 
@@ -90,9 +90,9 @@ def token_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [T] fp32
 def sequence_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [S] fp32
     """Σ_t log π(y_t) of every response, detached; by the very operations of the loss, so that a model scored against
     itself has scores of exactly 0."""
-    install(model)
+    accept_rows(model)
 
-    def call(hidden: Tensor, head: Head) -> Tensor:
+    def call(hidden: Tensor, head: LanguageHead) -> Tensor:
         return perpo_output(hidden, head, plain).log_probs
 
     plain = replace(batch, ref_log_probs=None, flip_probs=None, pair_weights=None)
@@ -108,7 +108,7 @@ def check_language_head(model: nn.Module) -> None:
     Raises:
         ValueError: they differ.
     """
-    install(model)
+    accept_rows(model)
     core = causal_lm(model)
     ids = torch.arange(5, 9, device=next(core.parameters()).device).unsqueeze(0)
     rows = torch.arange(ids.shape[1], device=ids.device)
@@ -177,7 +177,7 @@ def _call_head(core: Any, hidden: Tensor, head_call: HeadCall) -> Any:
 
     def forward(x: Tensor) -> Any:
         x, weight, bias = _linear_map(module, x)
-        return head_call(x, Head(weight, bias, softcap, logit_scale))
+        return head_call(x, LanguageHead(weight, bias, softcap, logit_scale))
 
     previous = module.__dict__.get("forward")
     module.forward = forward
@@ -261,12 +261,12 @@ def _logit_map(core: Any) -> tuple[float | None, float]:
     return getattr(config, "final_logit_softcapping", None), scale
 
 
-def _plain_logits(hidden: Tensor, head: Head) -> Tensor:
+def _plain_logits(hidden: Tensor, head: LanguageHead) -> Tensor:
     logits = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def perpo_output(hidden: Tensor, head: Head, batch: ListBatch, **options: Any) -> Any:
+def perpo_output(hidden: Tensor, head: LanguageHead, batch: ListBatch, **options: Any) -> Any:
     """`linear_perpo_loss` of a batch: loss, log_probs [S] and statistics."""
     return linear_perpo_loss(
         hidden,

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from perpo.encoding.batch import ListBatch
-from perpo.encoding.packed import PromptPositions
+from perpo.encoding.positions import PromptPositions
 from perpo.model.language_head import causal_lm, token_log_probs
-from perpo.prefix import attention
-from perpo.prefix import flex_attention as flex
+from perpo.prefix import attention, flex_attention
 
 logger = logging.get_logger(__name__)
 
-SETTINGS = ("auto", "on", "off")
+SHARING = ("auto", "on", "off")
 
 # config.model_type of the architectures that tests/perpo/model/test_sharing.py finds exact, …
 VERIFIED = (
@@ -98,7 +97,7 @@ def prepare(model: nn.Module, setting: str, device: torch.device | str | None = 
             "instead of once a list: with prompts of P tokens and k answers of R, k(P + R) tokens instead of P + kR"
         )
         return None
-    attention.install(core)
+    attention.register_attention(core)
     return PromptPositions(core)
 
 
@@ -138,7 +137,7 @@ def _unverified(core: Any) -> str | None:
 
 
 def _no_gain(core: Any, device: torch.device) -> str | None:
-    if _softcap(core) and not flex.available(device):
+    if _softcap(core) and not flex_attention.available(device):
         return (
             f"bends its attention scores, for which there is no FlexAttention on {device.type!r}: all scores of a list "
             "would be kept, which can cost more than sharing saves; prefix_sharing='on' shares nevertheless"

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
@@ -83,13 +83,6 @@ def freeze(model: nn.Module, *, vision_tower: bool = True, projector: bool = Tru
         parts.append(core.get_output_embeddings())
     for part in parts:
         part.requires_grad_(False)
-
-
-def adapt(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """The model with fresh adapters."""
-    adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
-    return adapted
 
 
 def keep_in_fp32(model: nn.Module) -> None:

@@ -17,9 +17,9 @@ Soft caps, windows shorter than a list and fp32 on a GPU have no such kernel. Th
 (`perpo.prefix.flex_attention`), and where that is not either, as on a CPU, PyTorch's attention with a mask, list by
 list.
 
-`install` makes a Hugging Face model use it in its language model when a forward pass is given `prefix_layout`; every
-other call goes on as before. The layout has to be a keyword of the forward pass, as it then reaches the layers again
-when gradient checkpointing recomputes them.
+`register_attention` makes a Hugging Face model use it in its language model when a forward pass is given
+`prefix_layout`; every other call runs as before. The layout has to be a keyword of the forward pass, as it then reaches
+the layers again when gradient checkpointing recomputes them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils import logging
 
-from perpo.prefix import flash_attention as flash_parts
-from perpo.prefix import flex_attention as flex
-from perpo.prefix.flash_attention import Gradients, Row
+from perpo.prefix import flash_attention, flex_attention
+from perpo.prefix.flash_attention import Gradients, PackedRow
 from perpo.prefix.layout import PrefixLayout
 
 logger = logging.get_logger(__name__)
@@ -52,7 +51,7 @@ OVER_EAGER = "perpo_prefix_over_eager"  # other calls run as "eager"
 PACKED = "perpo_prefix_packed"  # the same attention; transformers makes no mask for a name that has none registered
 
 
-def install(core: Any) -> None:
+def register_attention(core: Any) -> None:
     """Let the language model inside a Hugging Face model (`PreTrainedModel`) take `prefix_layout`."""
     for name, other, mask in ((NAME, sdpa_attention_forward, sdpa_mask), (OVER_EAGER, _eager, eager_mask)):
         AttentionInterface.register(name, partial(_attention, other))
@@ -114,10 +113,10 @@ def prefix_attention(
     if window is not None and window >= layout.longest:
         window = None
     plain = softcap is None and window is None
-    if device == "meta" or (plain and flash_parts.supports(query)):
+    if device == "meta" or (plain and flash_attention.supports(query)):
         return _PrefixAttention.apply(query, key, value, layout, scale)
-    if flex.supports(query):
-        return flex.attention(query, key, value, layout, scale, softcap, window)
+    if flex_attention.supports(query):
+        return flex_attention.attention(query, key, value, layout, scale, softcap, window)
     if softcap is None:
         return _list_by_list(query, key, value, layout, window, partial(_sdpa, scale=scale))
     return masked_prefix_attention(query, key, value, layout, scale, softcap, window)
@@ -177,9 +176,9 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
         lse = query.new_empty(query.shape[1], query.shape[2], dtype=_wide(query.dtype))
-        row = Row(query, key, value, torch.empty_like(query), lse)
+        row = PackedRow(query, key, value, torch.empty_like(query), lse)
         for part in layout.parts:
-            flash_parts.of(query).forward(row, part, scale)
+            flash_attention.kernels_for(query).forward(row, part, scale)
         ctx.save_for_backward(*row)
         ctx.layout, ctx.scale = layout, scale
         return row.out
@@ -187,10 +186,10 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        row = Row(*ctx.saved_tensors)
+        row = PackedRow(*ctx.saved_tensors)
         d = Gradients(grads[0], *(torch.zeros_like(x) for x in (row.query, row.key, row.value)))
         for part in ctx.layout.parts:
-            flash_parts.of(row.query).backward(row, d, part, ctx.scale)
+            flash_attention.kernels_for(row.query).backward(row, d, part, ctx.scale)
         return d.query, d.key, d.value, None, None
 
 

@@ -19,7 +19,7 @@ _CUDA_FORWARD = torch.ops.aten._flash_attention_forward
 _CUDA_BACKWARD = torch.ops.aten._flash_attention_backward
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """A packed row of T tokens."""
 
     query: Tensor  # [1, heads, T, D]
@@ -38,11 +38,11 @@ class Gradients(NamedTuple):
     value: Tensor
 
 
-class FlashParts(Protocol):
-    def forward(self, row: Row, part: Part, scale: float) -> None:
+class FlashKernels(Protocol):
+    def forward(self, row: PackedRow, part: Part, scale: float) -> None:
         """Write the part's output and log-sum-exp into those of the row, or merge them."""
 
-    def backward(self, row: Row, d: Gradients, part: Part, scale: float) -> None:
+    def backward(self, row: PackedRow, d: Gradients, part: Part, scale: float) -> None:
         """Add the part's share to the gradients of query, key and value, given the merged output and log-sum-exp."""
 
 
@@ -66,19 +66,19 @@ def _has_kernel(device: torch.device) -> bool:
     )
 
 
-def of(query: Tensor) -> FlashParts:
+def kernels_for(query: Tensor) -> FlashKernels:
     return _Cuda() if query.device.type == "cuda" else _Cpu()
 
 
 class _Cpu:
-    def forward(self, row: Row, part: Part, scale: float) -> None:
+    def forward(self, row: PackedRow, part: Part, scale: float) -> None:
         for q, k in zip(part.queries, part.keys, strict=True):
             out, lse = _CPU_FORWARD(
                 _of(row.query, q), _of(row.key, k), _of(row.value, k), 0.0, part.causal, scale=scale
             )
             _write(row, part, q, out[0], lse[0])
 
-    def backward(self, row: Row, d: Gradients, part: Part, scale: float) -> None:
+    def backward(self, row: PackedRow, d: Gradients, part: Part, scale: float) -> None:
         for q, k in zip(part.queries, part.keys, strict=True):
             shares = _CPU_BACKWARD(
                 _of(d.out, q),
@@ -101,7 +101,7 @@ class _Cuda:
     Its greatest lengths are upper bounds. At least 2 queries: told of 1, it takes grouped heads for queries.
     """
 
-    def forward(self, row: Row, part: Part, scale: float) -> None:
+    def forward(self, row: PackedRow, part: Part, scale: float) -> None:
         queries, keys = part.all_queries, part.all_keys
         out, lse, *_ = _CUDA_FORWARD(
             _tokens_first(row.query, queries),
@@ -118,7 +118,7 @@ class _Cuda:
         )
         _write(row, part, queries, out[..., : row.query.shape[-1]].transpose(0, 1), lse)
 
-    def backward(self, row: Row, d: Gradients, part: Part, scale: float) -> None:
+    def backward(self, row: PackedRow, d: Gradients, part: Part, scale: float) -> None:
         queries, keys = part.all_queries, part.all_keys
         shares = _CUDA_BACKWARD(
             _tokens_first(d.out, queries),
@@ -141,7 +141,7 @@ class _Cuda:
             _of(total, where)[0].add_(share[..., : total.shape[-1]].transpose(0, 1))
 
 
-def _write(row: Row, part: Part, queries: Range, out: Tensor, lse: Tensor) -> None:
+def _write(row: PackedRow, part: Part, queries: Range, out: Tensor, lse: Tensor) -> None:
     """A part's out [heads, n, D] and lse [heads, n] become, or are merged into, those of the row; sums in fp32."""
     there, lse_there = _of(row.out, queries)[0], row.lse[:, slice(*queries)]
     if not part.merge:

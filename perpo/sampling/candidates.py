@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from perpo.data.images import ImageError, open_image
 from perpo.data.record import ListRecord, write_records
-from perpo.encoding.seen_size import seen_sizes
 from perpo.rewards.scoring import Tally, Task, find_task, score_record
 from perpo.sampling.sampler import Answer, Question, Sampler, distinct_answers
 from perpo.sampling.shards import Finished, Shards, check_sources, source_of
@@ -232,7 +231,6 @@ class _Worker:
         self.tasks = tasks
         self.tally = Tally()
         self.totals = Totals()
-        self.seen_size = seen_sizes(sampler.encoder.processor)
 
     def recall(self, one: Finished) -> None:
         """Count what was finished before a resume."""
@@ -274,7 +272,7 @@ class _Worker:
                 yield self._failed(record, error)
 
     def _scored(self, record: ListRecord, question: Question, answers: Sequence[Answer]) -> Finished:
-        columns = {} if question.image is None else {"image_size": self.seen_size(question.image.size)}
+        columns = {} if question.image is None else {"image_size": self.sampler.encoder.seen_size(question.image.size)}
         unreadable = self.tally.unreadable
         scored = score_record(
             record.answered([answer.text for answer in answers]),

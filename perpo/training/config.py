@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from perpo.encoding.corruption import CORRUPTIONS
-from perpo.model.sharing import SETTINGS
+from perpo.model.sharing import SHARING
 from perpo.training.objective import named_objective
 from perpo_kernels.objectives import PRESETS, Objective
 
@@ -105,7 +105,7 @@ class PerPOConfig(TrainingArguments):
         metadata={
             "help": "Feed image and prompt once a list instead of once a candidate: 'auto' (for architectures known "
             "to be exact), 'on' (any; what it gives is compared with separate rows first), 'off'.",
-            "choices": list(SETTINGS),
+            "choices": list(SHARING),
         },
     )
     max_chunk_bytes: int | None = field(
@@ -156,8 +156,8 @@ class PerPOConfig(TrainingArguments):
                 f"ref_model_name_or_path is given, but reference={self.reference!r} does not use it; set "
                 "reference='model'"
             )
-        if self.prefix_sharing not in SETTINGS:
-            raise ValueError(f"prefix_sharing must be one of {', '.join(SETTINGS)}; got {self.prefix_sharing!r}")
+        if self.prefix_sharing not in SHARING:
+            raise ValueError(f"prefix_sharing must be one of {', '.join(SHARING)}; got {self.prefix_sharing!r}")
         if self.min_candidates < 1:
             raise ValueError(f"min_candidates must be ≥ 1, got {self.min_candidates}")
         if self.max_candidates is not None and self.max_candidates < max(2, self.min_candidates):

@@ -30,12 +30,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from perpo.model.language_head import causal_lm
-from perpo.model.trainable import adapt, freeze, language_lora
+from perpo.model.trainable import freeze, language_lora
 from perpo.prefix import attention
 from perpo.prefix.layout import PrefixLayout, prefix_layout
 
@@ -43,7 +44,7 @@ MOMENTS = 8  # bytes a trained parameter
 
 
 @dataclass(frozen=True)
-class Lists:
+class ListShape:
     """What a forward pass is fed: `n` lists of `k` answers of R tokens to a prompt of P tokens, image included."""
 
     prompt_tokens: int
@@ -101,7 +102,7 @@ class Planner:
         self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // self.heads
 
-    def operations(self, lists: Lists) -> float:
+    def operations(self, lists: ListShape) -> float:
         """Floating-point operations of one forward and backward pass."""
         tokens = lists.layout.n_tokens
         forward = 2 * tokens * self.linear_parameters
@@ -113,7 +114,7 @@ class Planner:
         images = lists.n * (1 if lists.shared else lists.k)
         return total + 2 * images * self._patches(lists) * self.vision_parameters
 
-    def memory(self, lists: Lists) -> dict[str, float]:
+    def memory(self, lists: ListShape) -> dict[str, float]:
         """Bytes on each device, by what they are for."""
         training, layout = self.training, lists.layout
         one, two = (self._saved(layout, n_layers) for n_layers in (1, 2))
@@ -133,7 +134,7 @@ class Planner:
             "momentary": max(loss, layer),
         }
 
-    def fitting(self, lists: Lists, capacity: float) -> int:
+    def fitting(self, lists: ListShape, capacity: float) -> int:
         """The most lists in one forward pass that a device of so many bytes holds; 0: not even one."""
         fixed = {"weights", "gradients", "optimizer"}
         parts = self.memory(lists)
@@ -141,7 +142,7 @@ class Planner:
         each = sum(value for name, value in parts.items() if name not in fixed) / lists.n
         return max(0, int(rest / each))
 
-    def _patches(self, lists: Lists) -> float:
+    def _patches(self, lists: ListShape) -> float:
         """Of an image that takes up the whole prompt."""
         return lists.prompt_tokens * patches_per_token(self.config)
 
@@ -154,7 +155,7 @@ class Planner:
             text.layer_types = text.layer_types[:n_layers]
         model = _model(config, self.training)
         core = causal_lm(model).train()
-        attention.install(core)
+        attention.register_attention(core)
         if self.training.gradient_checkpointing if checkpointing is None else checkpointing:
             core.gradient_checkpointing_enable({"use_reentrant": False})
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -198,7 +199,7 @@ def _model(config: PreTrainedConfig, training: Training) -> nn.Module:
         except ValueError:  # no vision-language model
             model = AutoModelForCausalLM.from_config(config, dtype=training.dtype)
         if training.lora_r:
-            return adapt(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
+            return get_peft_model(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
         freeze(model)
         return model
 

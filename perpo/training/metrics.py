@@ -6,7 +6,7 @@ worst. lists/pair_accuracy is the share of all pairs with r_i > r_j that have s_
 over active lists (those with any preference). prefix/token_ratio is how many times more tokens a row for every
 candidate would feed; rewards/* are β·score of the objective. Candidates that were added to a list (mDPO's, under a
 corrupted image) are in its loss and in no other number; lists that only fill up the last batch
-(`perpo.training.lists.leave_out`) are in none.
+(`perpo.encoding.batch.ListBatch.counting_first`) are in none.
 """
 
 from __future__ import annotations

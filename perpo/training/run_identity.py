@@ -16,10 +16,10 @@ from peft import PeftModel
 from torch import nn
 
 from perpo.data.record import ListRecord
+from perpo.encoding.collator import Sample, records_of
 from perpo.encoding.encoder import Encoder
 from perpo.model.language_head import causal_lm
 from perpo.training.config import PerPOConfig
-from perpo.training.lists import Sample, records_of
 from perpo.training.reference_cache import weights_fingerprint
 
 SETTINGS = (

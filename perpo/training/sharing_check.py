@@ -8,8 +8,8 @@ from torch import nn
 
 from perpo.data.record import ListRecord
 from perpo.encoding.batch import ListBatch
-from perpo.model import sharing as prefix_sharing
-from perpo.training.lists import ListCollator, Sample, records_of
+from perpo.encoding.collator import ListCollator, Sample, has_image, records_of
+from perpo.model import sharing
 
 AMONG = 64  # first samples of the data
 
@@ -34,7 +34,7 @@ def check_sharing(
     packed = prepare(collate(few))
     separate = prepare(ListCollator(collate.encoder, collate.image_root)(few))
     for model in models:
-        prefix_sharing.check_exact(model, packed, separate)
+        sharing.check_exact(model, packed, separate)
 
 
 def lists_to_compare(samples: Sequence[Sample]) -> list[Sample]:
@@ -44,14 +44,10 @@ def lists_to_compare(samples: Sequence[Sample]) -> list[Sample]:
     image, or none has: a row holds lists of one kind.
     """
     first = list(samples[:AMONG])
-    kind = any(_has_image(sample) for sample in first)
-    candidates = [sample for sample in first if _has_image(sample) == kind]
+    kind = any(has_image(sample) for sample in first)
+    candidates = [sample for sample in first if has_image(sample) == kind]
     chosen = sorted(candidates, key=_second_longest, reverse=True)[:2]
     return [tuple(_longest(record) for record in records_of(sample)) for sample in chosen]
-
-
-def _has_image(sample: Sample) -> bool:
-    return records_of(sample)[0].image is not None
 
 
 def _second_longest(sample: Sample) -> int:

@@ -7,32 +7,31 @@ step, over all accumulated batches and all ranks, so it does not matter how list
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, extract_model_from_parallel, gather_object
-from peft import LoraConfig, PeftModel
+from accelerate.utils import broadcast_object_list
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from perpo.data.record import ListRecord
 from perpo.encoding.batch import ListBatch
-from perpo.encoding.encoder import Encoder, load_model
-from perpo.model import sharing as prefix_sharing
-from perpo.model.language_head import causal_lm, check_language_head, install, perpo_output, sequence_log_probs
-from perpo.model.trainable import adapt, keep_in_fp32, set_precision
+from perpo.encoding.collator import ListCollator, Sample
+from perpo.encoding.encoder import Encoder
+from perpo.model import sharing
+from perpo.model.language_head import accept_rows, causal_lm, check_language_head, perpo_output
+from perpo.model.trainable import keep_in_fp32, set_precision
+from perpo.training.batch_sampler import ListBatchSampler, batch_sampler
 from perpo.training.checkpoints import check_loaded, claim, last_complete_checkpoint, names_of_model
 from perpo.training.config import PerPOConfig
-from perpo.training.lists import ListCollator, Sample, leave_out, records_of, training_lists
+from perpo.training.lists import training_lists
 from perpo.training.metrics import ListMetrics
-from perpo.training.reference_cache import ReferenceCache, weights_fingerprint
-from perpo.training.row_sampler import RowSampler, row_sampler
+from perpo.training.reference import Precomputed, check_reference, second_model, with_reference
 from perpo.training.run_identity import run_identity
 from perpo.training.sharing_check import check_sharing
 from perpo_kernels import LinearPerPOOutput
@@ -81,20 +80,20 @@ class PerPOTrainer(Trainer):
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config: the model has adapters already; merge them or leave peft_config out")
             set_seed(args.seed)  # as Trainer does, but after the adapters are drawn
-            model = adapt(model, peft_config)
-        self._check_reference(model, args, ref_model)
+            model = get_peft_model(model, peft_config)
+        check_reference(model, args, ref_model)
         set_precision(model, args)
-        install(model)
+        accept_rows(model)
         self.encoder = Encoder.for_model(
             processing_class,
             causal_lm(model),
             max_prompt_length=args.max_prompt_length,
             max_response_length=args.max_response_length,
         )
-        positions = prefix_sharing.prepare(model, args.prefix_sharing, args.device)
+        positions = sharing.prepare(model, args.prefix_sharing, args.device)
         self._sharing_unchecked = positions is not None
         self._evaluated: Any = None
-        self._rows: RowSampler | None = None
+        self._batches: ListBatchSampler | None = None
         self.objective = args.list_objective
         self.metrics = {"train": ListMetrics(self.objective), "eval": ListMetrics(self.objective)}
         super().__init__(
@@ -115,7 +114,7 @@ class PerPOTrainer(Trainer):
             with self.accelerator.autocast():
                 check_language_head(model)
         if args.reference == "model":
-            ref_model = self._prepare_ref_model(ref_model)
+            ref_model = second_model(ref_model, model, args, self.accelerator, positions is not None)
         self._identity: dict[str, str] = {}
         if self.is_world_process_zero():
             self._identity = run_identity(model, args, self.encoder, self.train_dataset or [], ref_model)
@@ -127,7 +126,10 @@ class PerPOTrainer(Trainer):
                     "DeepSpeed do not give; use reference='adapter_off' with adapters, or reference='data' with "
                     "records that hold ref_log_probs"
                 )
-            self._precompute()
+            self._check_sharing(model)
+            identity, prepare = self.encoder.fingerprint(), self._prepare_inputs
+            precomputed = Precomputed(model, args, self.accelerator, identity, self.data_collator, prepare)
+            self.train_dataset, self.eval_dataset = precomputed.attach(self.train_dataset, self.eval_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
         """As `Trainer.train`; True: from the last checkpoint that was written to its end, or from the start."""
@@ -161,13 +163,13 @@ class PerPOTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if self._rows is not None:
-            self._rows.set_epoch(int(options["epoch"]))
+        if self._batches is not None:
+            self._batches.set_epoch(int(options["epoch"]))
         super()._run_epoch(*args, **options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        self._rows = row_sampler(self)
-        return self._rows or super()._get_train_sampler(train_dataset)
+        self._batches = batch_sampler(self)
+        return self._batches or super()._get_train_sampler(train_dataset)
 
     # -------------------------------------------------------------------------------------------------------- the loss
 
@@ -179,7 +181,7 @@ class PerPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         self._check_sharing(model)
-        batch = self._with_reference(model, inputs)
+        batch = with_reference(inputs, str(self.args.reference), model, self.ref_model)
         output = self._forward(model, batch)
         self.metrics["train" if model.training else "eval"].add(batch, output)
         if num_items_in_batch is None:
@@ -197,20 +199,6 @@ class PerPOTrainer(Trainer):
             max_chunk_bytes=self.args.max_chunk_bytes,
         )
         return LinearPerPOOutput(*model(**batch.keywords, head_call=call))
-
-    def _with_reference(self, model: nn.Module, batch: ListBatch) -> ListBatch:
-        """The batch with reference log-probs, if they are made at every step."""
-        if self.args.reference == "model":
-            batch.ref_log_probs = sequence_log_probs(self.ref_model, batch)  # type: ignore[arg-type]
-        elif self.args.reference == "adapter_off":
-            with _as_reference(model):
-                batch.ref_log_probs = sequence_log_probs(model, batch)
-        elif self.args.reference != "none" and batch.ref_log_probs is None:
-            raise ValueError(
-                f"reference={self.args.reference!r}: these lists have no reference log-probs; give them to the trainer "
-                "as train_dataset or eval_dataset, and evaluate(trainer.eval_dataset)"
-            )
-        return batch
 
     def _check_sharing(self, model: nn.Module) -> None:
         """Once, on lists of the data: packed rows give what separate rows give."""
@@ -230,11 +218,11 @@ class PerPOTrainer(Trainer):
         n_lists -= batch_samples[-1].n_lists
         last = batch_samples[-1]
         if (
-            self._rows is not None
-            and self._rows.ends_with_filling
+            self._batches is not None
+            and self._batches.ends_with_filling
             and self.accelerator.gradient_state.end_of_dataloader
         ):
-            batch_samples[-1], n_last = leave_out(last, 0), 0
+            batch_samples[-1], n_last = last.counting_first(0), 0
         else:
             batch_samples[-1], n_last = self._without_filling(last)
         n_lists += n_last
@@ -246,7 +234,7 @@ class PerPOTrainer(Trainer):
         if not state.end_of_dataloader or state.remainder <= 0:
             return batch, n_lists
         n_kept = min(max(state.remainder - self.args.process_index * n_lists, 0), n_lists)
-        return (batch if n_kept == n_lists else leave_out(batch, n_kept)), n_kept
+        return (batch if n_kept == n_lists else batch.counting_first(n_kept)), n_kept
 
     def _prepare_inputs(self, inputs: ListBatch) -> ListBatch:
         return inputs.to(self.args.device, non_blocking=True)
@@ -281,96 +269,3 @@ class PerPOTrainer(Trainer):
         for name, value in self.metrics["eval"].report(self.accelerator).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
-
-    # -------------------------------------------------------------------------------------------------- the reference
-
-    @staticmethod
-    def _check_reference(model: nn.Module, args: PerPOConfig, ref_model: nn.Module | None) -> None:
-        if args.reference == "adapter_off" and not isinstance(model, PeftModel):
-            raise ValueError(
-                "reference='adapter_off' needs a model with adapters; give a peft_config, or use "
-                "reference='precomputed'"
-            )
-        if args.reference == "model" and ref_model is None and args.ref_model_name_or_path is None:
-            raise ValueError("reference='model' needs ref_model or ref_model_name_or_path")
-        if args.reference != "model" and ref_model is not None:
-            raise ValueError(f"ref_model is given, but reference={args.reference!r} does not use it")
-        if ref_model is not None and ref_model is model:
-            raise ValueError("ref_model is the model that is trained; give a copy, or use reference='precomputed'")
-
-    def _prepare_ref_model(self, ref_model: nn.Module | None) -> nn.Module:
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError("reference='model' is not supported under DeepSpeed; use 'adapter_off' or 'data'")
-        if ref_model is None:
-            dtype = causal_lm(self.model).config.dtype or "auto"  # of the model as it was loaded
-            ref_model = load_model(str(self.args.ref_model_name_or_path), dtype=dtype)
-        install(ref_model)
-        shared = prefix_sharing.prepare(ref_model, self.args.prefix_sharing, self.args.device) is not None
-        same = causal_lm(ref_model).config.model_type == causal_lm(self.model).config.model_type
-        if not same or shared != (self.data_collator.positions is not None):
-            raise ValueError(
-                f"ref_model: {type(causal_lm(ref_model)).__name__} does not take the inputs of "
-                f"{type(causal_lm(self.model)).__name__}; give a model of the same architecture"
-            )
-        return ref_model.requires_grad_(False)
-
-    def _precompute(self) -> None:
-        """Reference log-probs of every record that the cache does not hold yet, shared out over ranks."""
-        identity = {
-            "model class": type(causal_lm(self.model)).__name__,
-            "weights": weights_fingerprint(causal_lm(self.model)),
-            "precision": self.accelerator.mixed_precision,
-            **self.encoder.fingerprint(),
-        }
-        with self.args.main_process_first(desc="reference cache"):
-            folder, root = self.args.reference_folder, self.args.image_root
-            cache = ReferenceCache(folder, identity, self.args.process_index, root)
-        samples = [*(self.train_dataset or []), *(self.eval_dataset or [])]
-        records = [record for sample in samples for record in records_of(sample)]
-        self.accelerator.wait_for_everyone()  # all have read the folder before any writes to it
-        if self.args.world_size > 1:  # machines need not share a disk
-            cache.update(gather_object(cache.entries(records)))
-        missing = [record for record in records if record not in cache]
-        mine = missing[self.args.process_index :: self.args.world_size]
-        computed = [cache.add(record, values) for record, values in self._reference_log_probs(mine)]
-        if self.args.world_size > 1:
-            cache.update(gather_object(computed))
-        if self.train_dataset is not None:
-            self.train_dataset = [_attach(cache, sample) for sample in self.train_dataset]
-        if self.eval_dataset is not None:
-            self.eval_dataset = [_attach(cache, sample) for sample in self.eval_dataset]
-
-    def _reference_log_probs(self, records: list[ListRecord]) -> Iterable[tuple[ListRecord, list[float]]]:
-        """One list at a time, by the model as it is now without its adapters."""
-        loader: DataLoader[ListBatch] = DataLoader(
-            [dataclasses.replace(record, ref_log_probs=None) for record in records],  # type: ignore[arg-type]
-            batch_size=1,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero() or not records
-        batches = tqdm(loader, desc="reference log-probs", unit="list", disable=hidden)
-        with _as_reference(self.model), self.accelerator.autocast():
-            if records:
-                self._check_sharing(self.model)
-            for record, batch in zip(records, batches, strict=True):
-                yield record, sequence_log_probs(self.model, self._prepare_inputs(batch)).tolist()
-
-
-@contextlib.contextmanager
-def _as_reference(model: nn.Module) -> Any:
-    """The model without its adapters and without dropout."""
-    inner = extract_model_from_parallel(model, keep_torch_compile=False)
-    without_adapters = inner.disable_adapter() if isinstance(inner, PeftModel) else contextlib.nullcontext()
-    was_training = model.training
-    model.eval()
-    try:
-        with without_adapters:
-            yield
-    finally:
-        model.train(was_training)
-
-
-def _attach(cache: ReferenceCache, sample: Sample) -> Sample:
-    """The sample with its reference log-probs."""
-    return cache.attach(sample) if isinstance(sample, ListRecord) else tuple(map(cache.attach, sample))

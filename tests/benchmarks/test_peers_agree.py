@@ -8,7 +8,7 @@ from benchmarks.problems import Head, Lists, Prefix, Setting, problem
 from benchmarks.test_linear_loss import chosen_first, liger_pairs, ours
 from benchmarks.test_shared_prefix import dense
 from benchmarks.test_step import Step
-from perpo.model import sharing as prefix_sharing
+from perpo.model import sharing
 from perpo.prefix.attention import prefix_attention
 from perpo.prefix.layout import prefix_layout
 
@@ -91,7 +91,7 @@ def test_pairs_for_liger_are_the_pairs_that_ours_learns_from():
 def test_a_shared_step_a_row_an_answer_and_the_authors_way_have_one_loss_and_gradient(family):
     torch.manual_seed(0)
     step = Step(family, Prefix(40, 4, 4), CPU)
-    prefix_sharing.prepare(step.model, "on")
+    sharing.prepare(step.model, "on")
     loss, gradients = step.ours(step.packed())
     for other_loss, others in (step.ours(step.rows()), step.authors(step.rows())):
         torch.testing.assert_close(other_loss, loss, atol=1e-5, rtol=1e-4)

@@ -22,8 +22,9 @@ from perpo.demo.steps import Job, Recipe, claim, run
 from perpo.demo.tasks import SEEDS, TASKS, make_records
 from perpo.demo.train_sft import TURN, _continuations, normalised, page_turns, scene_turns, train_sft
 from perpo.demo.vocabulary import IMAGE, PATCHES, TOKENS, build_processor
-from perpo.encoding.encoder import Encoder, load_model, load_processor
+from perpo.encoding.encoder import Encoder
 from perpo.evaluation.answers import Answerer
+from perpo.model.load import load_model, load_processor
 from perpo.rewards import parse_box
 from perpo.rewards.scoring import Tally, score_record
 

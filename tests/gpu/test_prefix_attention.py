@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perpo.prefix import flash_attention as flash_parts
-from perpo.prefix import flex_attention as flex
+from perpo.prefix import flash_attention, flex_attention
 from perpo.prefix.attention import masked_prefix_attention, prefix_attention
 from perpo.prefix.layout import prefix_layout
 
@@ -49,7 +48,7 @@ def assert_as_good_as_the_definition(layout: Any, dtype: Any, dim: int, device: 
 @pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "image blocks"])
 def test_outputs_and_gradients_are_the_definitions(device, dtype, dim, blocks):
     layout = prefix_layout([n for n, _ in LISTS], [answers for _, answers in LISTS], blocks)
-    assert flash_parts.supports(tensors(layout.n_tokens, dtype, dim, device)[0])
+    assert flash_attention.supports(tensors(layout.n_tokens, dtype, dim, device)[0])
     assert_as_good_as_the_definition(layout, dtype, dim, device)
 
 
@@ -68,7 +67,7 @@ def test_answers_of_one_token_are_not_taken_for_grouped_heads(device):
 def test_flex_attention_serves_windows_soft_caps_and_fp32(device, dtype, dim, window, softcap, blocks):
     """Gemma's attention is both with image blocks."""
     layout = prefix_layout([n for n, _ in LISTS], [answers for _, answers in LISTS], blocks)
-    assert flex.supports(tensors(layout.n_tokens, dtype, dim, device)[0])
+    assert flex_attention.supports(tensors(layout.n_tokens, dtype, dim, device)[0])
     assert_as_good_as_the_definition(layout, dtype, dim, device, window=window, softcap=softcap)
 
 

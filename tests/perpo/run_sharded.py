@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 
 from perpo.data.record import ListRecord
 from perpo.encoding.batch import ListBatch
+from perpo.encoding.collator import ListCollator
 from perpo.encoding.encoder import Encoder
-from perpo.model import sharing as prefix_sharing
-from perpo.model.language_head import install, perpo_output
-from perpo.training.lists import ListCollator
+from perpo.model import sharing
+from perpo.model.language_head import accept_rows, perpo_output
 from tests.perpo import tiny_models
 
 
@@ -35,8 +35,8 @@ def main() -> None:
     encoder = Encoder.for_model(processor, model)
     image = tiny_models.picture((40, 28), dist.get_rank())  # every rank has a list of its own
     record = ListRecord("r", image, "Where?", responses=("[1]", "[2, 3]"), rewards=(1.0, 0.0))
-    install(model)
-    positions = prefix_sharing.prepare(model, "on")
+    accept_rows(model)
+    positions = sharing.prepare(model, "on")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for head_apart in (False, True):
         batch = ListCollator(encoder, positions=positions if head_apart else None)([record])

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import perpo.encoding.encoder
+import perpo.model.load
 from tests.perpo import tiny_models
 
 
@@ -45,7 +45,7 @@ def save(folder: Path) -> None:
 
 def install() -> None:
     """Let every command of this process load its processor so."""
-    perpo.encoding.encoder.AutoProcessor = Processor  # type: ignore[attr-defined]
+    perpo.model.load.AutoProcessor = Processor  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 
 from perpo.cli import main as cli
 from perpo.data.record import ListRecord, write_records
@@ -20,7 +21,7 @@ from perpo.evaluation.answers import Answerer
 from perpo.evaluation.config import EvaluationConfig
 from perpo.evaluation.evaluate import evaluate
 from perpo.evaluation.models import ModelSource
-from perpo.model.trainable import adapt, language_lora
+from perpo.model.trainable import language_lora
 
 from .. import tiny_models
 from ..evaluating import ocr_records, save_models, save_records
@@ -39,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, _ = tiny_models.build("llava")
     config = language_lora(model, r=4, alpha=64)
     config.init_lora_weights = False
-    adapt(model, config).save_pretrained(folder / "lora")
+    get_peft_model(model, config).save_pretrained(folder / "lora")
     return folder
 
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from perpo.cli import main as cli
 from perpo.data.record import read_records
-from perpo.encoding.encoder import load_model, load_processor
+from perpo.model.load import load_model, load_processor
 from perpo.rewards.scoring import UnreadableAnswers
 
 from .. import tiny_models

@@ -14,7 +14,8 @@ from peft import PeftModel
 from perpo.cli import main as cli
 from perpo.cli import train as train_command
 from perpo.cli.settings import ModelConfig, parse
-from perpo.encoding.encoder import Encoder, load_model, load_processor
+from perpo.encoding.encoder import Encoder
+from perpo.model.load import load_model, load_processor
 from perpo.sampling.candidates import parts_folder
 
 from .. import tiny_models, tiny_runs

@@ -53,7 +53,7 @@ def test_every_candidate_has_its_own_prompt_before_it() -> None:
         assert row[:n] == before + ids[:-1]
         assert row[n:] == [0] * (len(row) - n)
     assert batch.n_tokens == sum(fed)
-    ahead = batch.inputs["input_ids"].flatten()[batch.rows].tolist()  # the token that each label follows
+    ahead = batch.inputs["input_ids"].flatten()[batch.response_rows].tolist()  # the token that each label follows
     assert ahead == [t for before, ids in flat for t in (before[-1:] + ids)[: len(ids)]]
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perpo.data.record import ListRecord
+from perpo.encoding.collator import ListCollator
 from perpo.encoding.corruption import CORRUPTIONS, CROP_AREA, blank, crop, noise, with_corrupted_image
 from perpo.encoding.encoder import Encoder
-from perpo.training.lists import ListCollator
 from perpo.training.reference_cache import record_key
 
 from .. import tiny_models, tiny_runs

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -190,3 +191,12 @@ def test_an_input_along_the_tokens_that_is_not_known_is_refused() -> None:
     ids = torch.ones(1, 5, dtype=torch.int64)
     with pytest.raises(ValueError, match="'cross_attention_mask' of shape"):
         collate_lists([{"input_ids": ids, "cross_attention_mask": torch.ones(1, 5, 1, 4)}], [[[1]]], 0)
+
+
+def test_boxes_in_pixels_are_measured_in_the_image_as_resized() -> None:
+    _, processor = tiny_models.build("qwen2_5_vl")
+    image = Image.new("RGB", (90, 30))
+    grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0].tolist()
+    assert Encoder(processor).seen_size(image.size) == (grid[2] * 7, grid[1] * 7) != image.size
+    assert Encoder(tiny_models.build("llava")[1]).seen_size((90, 30)) == (90, 30)
+    assert Encoder(tiny_models.tokenizer()).seen_size((90, 30)) == (90, 30)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from perpo.encoding.batch import ListBatch, candidate_rows, candidate_tensors
+from perpo.encoding.batch import ListBatch, candidate_tensors, separate_rows
 from perpo.encoding.encoder import Encoder
-from perpo.encoding.packed import PromptPositions, packed_row
-from perpo.model import sharing as prefix_sharing
+from perpo.encoding.packed import packed_row
+from perpo.encoding.positions import PromptPositions
+from perpo.model import sharing
 from perpo.model.language_head import token_log_probs
 from tests.perpo import tiny_models
 
@@ -116,8 +117,8 @@ def test_a_prompt_of_two_images_is_packed_as_separate_rows_have_it(family: str) 
     known = candidate_tensors(RESPONSES)
     inputs, rows, layout = packed_row(encoded, RESPONSES, PromptPositions(model))
     packed = ListBatch(inputs, rows, **known, layout=layout)
-    separate = ListBatch(*candidate_rows(encoded, RESPONSES, 0)[:2], **known)
-    prefix_sharing.prepare(model, "on")
+    separate = ListBatch(*separate_rows(encoded, RESPONSES, 0)[:2], **known)
+    sharing.prepare(model, "on")
     gradients = []
     for batch in (packed, separate):
         model.zero_grad()

@@ -39,7 +39,7 @@ def llava_batch() -> tuple[Any, ListBatch]:
 
 def full_log_probs(model: Any, batch: ListBatch) -> torch.Tensor:
     logits = model(**batch.inputs).logits
-    rows = logits.reshape(-1, logits.shape[-1])[batch.rows]
+    rows = logits.reshape(-1, logits.shape[-1])[batch.response_rows]
     return torch.log_softmax(rows.float(), -1).gather(1, batch.labels[:, None])[:, 0]
 
 

@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, masking_utils
 
-from perpo.encoding.batch import ListBatch, candidate_rows, candidate_tensors
+from perpo.encoding.batch import ListBatch, candidate_tensors, separate_rows
 from perpo.encoding.encoder import Encoder
-from perpo.encoding.packed import PromptPositions, packed_row
-from perpo.model import sharing as prefix_sharing
-from perpo.model.language_head import causal_lm, install, response_hidden_states, token_log_probs
-from perpo.model.trainable import adapt
-from perpo.prefix import attention
-from perpo.prefix import flex_attention as flex
+from perpo.encoding.packed import packed_row
+from perpo.encoding.positions import PromptPositions
+from perpo.model import sharing
+from perpo.model.language_head import accept_rows, causal_lm, response_hidden_states, token_log_probs
+from perpo.prefix import attention, flex_attention
 from perpo.prefix.attention import NAME
 from tests.perpo import tiny_models
 
@@ -46,7 +45,7 @@ def batches(model: nn.Module, processor: Any, *, text_only: bool = False) -> tup
     responses = [[encoder.response(text) for text in texts] for texts in ANSWERS]
     responses[0][3] = []  # cut to nothing
     known = candidate_tensors(responses)
-    inputs, rows, n_tokens = candidate_rows(prompts, responses, encoder.pad_id, encoder.answer_values)
+    inputs, rows, n_tokens = separate_rows(prompts, responses, encoder.pad_id, encoder.answer_values)
     separate = ListBatch(inputs, rows, **known, n_tokens=n_tokens)
     inputs, rows, layout = packed_row(prompts, responses, PromptPositions(core), encoder.answer_values)
     return ListBatch(inputs, rows, **known, layout=layout, n_tokens=layout.n_tokens), separate
@@ -80,7 +79,7 @@ def test_log_probs_and_all_gradients_are_those_of_separate_rows(family: str) -> 
     model, processor, text_only = built(family)
     packed, separate = batches(model, processor, text_only=text_only)
     expected = with_gradients(model, separate)
-    assert prefix_sharing.prepare(model, "on") is not None
+    assert sharing.prepare(model, "on") is not None
     log_probs, gradients = with_gradients(model, packed)
     torch.testing.assert_close(log_probs, expected[0], atol=EXACT, rtol=EXACT)
     assert_same_gradients(gradients, expected[1])
@@ -94,7 +93,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool) ->
     model, processor, _ = built(family)
     packed, separate = batches(model, processor)
     expected = with_gradients(model, separate)
-    prefix_sharing.prepare(model, "on")
+    sharing.prepare(model, "on")
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
@@ -107,9 +106,10 @@ def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool) ->
 def test_adapters_get_the_gradients_of_separate_rows(family: str) -> None:
     model, processor, _ = built(family)
     packed, separate = batches(model, processor)
-    adapted = adapt(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    layers = ["q_proj", "v_proj", "down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
     _, theirs = with_gradients(adapted, separate)
-    prefix_sharing.prepare(adapted, "on")
+    sharing.prepare(adapted, "on")
     _, ours = with_gradients(adapted, packed)
     assert ours
     assert all("lora" in name for name in ours)
@@ -120,8 +120,8 @@ def test_adapters_get_the_gradients_of_separate_rows(family: str) -> None:
 def test_image_and_prompt_are_computed_once_a_list(family: str) -> None:
     model, processor, _ = built(family)
     packed, separate = batches(model, processor)
-    prefix_sharing.prepare(model, "on")
-    install(model)
+    sharing.prepare(model, "on")
+    accept_rows(model)
     rows_seen = []
     core = causal_lm(model)
     tower = core.get_encoder(modality="image")
@@ -152,7 +152,7 @@ def test_image_and_prompt_are_computed_once_a_list(family: str) -> None:
 def test_no_mask_is_made_for_a_packed_row_and_nothing_is_read_back(family: str, monkeypatch: Any) -> None:
     model, processor, text_only = built(family)
     packed, _ = batches(model, processor, text_only=text_only)
-    prefix_sharing.prepare(model, "on")
+    sharing.prepare(model, "on")
     decoder = causal_lm(model).get_decoder()
     seen = []
     hook = decoder.layers[0].register_forward_pre_hook(
@@ -169,8 +169,8 @@ def test_no_mask_is_made_for_a_packed_row_and_nothing_is_read_back(family: str, 
 def test_a_compiled_model_gives_the_same(family: str) -> None:
     model, processor, _ = built(family)
     packed, _ = batches(model, processor, text_only=True)
-    prefix_sharing.prepare(model, "on")
-    install(model)
+    sharing.prepare(model, "on")
+    accept_rows(model)
     compiled = torch.compile(model, backend="eager")
     expected, ours = with_gradients(model, packed), with_gradients(compiled, packed)
     torch.testing.assert_close(ours[0], expected[0])
@@ -182,7 +182,7 @@ def test_a_model_that_takes_packed_rows_takes_all_others_as_before() -> None:
         model, processor, _ = built(family)
         plain = copy.deepcopy(model).eval()
         model.eval()
-        prefix_sharing.prepare(model, "on")
+        sharing.prepare(model, "on")
         assert model.config.get_text_config()._attn_implementation == NAME
         inputs = Encoder.for_model(processor, model).prompt("Where?", tiny_models.picture())
         torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
@@ -193,24 +193,22 @@ def test_a_model_that_takes_packed_rows_takes_all_others_as_before() -> None:
 def test_a_model_that_is_not_exact_is_found_out_and_named() -> None:
     model, processor, _ = built("qwen2_5_vl")
     packed, separate = batches(model, processor)
-    prefix_sharing.prepare(model, "on")
-    prefix_sharing.check_exact(model, packed, separate)
+    sharing.prepare(model, "on")
+    sharing.check_exact(model, packed, separate)
     packed.inputs["position_ids"] = torch.arange(packed.layout.n_tokens).expand(3, 1, -1)  # not those of the answers
-    with pytest.raises(
-        prefix_sharing.SharingNotExact, match="Qwen2_5_VLForConditionalGeneration gives other log-probs"
-    ):
-        prefix_sharing.check_exact(model, packed, separate)
+    with pytest.raises(sharing.SharingNotExact, match="Qwen2_5_VLForConditionalGeneration gives other log-probs"):
+        sharing.check_exact(model, packed, separate)
     assert model.training
 
 
 def test_an_unknown_architecture_is_not_shared_unless_asked_for(caplog: Any, monkeypatch: Any) -> None:
     model, _, _ = built("llava")
-    monkeypatch.setattr(prefix_sharing, "VERIFIED", ())
-    monkeypatch.setattr(prefix_sharing.logger, "propagate", True)
-    assert prefix_sharing.prepare(model, "auto") is None
+    monkeypatch.setattr(sharing, "VERIFIED", ())
+    monkeypatch.setattr(sharing.logger, "propagate", True)
+    assert sharing.prepare(model, "auto") is None
     assert "k(P + R) tokens instead of P + kR" in caplog.text
     assert model.config.text_config._attn_implementation != NAME
-    assert prefix_sharing.prepare(model, "on") is not None
+    assert sharing.prepare(model, "on") is not None
 
 
 def text_model(kind: str, **options: Any) -> Any:
@@ -221,59 +219,59 @@ def text_model(kind: str, **options: Any) -> Any:
 @pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text"])
 def test_layers_that_carry_a_state_are_refused(kind: str) -> None:
     model = text_model(kind, num_hidden_layers=4, num_experts=4, shared_expert_intermediate_size=16)
-    assert prefix_sharing.prepare(model, "auto") is None
+    assert sharing.prepare(model, "auto") is None
     with pytest.raises(ValueError, match=f"{type(model).__name__} has layers of type linear_attention, which carry a"):
-        prefix_sharing.prepare(model, "on")
+        sharing.prepare(model, "on")
 
 
 def test_obstacles_are_refused_with_their_reason() -> None:
     model, _, _ = built("llava")
     model.config.text_config.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"has attention_dropout=0\.1"):
-        prefix_sharing.prepare(model, "on")
+        sharing.prepare(model, "on")
     model, _, _ = built("qwen2")
     model.config.layer_types = ["chunked_attention", "full_attention"]
-    assert prefix_sharing.obstacle(model) == (
+    assert sharing.obstacle(model) == (
         "has layers of type chunked_attention, which attention over shared prompts does not know"
     )
     model.config.layer_types = ["moe", "full_attention"]  # each token on its own
-    assert prefix_sharing.obstacle(model) is None
+    assert sharing.obstacle(model) is None
 
 
 def test_attention_sinks_are_found_inside_a_known_architecture(caplog: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(prefix_sharing.logger, "propagate", True)
+    monkeypatch.setattr(sharing.logger, "propagate", True)
     _, config, _ = tiny_models._internvl()
     text = {"model_type": "gpt_oss", "num_local_experts": 4, "head_dim": 8, "vocab_size": 300, **tiny_models.TEXT}
     config = type(config)(text_config=text, vision_config=config.vision_config, image_token_id=config.image_token_id)
     model = AutoModelForImageTextToText.from_config(config)
-    assert model.config.model_type in prefix_sharing.VERIFIED
-    assert prefix_sharing.prepare(model, "auto") is None
+    assert model.config.model_type in sharing.VERIFIED
+    assert sharing.prepare(model, "auto") is None
     assert "InternVLForConditionalGeneration has attention sinks" in caplog.text
 
 
 def test_a_known_architecture_around_an_unknown_language_model_is_not_shared_by_default(
     caplog: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(prefix_sharing.logger, "propagate", True)
+    monkeypatch.setattr(sharing.logger, "propagate", True)
     model, _, _ = built("llava")
     model.config.text_config.model_type = "olmo"
-    assert prefix_sharing.prepare(model, "auto") is None
+    assert sharing.prepare(model, "auto") is None
     assert "holds a language model of type 'olmo', which sharing was not verified on" in caplog.text
-    assert prefix_sharing.prepare(model, "on") is not None
+    assert sharing.prepare(model, "on") is not None
 
 
 def test_a_soft_cap_is_shared_where_separate_rows_have_it_and_it_is_worth_it(caplog: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(prefix_sharing.logger, "propagate", True)
+    monkeypatch.setattr(sharing.logger, "propagate", True)
     model, _, _ = built("gemma2")
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="attn_implementation='sdpa' leaves out; load it with attn_implementation='e"):
-        prefix_sharing.prepare(model, "on")
+        sharing.prepare(model, "on")
     model.set_attn_implementation("eager")
-    assert prefix_sharing.prepare(model, "auto") is None
+    assert sharing.prepare(model, "auto") is None
     assert "there is no FlexAttention on 'cpu'" in caplog.text
-    monkeypatch.setattr(flex, "has_triton", lambda: True)
-    assert prefix_sharing.prepare(model, "auto", "cuda") is not None
-    assert prefix_sharing.prepare(model, "on") is not None
+    monkeypatch.setattr(flex_attention, "has_triton", lambda: True)
+    assert sharing.prepare(model, "auto", "cuda") is not None
+    assert sharing.prepare(model, "on") is not None
 
 
 def test_the_table_in_the_docs_is_that_of_these_tests() -> None:
@@ -288,9 +286,9 @@ def test_the_table_in_the_docs_is_that_of_these_tests() -> None:
         sees = {"gemma3": "those before them, and all of their image", "paligemma": "the whole prompt"}
         axes = "three axes (M-RoPE)" if positions.body is not None else "one axis"
         found[kind] = f"| {kind} | {type(model).__name__} | {sees.get(kind, 'those before them')} | {axes} |"
-    assert set(found) == set(prefix_sharing.VERIFIED)
-    assert texts == set(prefix_sharing.VERIFIED_TEXT)
-    rows += [found[kind] for kind in prefix_sharing.VERIFIED]
+    assert set(found) == set(sharing.VERIFIED)
+    assert texts == set(sharing.VERIFIED_TEXT)
+    rows += [found[kind] for kind in sharing.VERIFIED]
     page = Path(__file__).parents[3] / "docs" / "shared_prefix.md"
     text, _, _ = page.read_text(encoding="utf-8").partition("| `model_type` |")
     if os.environ.get("PERPO_WRITE_DOCS"):
@@ -304,7 +302,7 @@ def test_the_attention_that_a_user_chose_stays_for_all_other_calls(family: str) 
     model.set_attn_implementation("eager")
     plain = copy.deepcopy(model).eval()
     model.eval()
-    prefix_sharing.prepare(model, "on")
+    sharing.prepare(model, "on")
     ids = torch.randint(0, 200, (2, 30), generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)  # bitwise: sdpa rounds otherwise
 
@@ -312,9 +310,9 @@ def test_the_attention_that_a_user_chose_stays_for_all_other_calls(family: str) 
 def test_it_is_said_if_other_calls_run_otherwise_than_chosen(caplog: Any, monkeypatch: Any) -> None:
     model, _, _ = built("llava")
     monkeypatch.setattr(attention.logger, "propagate", True)
-    prefix_sharing.prepare(model, "on")
-    prefix_sharing.prepare(model, "on")
+    sharing.prepare(model, "on")
+    sharing.prepare(model, "on")
     assert "attn_implementation" not in caplog.text
     model.set_attn_implementation("flex_attention")
-    prefix_sharing.prepare(model, "on")
+    sharing.prepare(model, "on")
     assert "attn_implementation='flex_attention': what LlavaForConditionalGeneration's language" in caplog.text

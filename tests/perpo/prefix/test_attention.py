@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from perpo.prefix import flash_attention as flash_parts
-from perpo.prefix import flex_attention as flex
+from perpo.prefix import flash_attention, flex_attention
 from perpo.prefix.attention import masked_prefix_attention, prefix_attention
 from perpo.prefix.layout import PrefixLayout, Range, prefix_layout
 
@@ -125,9 +124,9 @@ def test_a_windows_masks_are_made_once_for_all_layers() -> None:
 @given(shapes=SHAPES, window=st.none() | st.integers(1, 20), tile=st.sampled_from([4, 128]))
 def test_flex_attention_leaves_out_no_tile_in_which_a_key_is_seen(shapes: Any, window: int | None, tile: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "TILE", tile)
+        patch.setattr(flex_attention, "TILE", tile)
         layout = layout_of(shapes)
-        mask = flex.block_mask(layout, window, torch.device("cpu"))
+        mask = flex_attention.block_mask(layout, window, torch.device("cpu"))
     n = layout.sight.shape[1]
     sees = torch.zeros(n, n, dtype=torch.bool)
     for index, visible in layout.masks(window, torch.device("cpu")):
@@ -152,14 +151,14 @@ def flex_against_the_definition(dim: int = 32) -> None:
     for window, softcap, blocks in FLEX_CASES:
         layout = layout_of([(300, [24, 1, 60, 0]), (77, [40, 40])], blocks)
         query, key, value = (x.detach() for x in tensors(layout, torch.float32, dim=dim))
-        ours = flex.attention(query, key, value, layout, 0.3, softcap, window)
+        ours = flex_attention.attention(query, key, value, layout, 0.3, softcap, window)
         torch.testing.assert_close(ours, masked_prefix_attention(query, key, value, layout, 0.3, softcap, window))
 
 
 def test_flex_attention_is_the_definition(monkeypatch: Any) -> None:
     """Its maths, without its kernels; it has no backward pass on a CPU."""
-    traced = torch.compile(flex_attention, dynamic=True, backend="aot_eager")
-    monkeypatch.setattr(flex, "_compiled", lambda: traced)
+    traced = torch.compile(torch_flex_attention, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(flex_attention, "_compiled", lambda: traced)
     flex_against_the_definition()
 
 
@@ -168,7 +167,8 @@ def test_flex_attention_is_traced_into_a_compiled_model() -> None:
     query, key, value = (x.detach() for x in tensors(layout, torch.float32, dim=32))
 
     def layers(*inputs: Tensor) -> Tensor:
-        return flex.attention(*inputs, layout, 0.3, 2.0, 50) + flex.attention(*inputs, layout, 0.3, 2.0)
+        windowed = flex_attention.attention(*inputs, layout, 0.3, 2.0, 50)
+        return windowed + flex_attention.attention(*inputs, layout, 0.3, 2.0)
 
     ours = torch.compile(layers, fullgraph=True, backend="aot_eager")(query, key, value)
     expected = sum(masked_prefix_attention(query, key, value, layout, 0.3, 2.0, window) for window in (50, None))
@@ -178,8 +178,8 @@ def test_flex_attention_is_traced_into_a_compiled_model() -> None:
 @pytest.mark.slow
 def test_flex_attentions_kernel_is_the_definition(monkeypatch: Any) -> None:
     """The kernel for a CPU, which skips tiles as that for a GPU does; its dynamic form does not compile in 2.13."""
-    compiled = torch.compile(flex_attention, dynamic=False)
-    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    compiled = torch.compile(torch_flex_attention, dynamic=False)
+    monkeypatch.setattr(flex_attention, "_compiled", lambda: compiled)
     flex_against_the_definition()
 
 
@@ -205,16 +205,16 @@ def test_what_a_gpu_has_decides_what_is_called(
     query: Any = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 4, 10, dim))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(flex, "has_triton", lambda: True)
-    assert flash_parts.supports(query) is flash
-    assert flex.supports(query) is by_flex
+    monkeypatch.setattr(flex_attention, "has_triton", lambda: True)
+    assert flash_attention.supports(query) is flash
+    assert flex_attention.supports(query) is by_flex
     monkeypatch.setattr(torch.version, "hip", "7.0")  # lays the log-sum-exp out in another way
-    assert not flash_parts.supports(query)
+    assert not flash_attention.supports(query)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    monkeypatch.setattr(flex, "has_triton", lambda: False)
-    assert not flash_parts.supports(query)
-    assert not flex.supports(query)
+    monkeypatch.setattr(flex_attention, "has_triton", lambda: False)
+    assert not flash_attention.supports(query)
+    assert not flex_attention.supports(query)
 
 
 def test_a_soft_cap_bends_the_scores() -> None:
@@ -299,7 +299,7 @@ def varlen_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, 
     assert (max_q, max_k) == (max(2, int(cu_q.diff().max())), int(cu_k.diff().max()))
     out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], q.shape[0]), torch.nan, dtype=q.dtype)
     for a, b in ranges(cu_q, cu_k):
-        o, log_sum = flash_parts._CPU_FORWARD(
+        o, log_sum = flash_attention._CPU_FORWARD(
             heads_first(q, a), heads_first(k, b), heads_first(v, b), 0.0, causal, scale=scale
         )
         out[slice(*a)], lse[:, slice(*a)] = o[0].transpose(0, 1), log_sum[0]
@@ -324,7 +324,7 @@ def varlen_backward(
     assert state.dtype == torch.uint64
     grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
     for a, b in ranges(cu_q, cu_k):
-        parts = flash_parts._CPU_BACKWARD(
+        parts = flash_attention._CPU_BACKWARD(
             *(heads_first(d, a), heads_first(q, a), heads_first(k, b), heads_first(v, b), heads_first(out, a)),
             *(lse[None, :, slice(*a)], 0.0, causal),
             scale=scale,
@@ -346,9 +346,9 @@ def heads_first(x: Tensor, r: Range) -> Tensor:
 @pytest.mark.parametrize("dim", [16, 12])
 @pytest.mark.parametrize("blocks", [None, [[(1, 4)], [(0, 2), (3, 6)]]])
 def test_the_calls_for_cuda_are_right_on_an_imitated_kernel(dim: int, blocks: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(flash_parts, "_CUDA_FORWARD", varlen_forward)
-    monkeypatch.setattr(flash_parts, "_CUDA_BACKWARD", varlen_backward)
-    monkeypatch.setattr(flash_parts, "of", lambda query: flash_parts._Cuda())
+    monkeypatch.setattr(flash_attention, "_CUDA_FORWARD", varlen_forward)
+    monkeypatch.setattr(flash_attention, "_CUDA_BACKWARD", varlen_backward)
+    monkeypatch.setattr(flash_attention, "kernels_for", lambda query: flash_attention._Cuda())
     layout = layout_of([(5, [3, 0, 2]), (7, [1, 4])], blocks)
     inputs = tensors(layout, dim=dim)
     ours = with_gradients(lambda *x: prefix_attention(*x, layout), *inputs)

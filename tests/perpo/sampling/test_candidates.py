@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from perpo.data.record import ListRecord, read_records
-from perpo.encoding.seen_size import seen_sizes
 from perpo.rewards.scoring import UnreadableAnswers
 from perpo.sampling.candidates import CandidateConfig, generate
 from perpo.sampling.sampler import Answer, Question
@@ -155,15 +154,6 @@ def test_images_in_memory_go_into_parquet(tmp_path: Path) -> None:
     lists, _ = read_records(tmp_path / "out.parquet")
     assert [one.k for one in lists] == [4, 4, 4]
     assert os.listdir(tmp_path / "out.parquet.parts") != []
-
-
-def test_boxes_in_pixels_are_measured_in_the_image_as_resized() -> None:
-    _, processor = tiny_models.build("qwen2_5_vl")
-    image = Image.new("RGB", (90, 30))
-    grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0].tolist()
-    assert seen_sizes(processor)(image.size) == (grid[2] * 7, grid[1] * 7) != image.size
-    assert seen_sizes(tiny_models.build("llava")[1])((90, 30)) == (90, 30)
-    assert seen_sizes(None)((90, 30)) == (90, 30)
 
 
 def test_the_reward_is_told_the_image_size(tmp_path: Path) -> None:

@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from benchmarks.harness import peak_extra_bytes
 from perpo.cli.main import main
-from perpo.encoding.batch import ListBatch, candidate_rows, candidate_tensors
-from perpo.encoding.packed import PromptPositions, packed_row
-from perpo.model import sharing as prefix_sharing
-from perpo.model.language_head import causal_lm, install, perpo_output
-from perpo.model.trainable import adapt, freeze, language_lora
-from perpo.training.cost import Lists, Planner, Training
+from perpo.encoding.batch import ListBatch, candidate_tensors, separate_rows
+from perpo.encoding.packed import packed_row
+from perpo.encoding.positions import PromptPositions
+from perpo.model import sharing
+from perpo.model.language_head import accept_rows, causal_lm, perpo_output
+from perpo.model.trainable import freeze, language_lora
+from perpo.training.cost import ListShape, Planner, Training
 from tests.perpo import tiny_models
 
 CONFIG = LlavaConfig(
@@ -42,21 +44,21 @@ CONFIG = LlavaConfig(
     },
     image_token_index=2000,
 )
-LISTS = Lists(prompt_tokens=120, response_tokens=12, k=6)
+LISTS = ListShape(prompt_tokens=120, response_tokens=12, k=6)
 
 
-def step(training: Training, lists: Lists) -> Any:
+def step(training: Training, lists: ListShape) -> Any:
     """A forward and backward pass of a real model, its gradients being there already."""
     model: Any = LlavaForConditionalGeneration(CONFIG)
     if training.lora_r:
-        model = adapt(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
+        model = get_peft_model(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
     else:
         freeze(model)
     core = causal_lm(model).train()
     if training.gradient_checkpointing:
         core.gradient_checkpointing_enable({"use_reentrant": False})
-    install(model)
-    prefix_sharing.prepare(model, "on")
+    accept_rows(model)
+    sharing.prepare(model, "on")
     prompts = [{"input_ids": torch.randint(0, 1000, (1, lists.prompt_tokens))}]
     responses = [[list(range(lists.response_tokens + 1))] * lists.k]  # the last token is not fed
     known = candidate_tensors(responses, [[0.1 * i for i in range(lists.k)]])
@@ -64,7 +66,7 @@ def step(training: Training, lists: Lists) -> Any:
         inputs, rows, layout = packed_row(prompts, responses, PromptPositions(core))
         batch = ListBatch(inputs, rows, **known, layout=layout)
     else:
-        inputs, rows, _ = candidate_rows(prompts, responses, 0)
+        inputs, rows, _ = separate_rows(prompts, responses, 0)
         batch = ListBatch(inputs, rows, **known)
 
     def run() -> None:
@@ -171,7 +173,7 @@ def test_operations_of_the_tower_are_foreseen_to_a_fifth(family: str, vision: An
     config = tiny_models.build(family)[0].config
     for name, value in vision.items():
         setattr(config.vision_config, name, value)
-    lists = Lists(prompt_tokens=tokens, response_tokens=1, k=2)
+    lists = ListShape(prompt_tokens=tokens, response_tokens=1, k=2)
     planner = Planner(config, Training(lora_r=0))
     planner.linear_parameters = planner.linear_trained = planner.heads = planner.vocabulary = 0
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
@@ -186,7 +188,7 @@ def test_operations_of_the_tower_are_foreseen_to_a_fifth(family: str, vision: An
 def test_windows_and_soft_caps_take_the_memory_of_models_without(family: str) -> None:
     config = tiny_models.build(family)[0].config
     text = config.get_text_config()
-    lists = Lists(prompt_tokens=60, response_tokens=8, k=3)  # the windows are of 16 tokens
+    lists = ListShape(prompt_tokens=60, response_tokens=8, k=3)  # the windows are of 16 tokens
     training = Training(lora_r=4, dtype=torch.bfloat16)
     ours = Planner(config, training).memory(lists)
     text.sliding_window, text.attn_logit_softcapping = 4096 if text.sliding_window else None, None

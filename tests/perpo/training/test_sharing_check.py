@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from perpo.data.record import ListRecord
-from perpo.encoding.packed import PromptPositions
+from perpo.encoding.positions import PromptPositions
 from perpo.model.sharing import SharingNotExact
 from perpo.training.sharing_check import lists_to_compare
 from perpo.training.trainer import PerPOTrainer

@@ -13,8 +13,8 @@ import torch
 from torch._library.custom_ops import _maybe_get_opdef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perpo.model import sharing as prefix_sharing
-from perpo.model.language_head import install, perpo_output
+from perpo.model import sharing
+from perpo.model.language_head import accept_rows, perpo_output
 from perpo.prefix.layout import PrefixLayout
 from perpo_kernels.ops import lists as ops
 from tests.perpo import tiny_models
@@ -96,8 +96,8 @@ def test_a_step_waits_for_nothing_of_ours(family: str, checkpointing: bool, monk
         model.set_attn_implementation("eager")
     packed, _ = batches(model, processor, text_only=family == "gemma2")
     packed.rewards = torch.linspace(0, 1, len(packed.rewards))
-    prefix_sharing.prepare(model, "on")
-    install(model)
+    sharing.prepare(model, "on")
+    accept_rows(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert isinstance(packed.layout, PrefixLayout)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from perpo.data.record import ListRecord
 from perpo.encoding.batch import ListBatch
+from perpo.encoding.collator import ListCollator
 from perpo.model.trainable import freeze
-from perpo.training.lists import ListCollator
 from perpo.training.trainer import PerPOTrainer
 from perpo_kernels import perpo_loss
 
@@ -26,7 +26,7 @@ def _one_thread() -> None:
 
 def full_log_probs(model: Any, batch: ListBatch) -> Tensor:  # [S] fp64
     """All logits, gathered log-probs, summed over each response."""
-    logits = model(**batch.inputs).logits.flatten(0, 1)[batch.rows].double()
+    logits = model(**batch.inputs).logits.flatten(0, 1)[batch.response_rows].double()
     tokens = torch.log_softmax(logits, -1).gather(1, batch.labels[:, None])[:, 0]
     return torch.stack([part.sum() for part in tokens.split(batch.cu_seqlens.diff().tolist())])
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from perpo.data.record import ListRecord
 from perpo.encoding.batch import ListBatch
+from perpo.encoding.collator import ListCollator
 from perpo.encoding.corruption import image_pairs
-from perpo.training.lists import ListCollator, thin_out
+from perpo.training.lists import thin_out
 from perpo_kernels import objectives
 from tests.kernels.family import DEFINITIONS, OneList
 

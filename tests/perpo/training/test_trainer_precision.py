@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from perpo.encoding.encoder import load_model
+from perpo.model.load import load_model
 from perpo.model.trainable import freeze
 from perpo.training.trainer import PerPOTrainer
 

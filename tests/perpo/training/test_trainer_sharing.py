@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from perpo.encoding.collator import ListCollator
 from perpo.model.sharing import SharingNotExact
-from perpo.training.lists import ListCollator
 from perpo.training.trainer import PerPOTrainer
 from tests.perpo import tiny_models, tiny_runs
 

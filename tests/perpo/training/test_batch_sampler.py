@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perpo.training.lists import ListCollator
-from perpo.training.row_sampler import RowSampler, fill_rows
+from perpo.encoding.collator import ListCollator
+from perpo.training.batch_sampler import ListBatchSampler, fill_batches
 from tests.perpo import tiny_runs
 from tests.perpo.run_training import train
 from tests.perpo.training.test_trainer_processes import RUN, TORCHRUN, assert_same, run, trained
@@ -23,25 +23,25 @@ LISTS = st.lists(st.tuples(st.booleans(), st.integers(1, 50)), min_size=1, max_s
 @given(lists=LISTS, budget=st.integers(1, 120), most=st.integers(1, 5) | st.just(float("inf")), seed=st.integers(0, 9))
 def test_no_row_is_over_the_budget_and_each_list_is_in_one(lists: Any, budget: int, most: float, seed: int) -> None:
     kinds, tokens = zip(*lists, strict=True)
-    rows = fill_rows(kinds, tokens, budget, most, seed)
+    rows = fill_batches(kinds, tokens, budget, most, seed)
     assert sorted(i for row in rows for i in row) == list(range(len(lists)))
     for row in rows:
         assert len({kinds[i] for i in row}) == 1
         assert len(row) <= most
         assert len(row) == 1 or sum(tokens[i] for i in row) <= budget
-    assert rows == fill_rows(kinds, tokens, budget, most, seed)
+    assert rows == fill_batches(kinds, tokens, budget, most, seed)
 
 
 def test_rows_are_well_filled() -> None:
     tokens = torch.randint(100, 900, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = fill_rows([True] * len(tokens), tokens, 2000, float("inf"), seed=0)
+    rows = fill_batches([True] * len(tokens), tokens, 2000, float("inf"), seed=0)
     assert sum(tokens) / (2000 * len(rows)) > 0.9
 
 
 @given(n_rows=st.integers(1, 12), n_ranks=st.integers(1, 4), seed=st.integers(0, 9))
 def test_all_ranks_take_equally_many_rows_and_each_row_once(n_rows: int, n_ranks: int, seed: int) -> None:
     rows = [[i] for i in range(n_rows)]
-    samplers = [RowSampler(rows, n_ranks, rank, seed) for rank in range(n_ranks)]
+    samplers = [ListBatchSampler(rows, n_ranks, rank, seed) for rank in range(n_ranks)]
     orders = []
     for epoch in (0, 1, 0):
         for sampler in samplers:

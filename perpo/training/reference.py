@@ -1,0 +1,169 @@
+"""Log-probs of answers under the reference: where they come from, and computing them once before training.
+
+precomputed    by the model as it is before training, adapters off; once, kept on disk (`ReferenceCache`)
+adapter_off    by the model without its adapters, at every step
+model          by a second model, at every step
+data           in the records
+none           the objective has no reference
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from perpo.data.record import ListRecord
+from perpo.encoding.batch import ListBatch
+from perpo.encoding.collator import ListCollator, Sample, records_of
+from perpo.model import sharing
+from perpo.model.language_head import accept_rows, causal_lm, sequence_log_probs
+from perpo.model.load import load_model
+from perpo.training.config import PerPOConfig
+from perpo.training.reference_cache import ReferenceCache, weights_fingerprint
+
+
+def check_reference(model: nn.Module, args: PerPOConfig, ref_model: nn.Module | None) -> None:
+    """Raises:
+    ValueError: the models at hand do not go with `args.reference`."""
+    if args.reference == "adapter_off" and not isinstance(model, PeftModel):
+        raise ValueError(
+            "reference='adapter_off' needs a model with adapters; give a peft_config, or use reference='precomputed'"
+        )
+    if args.reference == "model" and ref_model is None and args.ref_model_name_or_path is None:
+        raise ValueError("reference='model' needs ref_model or ref_model_name_or_path")
+    if args.reference != "model" and ref_model is not None:
+        raise ValueError(f"ref_model is given, but reference={args.reference!r} does not use it")
+    if ref_model is not None and ref_model is model:
+        raise ValueError("ref_model is the model that is trained; give a copy, or use reference='precomputed'")
+
+
+def second_model(
+    ref_model: nn.Module | None, model: nn.Module, args: PerPOConfig, accelerator: Accelerator, shared: bool
+) -> nn.Module:
+    """The model of reference="model", frozen; loaded if none is given.
+
+    Args:
+        shared: whether `model`, the one that is trained, is fed packed rows.
+
+    Raises:
+        ValueError: it does not take the same inputs as `model`, or training runs under DeepSpeed.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("reference='model' is not supported under DeepSpeed; use 'adapter_off' or 'data'")
+    if ref_model is None:
+        dtype = causal_lm(model).config.dtype or "auto"  # of the model as it was loaded
+        ref_model = load_model(str(args.ref_model_name_or_path), dtype=dtype)
+    accept_rows(ref_model)
+    shares = sharing.prepare(ref_model, args.prefix_sharing, args.device) is not None
+    same = causal_lm(ref_model).config.model_type == causal_lm(model).config.model_type
+    if not same or shares != shared:
+        raise ValueError(
+            f"ref_model: {type(causal_lm(ref_model)).__name__} does not take the inputs of "
+            f"{type(causal_lm(model)).__name__}; give a model of the same architecture"
+        )
+    return ref_model.requires_grad_(False)
+
+
+def with_reference(batch: ListBatch, kind: str, model: nn.Module, ref_model: nn.Module | None) -> ListBatch:
+    """The batch with its reference log-probs, computed here if they are made at every step.
+
+    Raises:
+        ValueError: they should have come with the records, and did not.
+    """
+    if kind == "model":
+        assert ref_model is not None
+        batch.ref_log_probs = sequence_log_probs(ref_model, batch)
+    elif kind == "adapter_off":
+        with as_reference(model):
+            batch.ref_log_probs = sequence_log_probs(model, batch)
+    elif kind != "none" and batch.ref_log_probs is None:
+        raise ValueError(
+            f"reference={kind!r}: these lists have no reference log-probs; give them to the trainer as train_dataset "
+            "or eval_dataset, and evaluate(trainer.eval_dataset)"
+        )
+    return batch
+
+
+@contextlib.contextmanager
+def as_reference(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters and without dropout."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    without_adapters = inner.disable_adapter() if isinstance(inner, PeftModel) else contextlib.nullcontext()
+    was_training = model.training
+    model.eval()
+    try:
+        with without_adapters:
+            yield
+    finally:
+        model.train(was_training)
+
+
+class Precomputed:
+    """Reference log-probs of every record, by the model as it is now without its adapters; shared out over ranks.
+
+    Args:
+        identity: what the numbers depend on besides the model, see `Encoder.fingerprint`.
+        collate, prepare: what makes a batch of records, and moves it to the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PerPOConfig,
+        accelerator: Accelerator,
+        identity: dict[str, str],
+        collate: ListCollator,
+        prepare: Callable[[ListBatch], ListBatch],
+    ) -> None:
+        self.model, self.args, self.accelerator = model, args, accelerator
+        self.collate, self.prepare = collate, prepare
+        core = causal_lm(model)
+        self.identity = {
+            "model class": type(core).__name__,
+            "weights": weights_fingerprint(core),
+            "precision": accelerator.mixed_precision,
+            **identity,
+        }
+
+    def attach(self, *datasets: Sequence[Sample] | None) -> list[list[Sample] | None]:
+        """Each data set with its reference log-probs: of records that the cache does not hold yet, computed."""
+        args = self.args
+        with args.main_process_first(desc="reference cache"):
+            cache = ReferenceCache(args.reference_folder, self.identity, args.process_index, args.image_root)
+        records = [record for dataset in datasets for sample in dataset or [] for record in records_of(sample)]
+        self.accelerator.wait_for_everyone()  # all have read the folder before any writes to it
+        if args.world_size > 1:  # machines need not share a disk
+            cache.update(gather_object(cache.entries(records)))
+        missing = [record for record in records if record not in cache]
+        mine = missing[args.process_index :: args.world_size]
+        computed = [cache.add(record, values) for record, values in self._log_probs(mine)]
+        if args.world_size > 1:
+            cache.update(gather_object(computed))
+        return [None if dataset is None else [_attach(cache, sample) for sample in dataset] for dataset in datasets]
+
+    def _log_probs(self, records: list[ListRecord]) -> Iterable[tuple[ListRecord, list[float]]]:
+        """One list at a time."""
+        loader: DataLoader[ListBatch] = DataLoader(
+            [dataclasses.replace(record, ref_log_probs=None) for record in records],  # type: ignore[arg-type]
+            batch_size=1,
+            collate_fn=self.collate,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        hidden = self.args.disable_tqdm or self.args.process_index > 0 or not records
+        batches = tqdm(loader, desc="reference log-probs", unit="list", disable=hidden)
+        with as_reference(self.model), self.accelerator.autocast():
+            for record, batch in zip(records, batches, strict=True):
+                yield record, sequence_log_probs(self.model, self.prepare(batch)).tolist()
+
+
+def _attach(cache: ReferenceCache, sample: Sample) -> Sample:
+    """The sample with its reference log-probs."""
+    return cache.attach(sample) if isinstance(sample, ListRecord) else tuple(map(cache.attach, sample))
