@@ -135,7 +135,7 @@ def check_language_head(model: nn.Module) -> None:
 def _forward_like(plain: Callable[..., Any]) -> Callable[..., Any]:
     """`_forward` with the signature of a model's own: `generate` and `Trainer` read off it what a model takes.
 
-    Not functools.wraps: accelerate follows `__wrapped__` when it takes its own wrappers off, and would take this off too.
+    Not functools.wraps: accelerate follows `__wrapped__` when it takes its own wrappers off, and would take this too.
     """
     signature = inspect.signature(plain)
     named = list(signature.parameters.values())
