@@ -15,15 +15,17 @@ ROW_BYTES = V * 4
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # where the two factors start among the arguments
 
 
-def count(run) -> float:
-    """Multiply-adds of all matrix products in `run`, in units of T · V · H."""
+def products(run) -> list[tuple[int, int, int]]:
+    """(m, k, n) of every product of [m, k] and [k, n] in `run`."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         run()
-    total = 0
-    for event in profiler.events():
-        if event.name in PRODUCTS:
-            (m, k), (_, n) = event.input_shapes[PRODUCTS[event.name] :][:2]
-            total += m * k * n if n > 1 else 0  # a bias is a matrix times a vector
+    factors = [e.input_shapes[PRODUCTS[e.name] :][:2] for e in profiler.events() if e.name in PRODUCTS]
+    return [(m, k, n) for (m, k), (_, n) in factors]
+
+
+def count(run) -> float:
+    """Multiply-adds of all matrix products in `run`, in units of T · V · H."""
+    total = sum(m * k * n for m, k, n in products(run) if n > 1)  # a bias is a matrix times a vector
     return total / (T * V * H)
 
 
@@ -94,6 +96,17 @@ def test_four_products_when_a_list_does_not_fit_the_budget(problem):
 def test_four_products_for_a_trainable_head_under_an_unknown_loss(problem):
     assert count(tokens_and_backward(problem, ALL)) == 4
     assert count(loss_and_backward(problem, ALL, reduction="none")) == 4
+
+
+@pytest.mark.parametrize("trainable", [("hidden",), ("weight",)])
+def test_chunks_are_even(problem, trainable):
+    """64 tokens in chunks of at most 30: three of 22, 22 and 20, and not two of 30 with 4 that are left."""
+    head, _ = problem
+    leaves = {name: getattr(head, name).clone().requires_grad_(name in trainable) for name in ALL}
+    sizes = [m for m, k, n in products(lambda: pk.linear_token_log_probs(
+        **leaves, labels=head.labels, backend="eager", max_chunk_bytes=30 * ROW_BYTES
+    )) if (k, n) == (H, V)]  # fmt: skip
+    assert sizes == [22, 22, 20]
 
 
 def test_two_products_when_only_the_weight_is_trainable(problem):

@@ -1,9 +1,12 @@
 """The list_loss primitive of each backend: token log-probs and rewards -> loss, coefficients, sums, statistics."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness import peak_extra_bytes
 from perpo_kernels import backends, layout, reference
 from perpo_kernels.backends import ListProblem, ListResult
 from perpo_kernels.objectives import Objective
@@ -163,3 +166,17 @@ def test_float64_stays_float64_on_eager(device):
     torch.testing.assert_close(result.losses, losses, rtol=1e-13, atol=1e-14)
     real = p.labels != IGNORED
     torch.testing.assert_close(result.coefficients[real], coefficients[real], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("candidates", [1024, 1023], ids=["equal lists", "ragged lists"])
+def test_the_memory_of_eager_does_not_grow_with_the_number_of_lists(candidates):
+    """Pairs of at most a few lists are held at once: of lists of 1024, four."""
+
+    def step(n_lists):
+        sizes = [1024] * (n_lists - 1) + [candidates]
+        cu_lists = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+        log_probs, rewards = -torch.rand(sum(sizes)), torch.rand(sum(sizes))
+        problem = ListProblem(log_probs, rewards, cu_lists, OBJECTIVE)
+        return lambda: run("eager", problem)
+
+    assert peak_extra_bytes(step(12), "cpu") <= 1.05 * peak_extra_bytes(step(4), "cpu")

@@ -67,6 +67,16 @@ def test_applies_temperature_scale_and_softcap(backend, device, n_vocab, z, dtyp
     check(backend, logits, random_labels(n_vocab, 4, device=device, ignored=0.2), z)
 
 
+def test_a_soft_cap_is_exact_to_fp32_near_zero(backend, device):
+    """Where the quotient of tanh would cancel. Under a cap of 1 the maximum of a row of one column is tanh of what it
+    holds; two units of the last place of fp32 are allowed, and a term missing in the series costs more."""
+    x = torch.cat([torch.logspace(-8, -1, 8), torch.linspace(0.23, 0.25, 20)])
+    logits = torch.cat([-x, x]).to(device)[:, None]
+    _, lse = run(backend, logits, torch.zeros(len(logits), dtype=torch.long, device=device), LogitMap(softcap=1.0))
+    exact = logits[:, 0].double().tanh()
+    torch.testing.assert_close(lse[0].double(), exact, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+
+
 def test_float64_is_computed_in_float64_on_eager(device):
     logits = torch.randn(5, 37, device=device, dtype=torch.float64)
     labels = random_labels(37, 5, device=device)

@@ -88,6 +88,10 @@ TWO = torch.zeros(2, 3)
     [
         (TWO, [0.5], ValueError, "weights must be one number for each of 2 references, got 1"),
         (TWO, [0.5, 0.6], ValueError, r"weights must be ≥ 0 and add up to 1, got \[0.5, 0.6\]"),
+        (TWO, [0.5, 0.51], ValueError, r"weights must be ≥ 0 and add up to 1, got \[0.5, 0.51\]"),
+        (TWO, [0.5, 0.4995], ValueError, r"weights must be ≥ 0 and add up to 1, got \[0.5, 0.4995\]"),
+        (TWO, torch.tensor([0.5, 0.5005]), ValueError, "weights must be ≥ 0 and add up to 1 over the references"),
+        (TWO, torch.tensor([[0.5] * 3, [0.5, 0.5, 0.4995]]), ValueError, "weights must be ≥ 0 and add up to 1 over"),
         (TWO, [1.5, -0.5], ValueError, "weights must be ≥ 0 and add up to 1"),
         (TWO, [math.nan, 0.5], ValueError, "weights must be ≥ 0 and add up to 1"),
         (TWO, [0.5, "0.5"], TypeError, r"weights\[1\] must be a number, got str"),
@@ -104,6 +108,15 @@ TWO = torch.zeros(2, 3)
 def test_bad_arguments_are_named(references, weights, error, message):
     with pytest.raises(error, match=message):
         pk.combine_references(references, weights)
+
+
+def test_weights_may_be_rounded(device):
+    """Ten times 0.1 in fp32 is not 1, nor are three times 0.3333."""
+    references = draw(device, 10)
+    plain = pk.combine_references(references)
+    torch.testing.assert_close(pk.combine_references(references, torch.full((10,), 0.1, device=device)), plain)
+    rounded = pk.combine_references(references[:3], [0.3333, 0.3333, 0.33335])
+    torch.testing.assert_close(rounded, pk.combine_references(references[:3]), rtol=0, atol=2e-4)
 
 
 def test_it_compiles_whole(device):

@@ -1,5 +1,7 @@
 """What real data holds and formulas do not mention: weights of nothing, pairs both ways, impossible answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -124,3 +126,15 @@ def test_a_list_of_1024(backend, name):
     got, expected = (of_scores(one, objective, scores, rewards) for one in (backend, "eager"))
     assert got[0] == pytest.approx(expected[0], rel=1e-5)
     assert torch.allclose(got[1].double(), expected[1].double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", [objectives.infonca, objectives.nca])
+def test_the_smallest_temperature_is_the_best_alone(backend, device, preset):
+    def solve(temperature):
+        scores = torch.tensor([[0.3, -0.2, 0.9]], device=device, requires_grad=True)
+        objective = replace(preset(), target_temperature=temperature)
+        rewards = torch.tensor([[0.1, 0.8, 0.5]], device=device)
+        loss = pk.perpo_loss(scores, rewards, objective=objective, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, scores)
+
+    torch.testing.assert_close(solve(1e-30), solve(0.0))

@@ -45,6 +45,13 @@ def test_epsilon_is_a_probability_below_one_half(noisy, epsilon):
         noisy(epsilon=epsilon)
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 9e-31])
+def test_a_temperature_whose_inverse_is_no_number_of_fp32_is_refused(temperature):
+    sentence = r"target_temperature must be 0 \(the best alone\) or at least 1e-30, got"
+    with pytest.raises(ValueError, match=sentence):
+        Objective(pairs="none", list_term="softmax", target_temperature=temperature)
+
+
 def pair(**changes):
     """perpo_loss of two lists of three."""
     return lambda: loss(torch.zeros(2, 3), torch.rand(2, 3), **changes)

@@ -34,6 +34,19 @@ def test_a_crop_shows_between_a_hundredth_and_a_fifth(seed: int, size: tuple[int
     assert 0.7 * CROP_AREA[0] < area < 1.1 * CROP_AREA[1]
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 9), (2, 30), (3, 12)])
+def test_a_crop_of_a_few_pixels_holds_one_and_lies_inside(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding to whole pixels asks for a part wider than a picture of 2 × 9, and for one of no width of 1 × 1."""
+    boxes: list[tuple[int, int, int, int]] = []
+    monkeypatch.setattr(Image.Image, "resize", lambda image, to, resample, box: boxes.append(box))
+    for seed in range(300):
+        crop(Image.new("RGB", size), random.Random(seed))
+    assert len(boxes) == 300
+    assert all(0 <= left < right <= size[0] and 0 <= top < bottom <= size[1] for left, top, right, bottom in boxes)
+
+
 def test_crops_lie_anywhere() -> None:
     middles = [np.asarray(crop(coordinates(128, 128), random.Random(i))).mean((0, 1))[:2] for i in range(200)]
     low, high = np.quantile(middles, 0.05, axis=0), np.quantile(middles, 0.95, axis=0)

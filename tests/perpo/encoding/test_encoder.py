@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -166,6 +166,21 @@ def test_without_a_chat_template_the_image_comes_before_the_words() -> None:
     encoder = Encoder.for_model(processor, model)
     assert encoder.render("Where?", True) == "<image>\nWhere?\n"
     assert encoder.prompt("Where?", tiny_models.picture())["pixel_values"].shape == (1, 3, 28, 28)
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_a_prompt_begins_once_whoever_writes_the_beginning(with_image: bool) -> None:
+    """LLaMA's tokenizers put their first token before every text, and so does the template of many."""
+    model, processor = tiny_models.build("llava")
+    bos = processor.tokenizer.bos_token_id
+    processor.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
+    )
+    image = tiny_models.picture() if with_image else None
+    for template in (processor.chat_template, processor.chat_template.removeprefix("<|bos|>"), None):
+        processor.chat_template = template
+        ids = Encoder.for_model(processor, model).prompt("Where?", image)["input_ids"][0]
+        assert (ids == bos).nonzero().flatten().tolist() == [0]
 
 
 def test_a_text_model_takes_a_tokenizer_and_refuses_an_image() -> None:

@@ -50,6 +50,11 @@ def test_pictures_in_memory_differ_by_their_pixels() -> None:
     assert image_identity(red) == image_identity(red.copy()) != image_identity(green)
 
 
+def test_the_same_bytes_in_another_mode_or_shape_are_another_picture() -> None:
+    pictures = [Image.frombytes(mode, size, bytes(range(8))) for mode in ("L", "P") for size in ((4, 2), (2, 4))]
+    assert len({str(image_identity(picture)) for picture in pictures}) == 4
+
+
 def test_what_cannot_be_read_is_left_to_whoever_opens_it(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     (tmp_path / "root").mkdir()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from benchmarks.harness import peak_extra_bytes
@@ -107,6 +107,21 @@ def test_pairs_are_those_of_the_masks() -> None:
         lists = dataclasses.replace(LISTS, shared=shared, n=2)
         seen = sum(int(mask.sum()) for _, mask in lists.layout.masks(None, torch.device("cpu")))
         assert lists.pairs == pytest.approx(seen, rel=0.02)  # a token sees itself, which P² / 2 leaves out by half
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shared", [True, False])
+def test_attention_costs_what_its_products_cost(checkpointing: bool, shared: bool) -> None:
+    """By torch's count of fused attention: two products forward, five backward, a query and key that see each other."""
+    lists = dataclasses.replace(LISTS, shared=shared)
+    planner = Planner(CONFIG, Training(8, checkpointing, torch.float32))
+    whole = planner.operations(lists)
+    planner.heads = 0
+    one = (1, CONFIG.text_config.num_attention_heads, 1, 16)  # a query and a key, 128 / 8 numbers each
+    forward, backward = sdpa_flop_count(one, one, one), sdpa_backward_flop_count(one, one, one, one)
+    seen = sum(int(mask.sum()) for _, mask in lists.layout.masks(None, torch.device("cpu")))
+    expected = CONFIG.text_config.num_hidden_layers * seen * (forward * (1 + checkpointing) + backward)
+    assert whole - planner.operations(lists) == pytest.approx(expected, rel=0.02)
 
 
 def test_sharing_saves_the_tokens_that_it_says() -> None:

@@ -154,6 +154,15 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5)
 
 
+def test_operations_are_counted_as_six_a_token_and_parameter(tmp_path: Path) -> None:
+    """What a log's total_flos is, over a pass of batches of one list, in which nothing is padded."""
+    runner = tiny_runs.trainer("llava", tmp_path, max_steps=-1, num_train_epochs=1, reference="none")
+    tokens = sum(runner.data_collator([record]).inputs["input_ids"].numel() for record in runner.train_dataset)
+    parameters = sum(p.numel() for p in runner.model.parameters())
+    runner.train()
+    assert runner.state.total_flos == 6 * tokens * parameters
+
+
 def test_a_handful_of_lists_is_learned(tmp_path: Path) -> None:
     runner = tiny_runs.trainer("llava", tmp_path, max_steps=40, learning_rate=2e-2, per_device_train_batch_size=4)
     runner.train()

@@ -102,6 +102,19 @@ def test_a_run_goes_on_in_another_folder_by_path(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=True)  # the folder has taken the run's identity
 
 
+@pytest.mark.parametrize("max_steps", [2, 4, 6])
+def test_a_run_that_is_over_takes_no_step_more(max_steps: int, tmp_path: Path) -> None:
+    """Whether its last step is the last of a pass over the four lists or in the middle of one."""
+    whole = trainer(tmp_path, max_steps=max_steps)
+    whole.train()
+    run = trainer(tmp_path, max_steps=max_steps)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == max_steps
+    expected = tiny_runs.trained(whole.model)
+    for name, value in tiny_runs.trained(run.model).items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_without_checkpoints_a_folder_is_free(tmp_path: Path) -> None:
     trainer(tmp_path, save_strategy="no").train()
     run = trainer(tmp_path, learning_rate=1e-4)
