@@ -17,13 +17,10 @@ import functools
 import importlib.metadata
 import itertools
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 from transformers.trainer_callback import PrinterCallback
