@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from perpo.evaluation.bootstrap import Interval
 from perpo.evaluation.evaluate import TaskEvaluation
 from perpo.evaluation.metrics import Metric
-from perpo.rewards.grounding import Box
+from perpo.rewards.formats import Box
 
 TRUTH = "#1f9d55"
 _FIRST, _LAST = "#e07b39", "#3b6fd4"

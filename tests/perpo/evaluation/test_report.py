@@ -17,7 +17,7 @@ from perpo.evaluation.evaluate import Evaluation
 from perpo.evaluation.examples import choose_examples, example_picture, question
 from perpo.evaluation.plots import TRUTH, metrics_plot, model_colours, picture
 from perpo.evaluation.report import report_html, write_report
-from perpo.rewards.boxes import true_boxes_of
+from perpo.rewards.grounding import true_boxes_of
 
 from ..evaluating import evaluate_made_up
 

@@ -1,8 +1,10 @@
 """Records get the rewards of their responses; unreadable answers are counted, and a run full of them is warned."""
 
 import math
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -93,11 +95,12 @@ def test_bad_truths_are_found_without_any_response() -> None:
     records = [
         record(id="good"),
         record(id="pixels", answer=[3, 4, 50, 60]),
-        record(id="own", answer=None, task="math:exp"),
+        record(id="none", answer=None),
     ]
-    assert bad_truths(records).keys() == {"pixels"}
+    assert bad_truths(records).keys() == {"pixels", "none"}
     assert "answer must be a box" in bad_truths(records)["pixels"]
-    assert bad_truths(records, "ocr").keys() == {"pixels", "own"}
+    assert bad_truths(records, "ocr").keys() == {"pixels", "none"}
+    assert bad_truths(records, "math:exp") == {}  # may be slow, or take no empty response
 
 
 @pytest.mark.parametrize("reward", [length_reward, f"{__name__}:length_reward"])
@@ -151,6 +154,31 @@ def test_a_long_run_is_warned_early_and_once(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_reward_that_cannot_be_found_is_an_error_that_says_why(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_task(name)
+
+
+HOSTILE = """
+from pathlib import Path
+Path("was_here").touch()
+def f(prompts, completions, **columns):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("task", ["evilmod:f", "os:system", "evilmod:f.__call__", "grounding:x", "evilmod"])
+def test_a_record_cannot_name_what_is_imported(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evilmod.py").write_text(HOSTILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    hostile = record("touch was_here", id="bad one", task=task)
+    with pytest.raises(ValueError, match=r"record 'bad one': task .* is not known; .*never from a record"):
+        list(score_records([hostile]))
+    with pytest.raises(ValueError, match="record 'bad one'"):
+        find_task(task, of_record="bad one")
+    assert "never from a record" in bad_truths([hostile])["bad one"]
+    assert not (tmp_path / "was_here").exists()
+    assert find_task("evilmod:f").reward([""], [""]) == [1.0]  # whoever starts the run may
+    assert (tmp_path / "was_here").exists()
+    del sys.modules["evilmod"]
 
 
 @pytest.mark.parametrize("result", [math.nan, math.inf, "high", [1], "nan"])
