@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from perpo.data.record import ListRecord
+from perpo.data.record import FieldError, ListRecord
 from perpo.rewards.absence import says_none
 from perpo.rewards.completions import RewardFunction, final_answer
 from perpo.rewards.counting import counting_reward, exact_match_reward, numeric_reward
@@ -243,7 +243,10 @@ def score_record(
             )
         tally.add(text, "" if result is None else _fault(task, text, values), task.expected)
         rewards.append(value)
-    return replace(record, rewards=tuple(rewards))
+    try:
+        return replace(record, rewards=tuple(rewards))
+    except FieldError as error:
+        raise ValueError(f"reward {task.name!r} gave record {record.id!r} {error}") from error
 
 
 def _fault(task: Task, text: str, columns: Mapping[str, Any]) -> str | None:
