@@ -31,7 +31,7 @@ class Peer(NamedTuple):
     needs_cuda: bool = False
     slow_start: bool = False  # compiles for each shape: run at some shapes only, and not at tiny sizes
     sums: bool = False  # returns Σ −log p instead of one value a token
-    risky: bool = False  # generates code of its own for one GPU generation: last, should it lose the device
+    risky: bool = False  # generates code for one GPU generation; runs last, since it may crash the device
     largest_k: int = 1 << 30
     remark: str | None = None
 
@@ -158,7 +158,7 @@ def _quack_cross_entropy(inplace: bool) -> Callable[[], Function]:
     return load
 
 
-QUACK_ROWS = 8  # it takes a multiple of so many
+QUACK_ROWS = 8  # it takes a multiple of this
 
 
 def _quack_linear() -> Function:

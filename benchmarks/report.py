@@ -17,7 +17,7 @@ from benchmarks.rows import Row, newest, read
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 ERRORS = ("log_probs", "loss", "d_hidden", "d_weight")
-# In a row, not in the notes of a table.
+# Kept in the rows, left out of the notes in tables.
 NO_NOTES = ("logits_bytes", "gradient_bytes", "estimated_bytes", "pairs", "device_lost", *ERRORS)
 
 

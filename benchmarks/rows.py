@@ -1,4 +1,4 @@
-"""What a measurement is written down as: one dict a case, with the machine, the versions and the date it was taken on.
+"""How a measurement is recorded: one dict per case, with the machine, the versions and the date.
 
     {question, case, peer, time_ms: {median, min, max, quartiles, n} | None, ratio_to_floor, ratio_to_ours,
      peak_extra_bytes, shapes, dtype, clock, device, driver, load, torch, triton, python, packages, commit, date, ok,

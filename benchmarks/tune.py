@@ -1,6 +1,6 @@
 """python -m benchmarks.tune: are the constants of the kernels the best ones for this GPU?
 
-Hypothesis. The defaults (256 threads a row with four 16-byte loads in flight each; more threads for long rows
+Hypothesis. The defaults (256 threads per row with four 16-byte loads in flight each; more threads for long rows
 that are swept twice; list tiles of 64 candidates and 1024 pairs; chunks of 1 GiB) are within 2 % of the best
 everywhere.
 
@@ -137,7 +137,7 @@ def block_cases() -> list[Case]:
 
 
 def questions(setting: Setting) -> Iterator[Question]:
-    """The most telling first: what there is no time for is left out."""
+    """The most telling first: questions that time does not suffice for are left out."""
 
     def of_rows(n_rows: int, n_vocab: int) -> Iterator[Question]:
         for kernel in ("log_prob_rows", "grad_rows_", "fused_rows_"):

@@ -31,7 +31,7 @@ def model_colours(models: Sequence[str]) -> dict[str, str]:
 
 
 def metrics_plot(task: TaskEvaluation) -> bytes:
-    """A row a metric, a point with its interval for each model."""
+    """One row per metric, with a point and its interval for each model."""
     models, metrics = list(task.answers), task.metrics
     colours = model_colours(models)
     canvas, axis = _canvas(8, 0.9 + len(metrics) * max(0.34, 0.2 * len(models)))

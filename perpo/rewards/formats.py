@@ -64,7 +64,7 @@ def _json_values(text: str) -> Iterator[tuple[str, ...]]:
             at = found.end()
 
 
-MAX_BOXES = 1000  # of one answer: more is a model that repeats itself
+MAX_BOXES = 1000  # read from one answer; a model that writes more repeats itself
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class BoxFormat:
 
     @property
     def step(self) -> float:
-        """One step of rounding: answers may be beyond the image by so much."""
+        """One step of rounding: how far an answer may reach beyond the image."""
         return 0.01 if self.scale == 1 else 1.0
 
 
@@ -133,7 +133,7 @@ def box_format(name: str) -> BoxFormat:
     """The format of that name.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: the format is not known; the message lists the known ones.
     """
     if name not in FORMATS:
         raise ValueError(f"box format {name!r} is not known; known are {', '.join(FORMATS)}")
@@ -156,7 +156,7 @@ class BoxReading:
     Attributes:
         boxes: those that can be read, in their order, in fractions of the image.
         n_written: all that it writes, readable or not.
-        other_scale: what the first box in another scale than the format's looks like; None where there is none.
+        other_scale: which scale the first box that is not in the format's scale looks like; None without such a box.
     """
 
     boxes: list[Box]
@@ -192,12 +192,12 @@ def read_boxes(text: str, name: str = "llava", size: Size | None = None) -> BoxR
 
 
 def parse_boxes(text: str, name: str = "llava", size: Size | None = None) -> list[Box]:
-    """The readable boxes of `read_boxes`, in their order; empty where there is none."""
+    """The readable boxes of `read_boxes`, in their order."""
     return read_boxes(text, name, size).boxes
 
 
 def parse_box(text: str, name: str = "llava", size: Size | None = None) -> Box | None:
-    """The first box of `parse_boxes`; None where there is none."""
+    """The first box of `parse_boxes`, or None."""
     return next(iter(parse_boxes(text, name, size)), None)
 
 
@@ -241,7 +241,7 @@ def _in_fractions(form: BoxFormat, numbers: Sequence[float], frame: Sequence[flo
 
 
 def _other_scale(form: BoxFormat, numbers: Sequence[float], size: Size | None) -> str | None:
-    """What coordinates look like that cannot be in the format's scale; None where they can."""
+    """Which scale coordinates look like that cannot be in the format's own; None where they can."""
     largest, step = max(numbers), form.step
     if form.scale is None:
         assert size is not None  # _frame has looked

@@ -62,7 +62,7 @@ def read_number(text: str) -> float | None:
     """The number that a text states: the last one in digits; without digits the last one in words.
 
     The last, because answers that reason end with their result. "1,234", "1 234", "3 million", "3万" and "two hundred
-    and five" are one number each; words are English, or Chinese and Japanese numerals. None where there is none, where
+    and five" are one number each; words are English, or Chinese and Japanese numerals. None without a number, where
     it overflows, or where words say it roughly ("dozens", "two and a half", "两三只").
     """
     text = _plain(text)
@@ -147,7 +147,7 @@ def _spelt(words: Sequence[str]) -> float | None:
             part, room = max(part, 1) * scale, scale
         elif word in _WORDS:
             value = _WORDS[word]
-            if not 0 < value < room:  # a number of its own
+            if not 0 < value < room:  # another number begins
                 total, least, part = 0, math.inf, 0
             part += value
             room = 10 if value >= 20 else 0
