@@ -9,8 +9,11 @@ pytest benchmarks --benchmark-only --one-thread            on a shared CPU: one 
 pytest benchmarks --benchmark-only --resume 2026-11-24T06:19Z     leave out what the file has since then: gpu.sh uses
                                                            it after a device was lost
 
-What was measured is printed at the end, one table a case. pytest-benchmark's own table is off: its times would be those
-of whole rounds, fresh inputs and all.
+What was measured is printed at the end, one table per case. pytest-benchmark only collects: with its fixture, a test
+runs under `--benchmark-only` and is skipped elsewhere. It does not time, and its table is off, since it times one
+function at a time, by the host's clock. Here peers take turns (`benchmarks.harness`), so that a machine that drifts
+drifts for all of them, ratios are taken within a round, inputs are made anew outside of the time, and a GPU is timed by
+its own events.
 
 Minutes on two quiet CPU cores, by the processor time of one thread over 1.8:
 
@@ -199,7 +202,7 @@ def inspect(request: pytest.FixtureRequest, benchmark: Any, setting: Setting) ->
 
 def finish(benchmark: Any, measure: Callable[[], None], setting: Setting) -> None:
     try:
-        benchmark.pedantic(measure, rounds=1, iterations=1)
+        benchmark.pedantic(measure, rounds=1, iterations=1)  # called once: the plugin warns of a fixture left unused
     except DeviceLost as error:
         pytest.exit(str(error), returncode=LOST)
     if setting.device == "cuda":

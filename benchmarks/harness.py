@@ -301,17 +301,17 @@ class Race:
         return statistics.median(a / b for a, b in zip(case.samples, other.samples, strict=False))
 
     @staticmethod
-    def _told(case: Case) -> Row:
-        """Tokens of answers that are trained on or generated in a second, where a case says how many it has; the time
-        with the host's."""
+    def _derived(case: Case) -> Row:
+        """Answer tokens trained on or generated per second, where a case says how many it has; the time with the
+        host's."""
         if not case.samples or case.problem is not None:
             return {}
-        told: Row = {}
+        derived: Row = {}
         if "answer_tokens" in case.extra:
-            told["answer_tokens_per_s"] = round(case.extra["answer_tokens"] / statistics.median(case.samples))
+            derived["answer_tokens_per_s"] = round(case.extra["answer_tokens"] / statistics.median(case.samples))
         if case.with_host:
-            told["with_host_ms"] = float(f"{1e3 * statistics.median(case.with_host):.4g}")
-        return told
+            derived["with_host_ms"] = float(f"{1e3 * statistics.median(case.with_host):.4g}")
+        return derived
 
     def rows(
         self, question: str, case: str, shapes: Row, dtype: str, of: Callable[[Case], bool] = lambda c: True
@@ -336,7 +336,7 @@ class Race:
                 **here,
                 "ok": c.problem is None,
                 "reason": c.problem,
-                "extra": c.extra | self._told(c),
+                "extra": c.extra | self._derived(c),
             }
             for c in self.cases
             if of(c)

@@ -1,8 +1,8 @@
-"""Where a peer is better than ours: less time, less memory, a smaller error. Found in the rows, so that none is left
-out.
+"""Where a peer is better than ours: less time, less memory, a smaller error. Found in the rows, so that no such case is
+left out.
 
 A peer is compared with ours of the same kind: one that works in place with ours in place, a graph's replay with a
-graph's replay. A row with a note does another job and is no rival; the floor and what is ours are none either.
+graph's replay. A row with a note does another job and is not compared; nor are the floor and our own variants.
 """
 
 from collections.abc import Iterable, Iterator

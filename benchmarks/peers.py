@@ -31,7 +31,7 @@ class Peer(NamedTuple):
     needs_cuda: bool = False
     slow_start: bool = False  # compiles for each shape: run at some shapes only, and not at tiny sizes
     sums: bool = False  # returns Σ −log p instead of one value a token
-    risky: bool = False  # generates code of its own for one GPU generation: last, should it lose the device
+    risky: bool = False  # generates code for one GPU generation; runs last, since it may crash the device
     largest_k: int = 1 << 30
     remark: str | None = None
 
@@ -40,7 +40,8 @@ class Peer(NamedTuple):
 
 
 def plain_token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.log_softmax(logits.float(), dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.log_softmax(wide, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def plain_linear_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ def _quack_cross_entropy(inplace: bool) -> Callable[[], Function]:
     return load
 
 
-QUACK_ROWS = 8  # it takes a multiple of so many
+QUACK_ROWS = 8  # it takes a multiple of this
 
 
 def _quack_linear() -> Function:
@@ -230,7 +231,14 @@ def load(peer: Peer, device: str) -> tuple[Function | None, str | None]:
         return None, f"{type(error).__name__}: {first_line}"
 
 
-def told(peer: Peer, device: str, n_vocab: int = 0) -> dict[str, Any]:
+def compiles_elsewhere(peer: Peer, size: str, here: bool, where: str) -> str | None:
+    """Why a peer that compiles for each shape is not run, but for the few shapes where it is measured (`here`)."""
+    if not peer.slow_start or (here and size != "tiny"):
+        return None
+    return f"not run: compiles for each shape, {'left out at tiny sizes' if size == 'tiny' else where}"
+
+
+def remarks_on(peer: Peer, device: str, n_vocab: int = 0) -> dict[str, Any]:
     """What a reader of the peer's row must know, for its `extra`; a `note` says that it does another job."""
     remarks = [peer.remark] if peer.remark else []
     if device == "cpu" and peer.name == "Liger scaled CE":

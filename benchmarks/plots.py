@@ -1,7 +1,7 @@
 """Rows as pictures: how near the floor, how memory grows, what a shared prompt saves. No point without its row.
 
-Colours are those of Okabe and Ito, told apart by every kind of sight; a peer has its own marker and dashes too, so that
-lines that lie on each other show both.
+Colours are those of Okabe and Ito, which the colour-blind can distinguish. Each peer has its own marker and dashes too,
+so that both of two lines on top of each other show.
 """
 
 from collections.abc import Iterable, Sequence
@@ -58,7 +58,7 @@ def kind_of_device(row: Row) -> str:
 
 
 def styles_of(peers: Iterable[str]) -> dict[str, Style]:
-    """Ours first in the legend, thick and solid; the others each with a colour, a marker and dashes of its own."""
+    """Ours first in the legend, thick and solid; the others each with its own colour, marker and dashes."""
     others = [peer for peer in dict.fromkeys(peers) if peer != OURS]
     styles = {OURS: Style(OURS_COLOR, "o", "solid", 2.6)}
     for i, peer in enumerate(others):
@@ -68,7 +68,7 @@ def styles_of(peers: Iterable[str]) -> dict[str, Style]:
 
 
 def floors(rows: Iterable[Row]) -> Any:
-    """Floor over time, 1 being the floor: one line of points a case, one point a peer."""
+    """Floor over time, 1 being the floor: one line of points per case, one point per peer."""
     timed = [
         row
         for row in rows
@@ -81,7 +81,7 @@ def floors(rows: Iterable[Row]) -> Any:
     styles = styles_of(row["peer"] for row in timed)
     for i, (peer, style) in enumerate(styles.items()):
         points = [row for row in timed if row["peer"] == peer]
-        lift = 0.3 - 0.6 * i / max(1, len(styles) - 1)  # each peer on a height of its own within the case
+        lift = 0.3 - 0.6 * i / max(1, len(styles) - 1)  # each peer has its own height within the case
         at = [len(names) - names.index(name_of(row)) + lift for row in points]
         achieved = [1 / row["ratio_to_floor"] for row in points]
         size = 52 if peer == OURS else 26

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 
-class Head(NamedTuple):
+class HeadShape(NamedTuple):
     name: str
     n_vocab: int
     n_hidden: int
 
 
-class Lists(NamedTuple):
+class ListShape(NamedTuple):
     n_lists: int
     k: int
     n_response: int  # tokens of each candidate
@@ -73,15 +73,22 @@ class Prefix(NamedTuple):
         return self.k * n * (n + 1) // 2
 
 
-TINY_HEADS = [Head("tiny", 256, 32)]
-CPU_HEADS = [Head("laptop", 32000, 512)]
-CPU_FULL_HEADS = [Head("laptop-wide", 32000, 1024)]
-GPU_HEADS = [Head("llava-1.5-7b", 32000, 4096), Head("qwen2.5-vl-7b", 152064, 3584), Head("gemma-3-4b", 262208, 2560)]
+TINY_HEADS = [HeadShape("tiny", 256, 32)]
+CPU_HEADS = [HeadShape("laptop", 32000, 512)]
+CPU_FULL_HEADS = [HeadShape("laptop-wide", 32000, 1024)]
+GPU_HEADS = [
+    HeadShape("llava-1.5-7b", 32000, 4096),
+    HeadShape("qwen2.5-vl-7b", 152064, 3584),
+    HeadShape("gemma-3-4b", 262208, 2560),
+]
 
-TINY_LISTS = [Lists(2, 4, 8)]
-CPU_LISTS = [Lists(1, 20, 40)]  # T 800
-CPU_FULL_LISTS = [Lists(2, 20, 40), Lists(4, 20, 40)]  # T 1600: two prompts a device, as published; and twice that
-GPU_LISTS = [Lists(1, 20, 25), Lists(2, 20, 100), Lists(4, 5, 800)]  # T 500, 4000, 16000
+TINY_LISTS = [ListShape(2, 4, 8)]
+CPU_LISTS = [ListShape(1, 20, 40)]  # T 800
+CPU_FULL_LISTS = [
+    ListShape(2, 20, 40),
+    ListShape(4, 20, 40),
+]  # T 1600: two prompts a device, as published; and twice that
+GPU_LISTS = [ListShape(1, 20, 25), ListShape(2, 20, 100), ListShape(4, 5, 800)]  # T 500, 4000, 16000
 
 TINY_PREFIXES = [Prefix(40, 4, 4)]
 CPU_PREFIXES = [Prefix(576, 24, 20), Prefix(300, 250, 8)]
@@ -92,39 +99,44 @@ class Point(NamedTuple):
     """One point of a memory curve, over T, V or k."""
 
     curve: str
-    head: Head
-    lists: Lists
+    head: HeadShape
+    lists: ListShape
 
 
 def memory_points(
-    vocabs: list[int], n_hidden: int, ts: list[Lists], over_v: Lists, ks: list[int], n_response: int
+    vocabs: list[int], n_hidden: int, ts: list[ListShape], over_v: ListShape, ks: list[int], n_response: int
 ) -> list[Point]:
     """Over T and k at the first V; over V at `over_v`."""
 
-    def head(n_vocab: int) -> Head:
-        return Head(f"V{n_vocab}", n_vocab, n_hidden)
+    def head(n_vocab: int) -> HeadShape:
+        return HeadShape(f"V{n_vocab}", n_vocab, n_hidden)
 
     return [
         *[Point("T", head(vocabs[0]), lists) for lists in ts],
         *[Point("V", head(n_vocab), over_v) for n_vocab in vocabs],
-        *[Point("k", head(vocabs[0]), Lists(1, k, n_response)) for k in ks],
+        *[Point("k", head(vocabs[0]), ListShape(1, k, n_response)) for k in ks],
     ]
 
 
 # On the CPU T passes the 524 rows of V 32000 that fill a chunk of ours, V the 32768 from which TRL works in chunks.
 MEMORY_POINTS = {
-    "tiny": memory_points([256], 16, [Lists(1, 20, 8)], Lists(1, 20, 8), [4], 8),
+    "tiny": memory_points([256], 16, [ListShape(1, 20, 8)], ListShape(1, 20, 8), [4], 8),
     "cpu": memory_points(
-        [32000, 131072], 1024, [Lists(n, 20, 10) for n in (1, 3, 6)], Lists(1, 20, 10), [5, 20, 80], 5
+        [32000, 131072], 1024, [ListShape(n, 20, 10) for n in (1, 3, 6)], ListShape(1, 20, 10), [5, 20, 80], 5
     ),
     "full": memory_points(
-        [32000, 65536, 131072], 1024, [Lists(n, 20, 20) for n in (1, 2, 4, 8)], Lists(1, 20, 20), [5, 20, 80], 20
+        [32000, 65536, 131072],
+        1024,
+        [ListShape(n, 20, 20) for n in (1, 2, 4, 8)],
+        ListShape(1, 20, 20),
+        [5, 20, 80],
+        20,
     ),
     "gpu": memory_points(
         [152064, 32000, 262208],
         3584,
-        [Lists(n, 20, 80) for n in (1, 2, 5, 10)],
-        Lists(2, 20, 80),
+        [ListShape(n, 20, 80) for n in (1, 2, 5, 10)],
+        ListShape(2, 20, 80),
         [5, 20, 80, 200],
         80,
     ),
@@ -153,11 +165,11 @@ class Setting(NamedTuple):
         return "full" if self.full else self.size
 
     @property
-    def heads(self) -> list[Head]:
+    def heads(self) -> list[HeadShape]:
         return {"tiny": TINY_HEADS, "cpu": CPU_HEADS, "full": CPU_FULL_HEADS, "gpu": GPU_HEADS}[self.scale]
 
     @property
-    def lists(self) -> list[Lists]:
+    def lists(self) -> list[ListShape]:
         return {"tiny": TINY_LISTS, "cpu": CPU_LISTS, "full": CPU_FULL_LISTS, "gpu": GPU_LISTS}[self.scale]
 
     @property
@@ -179,17 +191,17 @@ class Problem(NamedTuple):
     ref_log_probs: Tensor  # [S]
     cu_seqlens: Tensor  # int32 [S + 1], on the CPU: the collator made it there
     cu_lists: Tensor  # int32 [G + 1], likewise
-    lists: Lists
+    lists: ListShape
 
 
-def peak(head: Head) -> float:
+def peak(head: HeadShape) -> float:
     """How much of its label's weight row a hidden state holds for the label's log-prob to be about −1."""
     unit = math.log(head.n_vocab) + 0.2  # log Σ exp of the others is log V + ½; −0.3 for the spread of the label's own
     return unit + unit**2 / (2 * head.n_hidden)  # the others' variance grows with it
 
 
 def problem(
-    head: Head, lists: Lists, setting: Setting, trainable_head: bool = False, unit_variance: bool = False
+    head: HeadShape, lists: ListShape, setting: Setting, trainable_head: bool = False, unit_variance: bool = False
 ) -> Problem:
     """Peaked logits, or with `unit_variance` those of a model that knows nothing: log-probs around −log V."""
     n_candidates = lists.n_lists * lists.k
@@ -212,7 +224,7 @@ def problem(
     )
 
 
-def shapes(head: Head, lists: Lists) -> dict[str, int | str]:
+def shapes(head: HeadShape, lists: ListShape) -> dict[str, int | str]:
     """For the row."""
     return {
         "model": head.name,

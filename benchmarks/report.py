@@ -1,7 +1,7 @@
 """python -m benchmarks.report FILE... [--short] [--into DIR]: measured rows as Markdown tables and plots.
 
-The tables are printed and, with the plots (`benchmarks.plots`), written into a folder, docs/benchmarks unless told
-otherwise. Every figure comes from a row; nothing is computed here but quotients of what rows hold. Of rows that measure
+The tables are printed and, with the plots (`benchmarks.plots`), written into a folder, docs/benchmarks by default.
+Every figure comes from a row; nothing is computed here but quotients of what rows hold. Of rows that measure
 the same on the same device the newest is shown. Where a peer is better than ours (`benchmarks.losses`) comes first.
 `--short` prints one line a case (ours, how far from the floor, and the fastest of the others) and writes nothing.
 """
@@ -9,7 +9,6 @@ the same on the same device the newest is shown. Where a peer is better than our
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from benchmarks.harness import OURS
@@ -18,14 +17,8 @@ from benchmarks.rows import Row, newest, read
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 ERRORS = ("log_probs", "loss", "d_hidden", "d_weight")
-UNTOLD = (
-    "logits_bytes",
-    "gradient_bytes",
-    "estimated_bytes",
-    "pairs",
-    "device_lost",
-    *ERRORS,
-)  # in a row, not in the notes of a table
+# Kept in the rows, left out of the notes in tables.
+NO_NOTES = ("logits_bytes", "gradient_bytes", "estimated_bytes", "pairs", "device_lost", *ERRORS)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -47,14 +40,26 @@ def time_cell(row: Row) -> str:
     return f"{number(t['median'])} ({number(low)} to {number(high)})" if t["n"] > 1 else number(t["median"])
 
 
-def memory_cell(row: Row) -> str:
-    peak = row["peak_extra_bytes"]
-    return "" if peak is None else number(peak / 2**20)
+def cells(row: Row) -> dict[str, str]:
+    """Figures by their column. `with host`: what a caller waits for from an idle device, launches included."""
+    peak, time = row["peak_extra_bytes"], row["time_ms"]
+    return {
+        "ms": number(time["median"]) if time else "",
+        "with host": number(row["extra"].get("with_host_ms")),
+        "× floor": number(row["ratio_to_floor"]),
+        "× ours": number(row["ratio_to_ours"]),
+        "extra MiB": "" if peak is None else number(peak / 2**20),
+    }
+
+
+def error_cells(row: Row) -> list[str]:
+    """rms error of a token's log-prob, |error| of the loss, relative errors of the gradients."""
+    return [f"{row['extra'][name]:.2e}" if row["extra"].get(name) is not None else "" for name in ERRORS]
 
 
 def note_cell(row: Row) -> str:
     notes = [] if row["ok"] else [row["reason"]]
-    extra = {name: value for name, value in row.get("extra", {}).items() if name not in UNTOLD}
+    extra = {name: value for name, value in row.get("extra", {}).items() if name not in NO_NOTES}
     notes += [value if name in ("note", "remark") else f"{name}: {value}" for name, value in extra.items()]
     return "; ".join(str(note).replace("|", "/") for note in notes)
 
@@ -66,18 +71,12 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str
         yield "| " + " | ".join(line) + " |"
 
 
-def grouped(rows: Iterable[Row], *keys: str) -> Iterator[tuple[tuple[str, ...], list[Row]]]:
+def grouped(rows: Iterable[Row], *keys: str) -> Iterable[tuple[tuple[str, ...], list[Row]]]:
     """Rows with the same keys together, in the order in which the keys were first seen."""
-
-    def key(row: Row) -> tuple[str, ...]:
-        return tuple(str(row.get(k)) for k in keys)
-
-    order: dict[tuple[str, ...], int] = {}
-    listed = list(rows)
-    for row in listed:
-        order.setdefault(key(row), len(order))
-    for found, group in groupby(sorted(listed, key=lambda row: order[key(row)]), key):
-        yield found, list(group)
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(str(row.get(k)) for k in keys), []).append(row)
+    return groups.items()
 
 
 def better(rows: Sequence[Row]) -> Iterator[str]:
@@ -118,45 +117,24 @@ def versions(rows: Iterable[Row]) -> str:
     """Driver, commits and packages of these rows; older rows do not say."""
     rows = list(rows)
     packages = {f"{name} {number}" for row in rows for name, number in row.get("packages", {}).items()}
-    told = [f"driver {x}" for x in sorted({row["driver"] for row in rows if row.get("driver")})]
-    told += [f"commit {x}" for x in sorted({row["commit"] for row in rows if row.get("commit")})]
-    return "".join(f"{x}; " for x in (*told, ", ".join(sorted(packages))) if x)
+    found = [f"{name} {x}" for name in ("driver", "commit") for x in sorted({r[name] for r in rows if r.get(name)})]
+    return "".join(f"{x}; " for x in (*found, ", ".join(sorted(packages))) if x)
 
 
 def times(rows: Sequence[Row]) -> Iterator[str]:
-    """`with host`: what a caller waits for from an idle device, launches included."""
     host = any("with_host_ms" in row["extra"] for row in rows)
+    columns = [name for name in cells(rows[0]) if host or name != "with host"]
+    lines = [(row, cells(row) | {"ms": time_cell(row)}) for row in rows]
     yield from table(
-        ["peer", "ms", *(["with host"] if host else []), "× floor", "× ours", "extra MiB", "notes"],
-        [
-            [
-                row["peer"],
-                time_cell(row),
-                *([host_cell(row)] if host else []),
-                number(row["ratio_to_floor"]),
-                number(row["ratio_to_ours"]),
-                memory_cell(row),
-                note_cell(row),
-            ]
-            for row in rows
-        ],
+        ["peer", *columns, "notes"],
+        [[row["peer"], *(found[name] for name in columns), note_cell(row)] for row, found in lines],
     )
 
 
-def host_cell(row: Row) -> str:
-    return number(row["extra"].get("with_host_ms"))
-
-
 def accuracy(rows: Iterable[Row]) -> Iterator[str]:
-    """rms error of a token's log-prob, |error| of the loss, relative errors of the gradients."""
-
-    def cell(row: Row, name: str) -> str:
-        error = row["extra"].get(name)
-        return "" if error is None else f"{error:.2e}"
-
     yield from table(
         ["peer", "log-probs", "loss", "d hidden", "d weight", "notes"],
-        [[row["peer"], *(cell(row, name) for name in ERRORS), note_cell(row)] for row in rows],
+        [[row["peer"], *error_cells(row), note_cell(row)] for row in rows],
     )
 
 
@@ -172,33 +150,24 @@ def short(rows: Sequence[Row]) -> Iterator[str]:
         rivals = [row for row in by_peer.values() if is_rival(row) and row["ratio_to_ours"]]
         best = min(rivals, key=lambda row: row["ratio_to_ours"], default=None)
         rival = f"{best['peer']} × {number(best['ratio_to_ours'])}" if best else ""
-        ours_ms = number(ours["time_ms"]["median"]) if ours["time_ms"] else ""
-        lines.append([question, case, ours_ms, number(ours["ratio_to_floor"]), memory_cell(ours), rival])
+        figures = cells(ours)
+        lines.append([question, case, figures["ms"], figures["× floor"], figures["extra MiB"], rival])
     yield from table(["question", "case", "ours ms", "× floor", "extra MiB", "fastest other, × ours"], lines)
 
 
 def terminal(rows: Iterable[Row]) -> Iterator[str]:
-    """What was measured, for a reader of a terminal: a block a case, ours, the floor and every peer."""
+    """What was measured, for a reader of a terminal: a block per case with ours, the floor and every peer."""
     columns = ("ms", "with host", "× ours", "× floor", "extra MiB")
     for (question, case, dtype), group in grouped(rows, "question", "case", "dtype"):
-        yield ""
         errors = question == "accuracy"
-        names = ERRORS if errors else columns
-        yield f"{f'{question}: {case}, {dtype}':<54}" + "".join(f"{name:>10}" for name in names)
+        yield ""
+        yield f"{f'{question}: {case}, {dtype}':<54}" + "".join(f"{x:>10}" for x in (ERRORS if errors else columns))
         for row in group:
             if not row["ok"]:
                 yield f"  {row['peer']:<42} {row['reason']}"
                 continue
-            t = row["time_ms"]
-            figures = (
-                number(t["median"]) if t else "",
-                host_cell(row),
-                number(row["ratio_to_ours"]),
-                number(row["ratio_to_floor"]),
-                memory_cell(row),
-            )
-            cells = [f"{row['extra'][e]:.2e}" if e in row["extra"] else "" for e in ERRORS] if errors else figures
-            yield f"  {row['peer']:<52}" + "".join(f"{cell:>10}" for cell in cells)
+            figures = error_cells(row) if errors else [cells(row)[name] for name in columns]
+            yield f"  {row['peer']:<52}" + "".join(f"{cell:>10}" for cell in figures)
 
 
 def write(rows: Sequence[Row], into: Path) -> list[Path]:

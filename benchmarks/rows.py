@@ -1,4 +1,4 @@
-"""What a measurement is written down as: one dict a case, with the machine, the versions and the date it was taken on.
+"""How a measurement is recorded: one dict per case, with the machine, the versions and the date.
 
     {question, case, peer, time_ms: {median, min, max, quartiles, n} | None, ratio_to_floor, ratio_to_ours,
      peak_extra_bytes, shapes, dtype, clock, device, driver, load, torch, triton, python, packages, commit, date, ok,
@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,12 +29,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
-    "transformers",
-    "trl",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "quack-kernels",
-    "flash-attn",
+    *("transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn"),
     "nvidia-cutlass-dsl",
 )
 
@@ -60,7 +54,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def told(*command: str) -> str | None:
+def stdout_of(*command: str) -> str | None:
     """What a command prints, or None if it can't be run."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
@@ -71,18 +65,18 @@ def told(*command: str) -> str | None:
 
 @cache
 def driver() -> str | None:
-    listed = told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    listed = stdout_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return listed.splitlines()[0] if listed else None
 
 
 @cache
 def commit() -> str | None:
     """Of the code that is measured; PERPO_BENCH_COMMIT where the tree was copied without its history."""
-    short = told("git", "rev-parse", "--short", "HEAD")
+    short = stdout_of("git", "rev-parse", "--short", "HEAD")
     if short is None:
         return os.environ.get("PERPO_BENCH_COMMIT")
     code = ("perpo", "perpo_kernels", "benchmarks/*.py")
-    return short + ("+dirty" if told("git", "status", "--porcelain", "--untracked-files=no", "--", *code) else "")
+    return short + ("+dirty" if stdout_of("git", "status", "--porcelain", "--untracked-files=no", "--", *code) else "")
 
 
 def machine(device: str) -> Row:
@@ -126,12 +120,12 @@ def append(path: str | Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     everything: Sequence[Row] = [*read(path), *rows]
     text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in everything) + "\n]\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as scratch:
-        scratch.write(text)
-        scratch.flush()
-        os.fsync(scratch.fileno())
-    os.chmod(scratch.name, 0o644)
-    os.replace(scratch.name, path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
 
 
 def default_path(device: str) -> Path:
@@ -146,14 +140,12 @@ def stage(name: str, seconds: float, status: int, log: Path) -> Row:
     errors = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  ")) or "Error" in line][-12:]
     summary = next((line for line in reversed(lines) if line.strip()), "")
     reason = "out of time" if status in (124, 137) else f"exit status {status}"
+    figures = ("time_ms", "ratio_to_floor", "ratio_to_ours", "peak_extra_bytes")
     return {
         "question": "stage",
         "case": name,
         "peer": "perpo_kernels",
-        "time_ms": None,
-        "ratio_to_floor": None,
-        "ratio_to_ours": None,
-        "peak_extra_bytes": None,
+        **dict.fromkeys(figures),
         "shapes": {},
         "dtype": "",
         "clock": "wall",

@@ -24,7 +24,7 @@ from transformers import (
 from benchmarks.problems import Prefix, Setting
 from perpo.model.trainable import freeze
 
-WORDS = 12  # at least so many tokens of a prompt are text
+WORDS = 12  # the least number of text tokens in a prompt
 IMAGE, VIDEO, VISION_START, VISION_END, FIRST_WORD = 1, 2, 3, 4, 8  # token ids
 
 

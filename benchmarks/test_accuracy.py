@@ -27,13 +27,13 @@ from torch.nn import functional as F
 import perpo_kernels as pk
 from benchmarks import peers
 from benchmarks.harness import OURS, Case
-from benchmarks.problems import Head, Lists, Problem, Setting, problem, shapes
+from benchmarks.problems import HeadShape, ListShape, Problem, Setting, problem, shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {
-    "tiny": (Head("tiny", 256, 32), Lists(1, 4, 4)),
-    "cpu": (Head("laptop", 32000, 256), Lists(1, 20, 6)),  # 16-bit products are slow there
-    "gpu": (Head("qwen2.5-vl-7b", 152064, 3584), Lists(1, 20, 25)),
+    "tiny": (HeadShape("tiny", 256, 32), ListShape(1, 4, 4)),
+    "cpu": (HeadShape("laptop", 32000, 256), ListShape(1, 20, 6)),  # 16-bit products are slow there
+    "gpu": (HeadShape("qwen2.5-vl-7b", 152064, 3584), ListShape(1, 20, 25)),
 }
 Results = tuple[Tensor, Tensor, Tensor, Tensor | None]  # token log-probs, loss, d hidden, d weight
 
@@ -55,8 +55,7 @@ def exact_results(p: Problem) -> Results:
         rewards=p.rewards.double(),
         ref_log_probs=p.ref_log_probs.double(),
     )
-    log_probs = F.log_softmax(F.linear(p.hidden, p.weight), dim=-1)
-    return from_tokens(log_probs.gather(-1, p.labels.unsqueeze(-1)).squeeze(-1), p)
+    return from_tokens(peers.plain_linear_log_probs(p.hidden, p.weight, p.labels), p)
 
 
 def our_results(p: Problem, trainable: bool) -> Results:
@@ -137,8 +136,7 @@ def test_accuracy(benchmark: Any, inspect: Any, setting: Setting, precision: str
             if peer.sums or peer.name.endswith("in place") or (peer.slow_start and note):
                 continue  # no log-probs; the same numbers as without; compiled once is enough
             _, reason = peers.load(peer, setting.device)
-            if peer.slow_start and setting.size == "tiny":
-                reason = "not run: compiles for each shape, left out at tiny sizes"
+            reason = reason or peers.compiles_elsewhere(peer, setting.size, True, "")
             run = (lambda: ()) if reason else of_peer(peer, p)
             cases.append(case(peer.name + note, run, problem=reason, risky=peer.risky))  # type: ignore[arg-type]
     inspect("accuracy", f"{precision}, {logits} logits", cases, {**shapes(head, lists), "logits": logits}, dtype)

@@ -28,12 +28,12 @@ from torch import Tensor
 import perpo_kernels as pk
 from benchmarks import peers
 from benchmarks.harness import FLOOR, OURS, Case
-from benchmarks.problems import Head, Lists, Setting, shapes
+from benchmarks.problems import HeadShape, ListShape, Setting, shapes
 
 ListLoss = Callable[[Tensor, Tensor], Tensor]
 
 
-def composed(fn: Callable[..., Tensor], list_loss: Callable[..., Tensor], lists: Lists, device: str) -> ListLoss:
+def composed(fn: Callable[..., Tensor], list_loss: Callable[..., Tensor], lists: ListShape, device: str) -> ListLoss:
     """loss(logits, labels): sums of `fn`'s log-probs over sequences, then the list loss."""
     rewards = torch.rand(lists.n_lists, lists.k, device=device)
     ref = -lists.n_response * (10 + torch.rand(lists.n_lists, lists.k, device=device))
@@ -71,7 +71,9 @@ def copy_of(logits: Tensor, share: float) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def test_from_logits(benchmark: Any, compare: Any, setting: Setting, head: Head, lists: Lists, backward: bool) -> None:
+def test_from_logits(
+    benchmark: Any, compare: Any, setting: Setting, head: HeadShape, lists: ListShape, backward: bool
+) -> None:
     logits = torch.empty(lists.n_tokens, head.n_vocab, device=setting.device, dtype=setting.dtype)
     labels = torch.randint(head.n_vocab, (lists.n_tokens,), device=setting.device)
     fresh = logits.normal_
@@ -92,26 +94,17 @@ def test_from_logits(benchmark: Any, compare: Any, setting: Setting, head: Head,
         cases.append(
             case("plain PyTorch, graph", peers.plain_token_log_probs, peers.plain_list_loss, graph=True),
         )
+    chosen = setting.heads[len(setting.heads) // 2], setting.lists[len(setting.lists) // 2]
+    measured = f"measured at {chosen[0].name} T{chosen[1].n_tokens}"
     for peer in peers.for_task("token_log_probs"):
         if peer.name.endswith("in place") and not backward:
             continue
         fn, reason = peers.load(peer, setting.device)
-        reason = reason or compiles_elsewhere(peer, setting, head, lists)
-        told = peers.told(peer, setting.device)
+        reason = reason or peers.compiles_elsewhere(peer, setting.size, (head, lists) == chosen, measured)
+        remarks = peers.remarks_on(peer, setting.device)
         if fn is None or reason:
-            cases.append(Case(peer.name, lambda: None, problem=reason, extra=told))
+            cases.append(Case(peer.name, lambda: None, problem=reason, extra=remarks))
         else:
-            cases.append(case(peer.name, fn, peers.plain_list_loss, risky=peer.risky, extra=told))
+            cases.append(case(peer.name, fn, peers.plain_list_loss, risky=peer.risky, extra=remarks))
     what = "forward+backward" if backward else "forward"
     compare("from_logits", f"{what} {head.name} T{lists.n_tokens}", cases, shapes(head, lists))
-
-
-def compiles_elsewhere(peer: peers.Peer, setting: Setting, head: Head, lists: Lists) -> str | None:
-    if not peer.slow_start:
-        return None
-    if setting.size == "tiny":
-        return "not run: compiles for each shape, left out at tiny sizes"
-    chosen = setting.heads[len(setting.heads) // 2], setting.lists[len(setting.lists) // 2]
-    if (head, lists) == chosen:
-        return None
-    return f"not run: compiles for each shape, measured at {chosen[0].name} T{chosen[1].n_tokens}"

@@ -27,7 +27,7 @@ from torch import Tensor
 import perpo_kernels as pk
 from benchmarks import peers
 from benchmarks.harness import BARE, FLOOR, OURS, Case
-from benchmarks.problems import Head, Lists, Problem, Setting, problem, shapes
+from benchmarks.problems import HeadShape, ListShape, Problem, Setting, problem, shapes
 from perpo_kernels import backends
 from perpo_kernels.backends import LogitMap
 from perpo_kernels.chunks import Head as OurHead
@@ -54,7 +54,7 @@ def ours(p: Problem, grad: bool) -> Callable[[], object]:
 
 def theirs(peer: peers.Peer, p: Problem, grad: bool) -> Case:
     device = p.hidden.device.type
-    extra = peers.told(peer, device, p.weight.shape[0])
+    extra = peers.remarks_on(peer, device, p.weight.shape[0])
     fn, reason = peers.load(peer, device)
     if fn is None:
         return Case(peer.name, run=lambda: None, problem=reason, extra=extra)
@@ -121,29 +121,22 @@ def bare_gemms(p: Problem, n_gemms: int) -> list[Case]:
 MODES = {"reference": (1, False, False), "frozen": (2, True, False), "trainable": (3, True, True)}
 
 
-def compiles_elsewhere(peer: peers.Peer, setting: Setting, mode: str, head: Head, lists: Lists) -> str | None:
-    """On the CPU it is compiled for every shape, on a GPU for one of each head."""
-    if not peer.slow_start:
-        return None
-    if setting.size == "tiny":
-        return "not run: compiles for each shape, left out at tiny sizes"
-    chosen = setting.lists[len(setting.lists) // 2]
-    if setting.device == "cpu" or (mode, lists) == ("frozen", chosen):
-        return None
-    return f"not run: compiles for each shape, measured with a frozen head at T{chosen.n_tokens}"
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_linear_loss(benchmark: Any, compare: Any, setting: Setting, head: Head, lists: Lists, mode: str) -> None:
+def test_linear_loss(
+    benchmark: Any, compare: Any, setting: Setting, head: HeadShape, lists: ListShape, mode: str
+) -> None:
     n_gemms, grad, trainable = MODES[mode]
     p = problem(head, lists, setting, trainable)
     cases = [Case(OURS, ours(p, grad)), *bare_gemms(p, n_gemms)]
+    chosen = setting.lists[len(setting.lists) // 2]
+    here = setting.device == "cpu" or (mode, lists) == ("frozen", chosen)
     for peer in peers.for_task("linear_log_probs"):
         case = theirs(peer, p, grad)
-        case.problem = case.problem or compiles_elsewhere(peer, setting, mode, head, lists)
+        elsewhere = f"measured with a frozen head at T{chosen.n_tokens}"
+        case.problem = case.problem or peers.compiles_elsewhere(peer, setting.size, here, elsewhere)
         cases.append(case)
-    told = {**shapes(head, lists), "head": mode}
-    compare("linear_loss", f"{mode} {head.name} T{lists.n_tokens}", cases, told, long=setting.full)
+    measured = {**shapes(head, lists), "head": mode}
+    compare("linear_loss", f"{mode} {head.name} T{lists.n_tokens}", cases, measured, long=setting.full)
 
 
 def chosen_first(p: Problem) -> Problem:
@@ -169,11 +162,11 @@ def liger_pairs(p: Problem, compiled: bool = True) -> Callable[[], tuple[Tensor,
 
 
 @pytest.mark.parametrize("mode", ["frozen", "trainable"])
-def test_pairs_against_liger_dpo(benchmark: Any, compare: Any, setting: Setting, head: Head, mode: str) -> None:
+def test_pairs_against_liger_dpo(benchmark: Any, compare: Any, setting: Setting, head: HeadShape, mode: str) -> None:
     """k = 2, where the list loss is DPO and Liger's fused linear DPO computes the same."""
     trainable = mode == "trainable"
     n_lists, n_response = {"tiny": (2, 8), "cpu": (2, 200), "full": (4, 200), "gpu": (4, 500)}[setting.scale]
-    lists = Lists(n_lists, 2, n_response)
+    lists = ListShape(n_lists, 2, n_response)
     p = problem(head, lists, setting, trainable)
     p = p._replace(ref_log_probs=torch.zeros_like(p.ref_log_probs))
     cases = [Case(OURS, ours(p, True)), *bare_gemms(p, 3 if trainable else 2)]
@@ -185,5 +178,5 @@ def test_pairs_against_liger_dpo(benchmark: Any, compare: Any, setting: Setting,
         cases.append(Case(name, liger_pairs(chosen_first(p))))
     except Exception as error:
         cases.append(Case(name, lambda: None, problem=f"{type(error).__name__}: {error}"[:200]))
-    told = {**shapes(head, lists), "head": mode}
-    compare("linear_pairs", f"{mode} {head.name} T{lists.n_tokens}", cases, told, long=setting.full)
+    measured = {**shapes(head, lists), "head": mode}
+    compare("linear_pairs", f"{mode} {head.name} T{lists.n_tokens}", cases, measured, long=setting.full)

@@ -75,8 +75,8 @@ def test_list_loss(benchmark: Any, compare: Any, setting: Setting, grid: tuple[i
         cases.append(case(OURS, pk.perpo_loss, True))
     for peer in peers.for_task("list_loss"):
         fn, reason = peers.load(peer, setting.device)
-        if peer.slow_start and (setting.size == "tiny" or (n_lists, k) not in COMPILED):
-            reason = f"not run: compiles for each shape, measured at {' and '.join(f'{g} x {n}' for g, n in COMPILED)}"
+        elsewhere = f"measured at {' and '.join(f'{g} x {n}' for g, n in COMPILED)}"
+        reason = reason or peers.compiles_elsewhere(peer, setting.size, (n_lists, k) in COMPILED, elsewhere)
         if k > peer.largest_k or n_lists * k > 64 * peer.largest_k:
             reason = f"a loop over {n_lists * k * (k - 1) // 2} pairs takes minutes"
         elif n_lists * k * k > LARGEST_PAIRS:

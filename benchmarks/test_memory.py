@@ -34,9 +34,9 @@ def test_memory(benchmark: Any, inspect: Any, setting: Setting, point: Point, mo
     for peer in peers.for_task("linear_log_probs"):
         case = theirs(peer, p, True)
         case.extra.update(extra)
-        if peer.slow_start:
-            case.problem = case.problem or "not run: compiles for each shape; its memory is counted with its time"
+        elsewhere = "its memory is counted with its time"
+        case.problem = case.problem or peers.compiles_elsewhere(peer, setting.size, False, elsewhere)
         cases.append(case)
     name = f"over {point.curve}, {mode} T{lists.n_tokens} V{head.n_vocab} k{lists.k}"
-    told = {**shapes(head, lists), "curve": point.curve, "head": mode}
-    inspect("memory", name, cases, told, setting.dtype, memory=True)
+    measured = {**shapes(head, lists), "curve": point.curve, "head": mode}
+    inspect("memory", name, cases, measured, setting.dtype, memory=True)

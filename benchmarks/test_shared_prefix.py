@@ -6,8 +6,8 @@ dense mask over the row (which computes all T² pairs) and than a row for every 
 every shape.
 
 Floor. One causal attention over N tokens, N (N + 1) / 2 the number of visible pairs: the same products in the best
-shape there is. `extra.ideal_ratio` is a case's number of pairs over ours, from which its time against ours can be told
-apart: what is below it is ours to answer for, or a peer's masked blocks that it skips.
+shape there is. `extra.ideal_ratio` is a case's number of pairs over ours, which is what its time over ours should be:
+below it, ours is slower than its pairs, or the peer skips masked blocks.
 
 Shapes. `benchmarks.problems.PREFIXES`, on the CPU without `--full` the first and a small page; 8 heads of 64 and 4 key
 heads on the CPU, those of Qwen2.5-VL-7B on a GPU. A row for every answer is one batch of k rows, prompts repeated, as

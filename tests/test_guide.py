@@ -32,7 +32,7 @@ from perpo.cli import main as cli
 from perpo.data.images import open_image
 from perpo.data.record import ListRecord, read_records, write_records
 from perpo.encoding.encoder import Encoder
-from perpo.rewards.boxes import write_boxes
+from perpo.rewards.formats import write_boxes
 from perpo.rewards.scoring import UnreadableAnswers, find_task, score_records
 
 from .perpo import tiny_models, tiny_qwen

@@ -29,8 +29,7 @@ from PIL import Image
 
 from perpo.data.images import ImageError, resolve_image
 from perpo.data.record import ListRecord, write_records
-from perpo.rewards.boxes import FORMATS, box_format
-from perpo.rewards.grounding import Box
+from perpo.rewards.formats import FORMATS, Box, box_format
 
 # What a family was taught to answer with boxes: asked for one object, and for all of a kind.
 _JSON = (

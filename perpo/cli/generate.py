@@ -24,7 +24,7 @@ from perpo.cli.settings import ModelConfig, parse
 from perpo.data.record import ListRecord, read_records
 from perpo.encoding.encoder import Encoder
 from perpo.model.load import load_model, load_processor
-from perpo.rewards.boxes import box_format
+from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import bad_truths
 from perpo.sampling.candidates import SHOWN_ERRORS, CandidateConfig, Outcome, generate
 from perpo.sampling.sampler import Sampler, Sampling

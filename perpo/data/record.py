@@ -11,6 +11,7 @@ Records without responses or rewards are what there is before sampling and scori
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
@@ -38,6 +39,7 @@ _AUTHORS = {
 }
 _PER_RESPONSE = ("rewards", "ref_log_probs", "flip_probs", "complete")
 _FILLED = ("prompt", "responses", "rewards")  # where required, not empty; an empty answer is one
+_LARGEST_FP32 = float(np.finfo(np.float32).max)
 _KEPT_ERRORS = 20  # of skipped records, to show; all are counted
 
 
@@ -69,7 +71,7 @@ class ListRecord:
         answer: the ground truth, whatever the task's reward takes; for boxes in fractions of the image.
         task: names the reward, see `perpo.rewards.scoring`.
         responses: [k] candidates, in any order. None is the ground truth, unless it was put among them.
-        rewards: [k] finite numbers, or None before scoring.
+        rewards: [k] finite numbers, or None before scoring. They are trained on in fp32: see `_apart_in_fp32`.
         ref_log_probs: [k] log-probabilities of the responses under the reference model, or None.
         flip_probs: [k] probabilities in [0, 1) that a preference over this response is wrong, or None.
         complete: [k] whether a response ended by itself; one that was cut is trained without an end of turn. None:
@@ -114,6 +116,8 @@ class ListRecord:
             values = getattr(self, name)
             if values is not None:
                 object.__setattr__(self, name, _numbers(name, values, len(responses)))
+        if self.rewards is not None:
+            object.__setattr__(self, "rewards", _apart_in_fp32(self.rewards))
         if any(not 0 <= p < 1 for p in self.flip_probs or ()):
             raise FieldError("flip_probs", f"must be probabilities in [0, 1), got {_shown(self.flip_probs)}")
         if self.complete is not None:
@@ -314,6 +318,35 @@ def _numbers(name: str, values: Any, k: int) -> tuple[float, ...]:
         if not finite:  # NaN compares false
             raise FieldError(name, f"item {i} must be a finite number, got {_shown(value)}")
     return tuple(float(value) for value in values)
+
+
+def _apart_in_fp32(rewards: tuple[float, ...]) -> tuple[float, ...]:
+    """The rewards, those moved up by a step of fp32 that would else be equal in it; rounding noise of fp64 may be.
+
+    Raises:
+        FieldError: rewards or their differences are beyond fp32, or a step is more than a thousandth of their range.
+    """
+    low, high = min(rewards, default=0.0), max(rewards, default=0.0)
+    if max(high, -low, high - low) > _LARGEST_FP32:
+        raise FieldError(
+            "rewards", f"must be numbers of fp32 and so must their differences, at most 3.4e38; got {low!r} to {high!r}"
+        )
+    if len(set(np.asarray(rewards, dtype=np.float32).tolist())) == len(set(rewards)):
+        return rewards
+    apart = list(rewards)
+    before, before_fp32 = -math.inf, np.float32(-math.inf)
+    for i in sorted(range(len(rewards)), key=lambda i: rewards[i]):
+        differs = rewards[i] - before > 1e-12 * abs(rewards[i])
+        if differs and np.float32(rewards[i]) <= before_fp32:
+            apart[i] = float(np.nextafter(before_fp32, np.float32(math.inf)))
+            if abs(apart[i] - rewards[i]) > 1e-3 * (high - low):
+                raise FieldError(
+                    "rewards",
+                    f"{before!r} and {rewards[i]!r} are equal in fp32, in which they are trained on: subtract what all "
+                    "rewards have in common, or scale them",
+                )
+        before, before_fp32 = rewards[i], np.float32(apart[i])
+    return tuple(apart)
 
 
 def _booleans(name: str, values: Any, k: int) -> tuple[bool, ...]:

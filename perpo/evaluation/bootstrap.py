@@ -1,8 +1,8 @@
 """Percentile-bootstrap confidence intervals for any figure that is a function of sums over records.
 
-Records are drawn with replacement, N of N; a draw is a row of counts c [N], and a figure of the draw is f(c · X), X
-[N, F] its sums' terms: (value, 1) for a mean, n-gram counts for corpus BLEU. All figures of all models stand side by
-side in X and so see the same draws, which is what makes the interval of a difference between two models *paired*.
+N records are drawn with replacement from N. A draw is a row of counts c [N], and a figure of the draw is f(c · X). X
+[N, F] holds each record's terms of the sums: (value, 1) for a mean, n-gram counts for corpus BLEU. All figures of all
+models share X and so see the same draws, which makes the interval of a difference between two models *paired*.
 The work is one matrix product, [draws, N] · [N, F].
 """
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from perpo.rewards.boxes import box_format
+from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import find_task
 
 

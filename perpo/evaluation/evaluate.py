@@ -32,7 +32,7 @@ from perpo.evaluation.figures import Figures, ModelAnswers, figures
 from perpo.evaluation.metrics import Metric, judge, metrics_of, task_in_format
 from perpo.evaluation.models import ModelSource, parse_models
 from perpo.evaluation.text_scores import check_tokenizer
-from perpo.rewards.scoring import Tally, UnreadableAnswers, bad_truths, find_task
+from perpo.rewards.scoring import Tally, Task, UnreadableAnswers, bad_truths, find_task
 from perpo.training.reference_cache import record_key
 
 ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
@@ -105,7 +105,8 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         answers = {}
         for source in sources:
             name = task_in_format(task, config.box_format_of(source.name))
-            answers[source.name], told = _judged(source.name, name, members, asked[source.name])
+            judged_by = find_task(name, of_record=None if config.reward else members[0].id)
+            answers[source.name], told = _judged(source.name, judged_by, members, asked[source.name])
             notices += told
         metrics, left_out = metrics_of(task, config.bleu_tokenize)
         options = {"draws": config.resamples, "confidence": config.confidence, "seed": config.seed}
@@ -240,10 +241,10 @@ def _usable(records: Sequence[ListRecord], config: EvaluationConfig) -> tuple[li
 
 
 def _judged(
-    model: str, task_name: str, records: Sequence[ListRecord], asked: dict[str, dict[str, Answers]]
+    model: str, task: Task, records: Sequence[ListRecord], asked: dict[str, dict[str, Answers]]
 ) -> tuple[ModelAnswers, list[str]]:
     """The answers of a model to a task's records with their rewards, and what its reader must be told."""
-    task, tally, others = find_task(task_name), Tally(), Tally()
+    tally, others = Tally(), Tally()
     greedy = [judge(r, (a := asked["greedy"][r.id]).texts, task, a.image_size, tally)[0] for r in records]
     blank = [
         judge(r, (a := asked["blank"][r.id]).texts, task, a.image_size, others)[0] if r.id in asked["blank"] else None
@@ -260,14 +261,14 @@ def _judged(
         warnings.simplefilter("always", UnreadableAnswers)
         tally.check()
     for warning in caught:
-        warnings.warn(f"{model}, {task_name}: {warning.message}", UnreadableAnswers, stacklevel=2)
+        warnings.warn(f"{model}, {task.name}: {warning.message}", UnreadableAnswers, stacklevel=2)
         examples = "; ".join(map(repr, tally.examples))
         notices.append(
-            f"{model}, {task_name}: {tally.summary()}. Expected: {tally.expected}. Found, for example: {examples}"
+            f"{model}, {task.name}: {tally.summary()}. Expected: {tally.expected}. Found, for example: {examples}"
         )
     if 2 * n_cut > len(records):
         notices.append(
-            f"{model}, {task_name}: {n_cut} of {len(records)} answers were cut after max_new_tokens; raise it"
+            f"{model}, {task.name}: {n_cut} of {len(records)} answers were cut after max_new_tokens; raise it"
         )
     return ModelAnswers(greedy, blank if any(blank) else None, sampled, n_cut), notices
 

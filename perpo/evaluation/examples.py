@@ -12,8 +12,8 @@ from perpo.data.record import ListRecord
 from perpo.evaluation.evaluate import TaskEvaluation
 from perpo.evaluation.metrics import Judged, is_grounding
 from perpo.evaluation.plots import TRUTH, picture
-from perpo.rewards.boxes import parse_boxes, true_boxes_of
-from perpo.rewards.grounding import Box
+from perpo.rewards.formats import Box, parse_boxes
+from perpo.rewards.grounding import true_boxes_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def example_picture(example: Example, colours: Mapping[str, str], root: str | No
     if example.boxes:
         boxes.append((TRUTH, true_boxes_of(example.record.answer)[0]))
         for model, answer in example.answers.items():
-            found = parse_boxes(answer.text, answer.form, answer.image_size)
+            found = parse_boxes(answer.final or "", answer.form, answer.image_size)
             boxes.append((colours[model], found))
     return picture(image, boxes)
 

@@ -21,9 +21,10 @@ import numpy as np
 from perpo.data.record import ListRecord
 from perpo.evaluation.bootstrap import Array
 from perpo.evaluation.text_scores import bleu_from_sums, bleu_terms, meteor, why_no_meteor
-from perpo.rewards.boxes import Size, box_reward
-from perpo.rewards.completions import RewardFunction
-from perpo.rewards.counting import read_count, read_number
+from perpo.rewards.completions import RewardFunction, final_answer
+from perpo.rewards.formats import Size
+from perpo.rewards.grounding import box_reward
+from perpo.rewards.numerals import read_count, read_number
 from perpo.rewards.ocr import edit_similarity, normalise, word_scores
 from perpo.rewards.scoring import Tally, Task, find_task, score_record
 
@@ -40,6 +41,11 @@ class Judged:
     readable: bool
     image_size: Size | None = None
     form: str = ""  # box format
+
+    @property
+    def final(self) -> str | None:
+        """What of the text is judged: the answer without thoughts; None where it was cut while thinking."""
+        return final_answer(self.text)
 
 
 @dataclass(frozen=True)
@@ -119,22 +125,22 @@ def metrics_of(task: str, bleu_tokenize: str = "13a") -> tuple[list[Metric], dic
             metrics.append(mean_metric("reward", "mean reward (GIoU)", lambda a: a.reward))
     elif task in ("ocr", "ocr-words"):
         metrics = [
-            mean_metric("edit_distance", "edit distance", lambda a: 1 - edit_similarity(a.text, _truth(a)), False),
-            mean_metric("exact", "exact", lambda a: float(normalise(a.text) == normalise(_truth(a)))),
-            mean_metric("f1", "word F1", lambda a: word_scores(a.text, _truth(a)).f1),
-            mean_metric("precision", "word precision", lambda a: word_scores(a.text, _truth(a)).precision),
-            mean_metric("recall", "word recall", lambda a: word_scores(a.text, _truth(a)).recall),
+            mean_metric("edit_distance", "edit distance", lambda a: 1 - _of_text(a, edit_similarity), False),
+            mean_metric("exact", "exact", lambda a: _of_text(a, lambda x, y: normalise(x) == normalise(y))),
+            mean_metric("f1", "word F1", lambda a: _of_text(a, lambda x, y: word_scores(x, y).f1)),
+            mean_metric("precision", "word precision", lambda a: _of_text(a, lambda x, y: word_scores(x, y).precision)),
+            mean_metric("recall", "word recall", lambda a: _of_text(a, lambda x, y: word_scores(x, y).recall)),
             _bleu(bleu_tokenize),
         ]
         reason = why_no_meteor()
         if reason is None:
-            metrics.append(mean_metric("meteor", "METEOR", lambda a: meteor(a.text, _truth(a))))
+            metrics.append(mean_metric("meteor", "METEOR", lambda a: _of_text(a, meteor)))
         else:
             left_out["METEOR"] = reason
     elif task in ("counting", "numeric"):
         read = read_count if task == "counting" else read_number
         metrics = [
-            mean_metric("exact", "exact", lambda a: float(_same_number(read(a.text), a.record.answer))),
+            mean_metric("exact", "exact", lambda a: float(_same_number(read(a.final or ""), a.record.answer))),
             mean_metric("closeness", "closeness", lambda a: a.reward),
         ]
     elif task == "exact":
@@ -152,9 +158,14 @@ def _iou(answer: Judged) -> float:
 
 def _bleu(tokenize: str) -> Metric:
     def terms(answers: Sequence[Judged]) -> Array:
-        return bleu_terms([a.text for a in answers], [_truth(a) for a in answers], tokenize)
+        return bleu_terms([a.final or "" for a in answers], [_truth(a) for a in answers], tokenize)
 
     return Metric("bleu", "BLEU", terms, bleu_from_sums, scale=100.0)
+
+
+def _of_text(answer: Judged, score: Callable[[str, str], float]) -> float:
+    """A score of the final answer's text with the true one, larger where better; 0 where it was cut while thinking."""
+    return 0.0 if answer.final is None else float(score(answer.final, _truth(answer)))
 
 
 def _truth(answer: Judged) -> str:

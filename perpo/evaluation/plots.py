@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from perpo.evaluation.bootstrap import Interval
 from perpo.evaluation.evaluate import TaskEvaluation
 from perpo.evaluation.metrics import Metric
-from perpo.rewards.grounding import Box
+from perpo.rewards.formats import Box
 
 TRUTH = "#1f9d55"
 _FIRST, _LAST = "#e07b39", "#3b6fd4"
@@ -31,7 +31,7 @@ def model_colours(models: Sequence[str]) -> dict[str, str]:
 
 
 def metrics_plot(task: TaskEvaluation) -> bytes:
-    """A row a metric, a point with its interval for each model."""
+    """One row per metric, with a point and its interval for each model."""
     models, metrics = list(task.answers), task.metrics
     colours = model_colours(models)
     canvas, axis = _canvas(8, 0.9 + len(metrics) * max(0.34, 0.2 * len(models)))

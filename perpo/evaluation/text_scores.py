@@ -1,6 +1,6 @@
 """BLEU (sacrebleu) of a corpus from sums over its sentences, and METEOR (nltk) where its data is at hand.
 
-Corpus BLEU is no mean of sentence scores: with c_n matching and t_n written n-grams, h written and r true words, all
+Corpus BLEU is not a mean of sentence scores. With c_n matching and t_n written n-grams, h written and r true words, all
 summed over the corpus,
 
     BLEU = 100 · exp(min(0, 1 − r/h)) · (Π_{n ≤ 4} p_n)^¼,    p_n = c_n / t_n
@@ -32,7 +32,7 @@ def bleu_terms(texts: Sequence[str], truths: Sequence[str], tokenize: str = "13a
 
 
 def bleu_from_sums(sums: Array) -> Array:  # [..., 2 · ORDER + 2] -> [...]
-    """Corpus BLEU in [0, 100]; 0 where nothing matches or no 4-gram was written; NaN where there is no true word."""
+    """Corpus BLEU in [0, 100]; 0 where nothing matches or no 4-gram was written; NaN without any true word."""
     matching, written = sums[..., :ORDER], sums[..., ORDER : 2 * ORDER]
     h, r = sums[..., -2], sums[..., -1]
     zero_so_far = np.cumsum(matching == 0, axis=-1)
@@ -75,7 +75,7 @@ def why_no_meteor() -> str | None:
 def meteor(text: str, truth: str) -> float:
     """METEOR in [0, 1] over words split at white space, as nltk computes it.
 
-    nltk looks for synonyms of what stemming has left, so a synonym whose stem is no word (automobil) goes unmatched.
+    nltk looks for synonyms of what stemming has left, so it misses a synonym whose stem is not a word (automobil).
     """
     from nltk.translate.meteor_score import single_meteor_score
 

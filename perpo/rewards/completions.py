@@ -1,23 +1,57 @@
-"""What every reward function here shares: the signature of TRL's GRPO, and reading a completion's text.
+"""What every reward function here shares: the signature of TRL's GRPO, and which part of a completion is judged.
 
     reward(prompts, completions, **columns) -> list[float | None]
 
-One entry a completion in every list; `columns` are the data set's other columns, of which a reward names those it
+Every list has one entry per completion; `columns` are the data set's other columns, of which a reward names those it
 needs. A reward of None says "this answer cannot be judged": `perpo.rewards.scoring` counts it and makes it 0.
+
+The rewards of this package judge the final answer alone (`final_answer`): a model that thinks aloud is not judged by
+its thoughts, and one that was cut while thinking gave no answer.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
 RewardFunction = Callable[..., list[float | None]]
 
 _MARKS = re.compile(r"<\|\w{1,40}+\|>|</?+(?:ref|box|quad)>")
+_THOUGHT = re.compile(r"(?i:[<◁](/?+)think(?:ing)?[>▷])|\[(/?+)THINK\]")  # Qwen, GLM, InternVL; Kimi; Magistral
+
+# Full-width, small and vertical forms of ASCII. Unlike NFKC in full it leaves "m²" alone and takes linear time.
+_HALF_WIDTH = {
+    code: plain
+    for code in (0x3000, *range(0xFE10, 0xFFF0))
+    if unicodedata.decomposition(chr(code)).startswith(("<wide>", "<small>", "<vertical>"))
+    and (plain := unicodedata.normalize("NFKC", chr(code))).isascii()
+}
 
 
 def without_marks(text: str) -> str:
     """The text without the special tokens that models put around boxes and results (<|begin_of_box|>, <ref>, …)."""
     return _MARKS.sub("", text)
+
+
+def half_width(text: str) -> str:
+    """The text with full-width brackets, digits and punctuation, as Chinese and Japanese input has, in ASCII."""
+    return text.translate(_HALF_WIDTH)
+
+
+def final_answer(text: str) -> str | None:
+    """What follows the last `</think>`, inside `<answer>…</answer>` if there is one; None if cut while thinking.
+
+    The marks of other families (`◁think▷`, `[THINK]`) are known too. Chat templates often open the thought themselves,
+    so that `</think>` may come without its opening.
+    """
+    last = None
+    for last in _THOUGHT.finditer(text):  # noqa: B007 - the last one
+        pass
+    if last is not None:
+        if "/" not in last[0]:
+            return None
+        text = text[last.end() :]
+    return text.rpartition("<answer>")[2].partition("</answer>")[0]
 
 
 def completion_text(completion: Any) -> str:
@@ -40,7 +74,10 @@ def completion_text(completion: Any) -> str:
 def score_each(
     completions: Sequence[Any], score: Callable[..., float], **columns: Sequence[Any] | None
 ) -> list[float | None]:
-    """`score(text, *values)` for every completion, with its own value of each column (None where a column is None).
+    """`score(final answer, *values)` for every completion, with its own value of each column (None for a column None).
+
+    A completion that was cut while thinking scores 0; `score` still sees its values with an empty answer, so that a bad
+    truth is an error whatever the model wrote.
 
     Raises:
         ValueError: a column has another length than `completions`.
@@ -54,5 +91,7 @@ def score_each(
     rewards: list[float | None] = []
     for i, completion in enumerate(completions):
         values = [None if column is None else column[i] for column in columns.values()]
-        rewards.append(score(completion_text(completion), *values))
+        answer = final_answer(completion_text(completion))
+        reward = score(answer or "", *values)
+        rewards.append(0.0 if answer is None else reward)
     return rewards

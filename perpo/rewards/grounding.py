@@ -1,36 +1,23 @@
-"""Visual grounding: the reward of an answer is the IoU of the box it names with the true box.
+"""Visual grounding: how well the boxes of an answer agree with the true ones.
 
-    IoU(a, b) = |a ∩ b| / |a ∪ b|          in [0, 1], 0 where nothing can be read from the answer
+    IoU(a, b)  = |a ∩ b| / |a ∪ b|                       in [0, 1]
+    GIoU(a, b) = IoU − |C \\ (a ∪ b)| / |C|               in [-1, 1], C the smallest box around both (arXiv 1902.09630)
 
-A box is `(x1, y1, x2, y2)` in fractions of the image's width and height, `x1 < x2`, `y1 < y2`: the format of LLaVA
-and of the PerPO paper. Another model's way of writing a box belongs in `parse_box`, which every reward here reads
-answers through.
+One true box is compared with the first box of the answer. Several are matched with all of the answer's, one to one,
+with the largest sum (the Hungarian method). How an answer writes its boxes: `perpo.rewards.formats`.
 """
 
-import math
-import re
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
-Box = tuple[float, float, float, float]
+import numpy as np
+from numpy.typing import ArrayLike
 
-# Possessive: a number is read once, so that an answer of a thousand digits takes no longer than it is long.
-_NUMBER = r"[-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?+\d{1,3}+)?+"
-_BRACKETED = re.compile(r"\[\s*(" + r"\s*,\s*".join([_NUMBER] * 4) + r")\s*\]")
-
-
-def parse_box(text: str) -> Box | None:
-    """The first `[x1, y1, x2, y2]` in the text, put in order and clipped to the image.
-
-    Words around the box are skipped and swapped corners are put right, as either still says where the thing is.
-    None where there is no such box, or where nothing is left of it inside the image.
-    """
-    found = _BRACKETED.search(text)
-    if found is None:
-        return None
-    x1, y1, x2, y2 = (min(max(float(number), 0.0), 1.0) for number in found[1].split(","))
-    box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-    return box if box[0] < box[2] and box[1] < box[3] else None
+from perpo.rewards.absence import says_none
+from perpo.rewards.completions import RewardFunction, score_each
+from perpo.rewards.formats import Box, Size, box_format, read_boxes, written_boxes
 
 
 def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
@@ -42,36 +29,122 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     return intersection / union if union > 0 else 0.0
 
 
-def iou_reward(
-    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **columns: Any
-) -> list[float]:
-    """IoU of every completion's box with the box of its answer, in the signature of TRL's GRPO reward functions.
+def giou(a: Sequence[float], b: Sequence[float]) -> float:
+    """GIoU. Unlike IoU it still orders boxes by distance where they do not meet; 0 for two points."""
+    around = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    if around <= 0:
+        return 0.0
+    iou = box_iou(a, b)
+    both = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    union = both / (1 + iou)  # |A| + |B| = |A ∪ B| + |A ∩ B|
+    return iou - (around - union) / around
+
+
+def scaled_giou(a: Sequence[float], b: Sequence[float]) -> float:
+    """(1 + GIoU) / 2, in [0, 1], so that no box at all (0) is never better than a box far off.
+
+    PerPO's weights do not change under r → a·r + b, so among readable answers this is GIoU.
+    """
+    return (1 + giou(a, b)) / 2
+
+
+def match(values: ArrayLike) -> list[tuple[int, int]]:
+    """The one-to-one assignment of rows to columns of `values` [n, m] with the largest sum, as min(n, m) pairs."""
+    from scipy.optimize import linear_sum_assignment  # takes longer to import than everything else here
+
+    values = np.asarray(values, dtype=np.float64)
+    if values.size == 0:
+        return []
+    rows, columns = linear_sum_assignment(values, maximize=True)
+    return list(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
+def matched_score(
+    found: Sequence[Box],
+    truth: Sequence[Box],
+    measure: Callable[[Box, Box], float] = box_iou,
+    n_written: int = 0,
+) -> float:
+    """Σ of `measure` over the best one-to-one matching / max(|found|, |truth|): missing and surplus boxes both cost.
 
     Args:
-        prompts: one a completion; not looked at.
-        completions: texts, or message lists whose last message holds the text.
-        answer: the true box of each completion: four numbers, or a text that holds a box.
-        columns: the data set's other columns; not looked at.
+        n_written: boxes that the answer writes, where it writes more than can be read: all count as found.
+    """
+    if not found or not truth:
+        return 0.0
+    values = [[measure(a, b) for b in truth] for a in found]
+    return sum(values[i][j] for i, j in match(values)) / max(len(found), len(truth), n_written)
+
+
+def box_reward(name: str = "llava", measure: Callable[[Box, Box], float] = box_iou) -> RewardFunction:
+    """A reward function (TRL's GRPO signature) for answers in the format `name`.
+
+    Its column `answer` holds the truth, always in fractions of the image: four numbers, a text holding a box as "llava"
+    writes it, or a list of boxes. One true box is compared with the first readable box of the completion; a list of
+    them is matched with all of the completion's (`matched_score`). The empty list says that there is nothing to find:
+    then a completion that writes no box and says so (`perpo.rewards.absence`) scores 1, and any other 0. Otherwise a
+    completion without a readable box scores 0. Its column `image_size` holds (width, height) where the format needs it.
+
+    Raises:
+        ValueError: the format is not known; and from the reward function: an answer is not a box, or a size is missing.
+    """
+    box_format(name)
+
+    def reward(
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        answer: Sequence[Any],
+        image_size: Sequence[Size] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        def score(text: str, truth: Any, size: Size | None) -> float:
+            true_boxes, several = true_boxes_of(truth)
+            reading = read_boxes(text, name, size)
+            if not true_boxes:
+                return float(not reading.n_written and says_none(text))
+            if several:
+                return matched_score(reading.boxes, true_boxes, measure, reading.n_written)
+            return measure(reading.boxes[0], true_boxes[0]) if reading.boxes else 0.0
+
+        return score_each(completions, score, answer=answer, image_size=image_size)
+
+    reward.__name__ = f"{measure.__name__}_reward_{name}"  # trainers name their charts by it
+    return reward
+
+
+def iou_reward(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **columns: Any
+) -> list[float | None]:
+    """`box_reward()`: IoU of boxes written as "llava" does, `[x1, y1, x2, y2]` in fractions of the image.
 
     Raises:
         ValueError: the lengths differ, or an answer is not a box. A bad completion is the model's fault and scores 0;
             a bad answer is the data's.
     """
-    if len(completions) != len(answer):
-        raise ValueError(f"completions and answer must be of one length, got {len(completions)} and {len(answer)}")
-    rewards = []
-    for completion, truth in zip(completions, answer, strict=True):
-        box = parse_box(_text(completion))
-        rewards.append(0.0 if box is None else box_iou(box, _truth(truth)))
-    return rewards
+    return box_reward()(prompts, completions, answer=answer)
 
 
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+def true_boxes_of(answer: Any) -> tuple[list[Box], bool]:
+    """The true boxes, and whether the answer is a list of them (rather than one).
 
-
-def _truth(answer: Any) -> Sequence[float]:
-    box = parse_box(answer) if isinstance(answer, str) else answer
-    if box is None or len(box) != 4 or not all(math.isfinite(side) for side in box):
-        raise ValueError(f"answer must be a box [x1, y1, x2, y2] in fractions of the image, got {answer!r}")
-    return box
+    Raises:
+        ValueError: it is neither.
+    """
+    answer = answer.tolist() if hasattr(answer, "tolist") else answer  # an array
+    numbers: list[tuple[float, ...]] = [()]
+    several = False
+    if isinstance(answer, str):
+        numbers = written_boxes(answer)
+        several = len(numbers) != 1
+        if not numbers and answer.strip() != "[]":
+            numbers = [()]
+    elif isinstance(answer, Sequence):
+        several = not answer or not isinstance(answer[0], Real)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            numbers = [tuple(float(side) for side in box) for box in (answer if several else [answer])]
+    if all(len(b) == 4 and min(b) >= 0 and max(b) <= 1 and b[0] < b[2] and b[1] < b[3] for b in numbers):
+        return numbers, several  # type: ignore[return-value]
+    raise ValueError(
+        "answer must be a box [x1, y1, x2, y2] in fractions of the image with x1 < x2 and y1 < y2, a text with one, or "
+        f"a list of boxes, got {answer!r:.200}"
+    )

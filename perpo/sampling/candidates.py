@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from perpo.data.images import ImageError, open_image
 from perpo.data.record import ListRecord, write_records
-from perpo.rewards.scoring import Tally, Task, find_task, score_record
+from perpo.rewards.scoring import Tally, Task, score_record, task_of
 from perpo.sampling.sampler import Answer, Question, Sampler, distinct_answers
 from perpo.sampling.shards import Finished, Shards, check_sources, source_of
 
@@ -151,7 +151,8 @@ def generate(
     path = Path(output)
     folder = parts_folder(path)
     check_output(records, path, folder)
-    tasks = {name: find_task(name) for name in sorted({config.reward or record.task for record in records} - {""})}
+    naming = {config.reward or record.task: record for record in records}
+    tasks = {name: task_of(record, config.reward) for name, record in naming.items() if name}
     worker = _Worker(sampler, config, tasks)
     with Shards(folder, config.identity() | sampler.identity(), rank) as shards:
         finished = shards.read()

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.harness import BARE, FLOOR, OURS, Case, Race, peak_extra_bytes
 from benchmarks.peers import list_loss_of_tokens, loop_list_loss, plain_linear_log_probs, plain_list_loss
-from benchmarks.problems import Head, Lists, Setting, problem
+from benchmarks.problems import HeadShape, ListShape, Setting, problem
 from benchmarks.test_linear_loss import ours
 from perpo_kernels import reference
 from perpo_kernels.objectives import Objective
@@ -26,8 +26,8 @@ def test_peak_memory_is_exact_on_the_cpu():
 def test_frozen_head_takes_a_quarter_of_the_memory_of_plain_pytorch_and_no_more_for_more_logits():
     """T 1600, V 32000, k 20, as required; a narrow H, which the logits do not depend on."""
 
-    lists = Lists(2, 20, 40)
-    p = problem(Head("", 32000, 16), lists, CPU)
+    lists = ListShape(2, 20, 40)
+    p = problem(HeadShape("", 32000, 16), lists, CPU)
 
     def plain():
         tokens = plain_linear_log_probs(p.hidden, p.weight, p.labels)
@@ -35,7 +35,7 @@ def test_frozen_head_takes_a_quarter_of_the_memory_of_plain_pytorch_and_no_more_
 
     small = peak_extra_bytes(ours(p, True), "cpu")
     assert small <= peak_extra_bytes(plain, "cpu") / 4
-    twice = problem(Head("", 64000, 16), lists, CPU)
+    twice = problem(HeadShape("", 64000, 16), lists, CPU)
     assert peak_extra_bytes(ours(twice, True), "cpu") <= 1.1 * small
 
 
@@ -113,10 +113,10 @@ def test_what_is_ours_may_not_fail_but_for_want_of_memory(name):
     assert race.rows("q", "c", {}, "float32")[0]["reason"] == "out of memory"
 
 
-@pytest.mark.parametrize("head", [Head("", 32000, 512), Head("", 131072, 256)])
+@pytest.mark.parametrize("head", [HeadShape("", 32000, 512), HeadShape("", 131072, 256)])
 def test_logits_are_peaked_at_the_label_as_those_of_a_trained_model(head):
     torch.manual_seed(0)
-    p = problem(head, Lists(1, 4, 40), CPU)
+    p = problem(head, ListShape(1, 4, 40), CPU)
     mean = plain_linear_log_probs(p.hidden.detach(), p.weight, p.labels).mean()
     assert -1.3 < mean < -0.7
 

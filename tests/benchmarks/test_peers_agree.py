@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import peers, small_models
-from benchmarks.problems import Head, Lists, Prefix, Setting, problem
+from benchmarks.problems import HeadShape, ListShape, Prefix, Setting, problem
 from benchmarks.test_linear_loss import chosen_first, liger_pairs, ours
 from benchmarks.test_shared_prefix import dense
 from benchmarks.test_step import Step
@@ -41,7 +41,7 @@ def test_a_peer_computes_the_log_probs_and_gradients_of_plain_pytorch(peer):
     fn = loaded(peer)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    p = problem(Head("", 1024, 256), Lists(2, 4, 16), Setting(DEVICE, "gpu" if DEVICE == "cuda" else "tiny"))
+    p = problem(HeadShape("", 1024, 256), ListShape(2, 4, 16), Setting(DEVICE, "gpu" if DEVICE == "cuda" else "tiny"))
     if peer.task == "linear_log_probs":
         inputs, plain = (p.hidden, p.weight), peers.plain_linear_log_probs
     else:
@@ -69,8 +69,8 @@ def test_a_peer_computes_the_list_loss_and_gradient_of_plain_pytorch(peer):
 def test_pairs_for_liger_are_the_pairs_that_ours_learns_from():
     """Better answers first, then worse ones, is the same loss; and Liger's, where it is installed."""
     torch.manual_seed(0)
-    lists = Lists(5, 2, 6)
-    p = problem(Head("", 256, 32), lists, CPU, trainable_head=True)
+    lists = ListShape(5, 2, 6)
+    p = problem(HeadShape("", 256, 32), lists, CPU, trainable_head=True)
     p = p._replace(ref_log_probs=torch.zeros_like(p.ref_log_probs))
     pairs = chosen_first(p)
     tokens = peers.plain_linear_log_probs(pairs.hidden, pairs.weight, pairs.labels).view(2, 5, -1).sum(-1)

@@ -12,7 +12,7 @@ from PIL import Image
 from perpo.cli import main as cli
 from perpo.cli.coco import AnnotationError, CocoFile, divide, prompts
 from perpo.data.record import ListRecord, read_records
-from perpo.rewards.boxes import FORMATS, write_boxes
+from perpo.rewards.formats import FORMATS, write_boxes
 from perpo.rewards.scoring import find_task
 
 CONTENT: dict[str, Any] = {

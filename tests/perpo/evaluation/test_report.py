@@ -17,7 +17,7 @@ from perpo.evaluation.evaluate import Evaluation
 from perpo.evaluation.examples import choose_examples, example_picture, question
 from perpo.evaluation.plots import TRUTH, metrics_plot, model_colours, picture
 from perpo.evaluation.report import report_html, write_report
-from perpo.rewards.boxes import true_boxes_of
+from perpo.rewards.grounding import true_boxes_of
 
 from ..evaluating import evaluate_made_up
 
@@ -109,6 +109,15 @@ def test_texts_are_shown_as_they_are(page: Page) -> None:
     assert ATTACK in words
     assert "<b>middle" in words
     assert "Where is <it>?" in words
+
+
+def test_thoughts_do_not_hide_the_answer_that_is_judged(evaluation: Evaluation) -> None:
+    task = evaluation.tasks[0]
+    thinking = f"<think>{'hm, ' * 300}</think>here it is"
+    greedy = [dataclasses.replace(answer, text=thinking) for answer in task.answers["base"].greedy]
+    alone = dataclasses.replace(task, answers={"base": dataclasses.replace(task.answers["base"], greedy=greedy)})
+    one = dataclasses.replace(evaluation, models=evaluation.models[:1], tasks=[alone])
+    assert "(1215 characters before the answer) here it is" in "".join(Page(report_html(one)).words)
 
 
 def test_tables_hold_the_figures(evaluation: Evaluation, page: Page) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from perpo.rewards.boxes import box_reward
+from perpo.rewards.grounding import box_reward
 from perpo.rewards.ocr import ocr_reward
 
 from .. import tiny_models

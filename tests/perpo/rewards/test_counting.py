@@ -12,9 +12,8 @@ from perpo.rewards.counting import (
     counting_reward,
     exact_match_reward,
     numeric_reward,
-    read_count,
-    read_number,
 )
+from perpo.rewards.numerals import read_count, read_number
 
 
 @pytest.mark.parametrize(
@@ -49,6 +48,32 @@ from perpo.rewards.counting import (
         ("between ten and twenty", 20),
         ("two and three", 3),
         ("<|begin_of_box|>3<|end_of_box|>", 3),
+        ("数量为３", 3),
+        ("温度是25℃", 25),
+        ("气温-5℃", -5),
+        ("有2只狗，3只猫", 3),
+        ("有2只狗,3只猫", 3),
+        ("1、2、3只", 3),
+        ("３．５米", 3.5),
+        ("１，２３４人", 1234),
+        ("3万5千人", 35_000),
+        ("1亿2000万", 120_000_000),
+        ("1.5億円", 150_000_000),
+        ("개가 3마리 있습니다", 3),
+        ("มีสุนัข3ตัว", 3),
+        ("图中有三只狗。", 3),
+        ("两只猫", 2),
+        ("二十三", 23),
+        ("二百零五个", 205),
+        ("三百五十个", 350),
+        ("三百五", 350),
+        ("一万亿", 1e12),
+        ("十几只", None),
+        ("两三只", None),
+        ("第3只", None),
+        ("这是一张图片", None),
+        ("25km", 25),
+        ("10²", None),
         ("five million two hundred thousand", 5_200_000),
         ("two hundred three hundred", None),
         ("dozens of birds", None),
@@ -78,6 +103,7 @@ def test_the_number_that_a_text_states(text: str, number: float | None) -> None:
 
 COUNTS = {"5.0": 5, "no dogs": 0, "None.": 0, "No, there are 3": 3}
 COUNTS |= {"No one": 0, "No one is there.": 0, "no-one but two dogs": 2}
+COUNTS |= {"图中有3只狗。": 3, "没有": 0, "图中没有狗。": 0, "There aren't any dogs.": 0}
 
 
 @pytest.mark.parametrize(("text", "count"), COUNTS.items())
@@ -85,7 +111,9 @@ def test_counts(text: str, count: int) -> None:
     assert read_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["-2", "2.5", "nobody knows 1e999", "no, hundreds", "many", ""])
+@pytest.mark.parametrize(
+    "text", ["-2", "2.5", "nobody knows 1e999", "no, hundreds", "many", "", "no idea", "No problem!"]
+)
 def test_a_count_is_whole_and_not_negative(text: str) -> None:
     assert read_count(text) is None
 
@@ -153,7 +181,8 @@ def test_no_text_whatever_raises(text: str) -> None:
 
 
 REPEATED = ["1", "1,", "111,", "1.", "-", "1e", "twenty ", "twenty-", "no ", " ", ",111", "one"]
-REPEATED += ["one ", "hundred ", "a hundred and ", "1 ", "1 111"]
+REPEATED += ["one ", "hundred ", "a hundred and ", "1 ", "1 111", "1万", "一", "一万", "３，", "没有"]
+REPEATED += ["is not ", "no image ", "cannot ", "image is ", "no way "]
 
 
 @pytest.mark.parametrize("unit", REPEATED)

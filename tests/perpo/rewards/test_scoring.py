@@ -1,12 +1,15 @@
 """Records get the rewards of their responses; unreadable answers are counted, and a run full of them is warned."""
 
 import math
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from perpo.data.record import ListRecord
+from perpo.data.record import FieldError, ListRecord
 from perpo.rewards import scoring
 from perpo.rewards.scoring import Tally, UnreadableAnswers, bad_truths, find_task, score_record, score_records
 
@@ -93,11 +96,12 @@ def test_bad_truths_are_found_without_any_response() -> None:
     records = [
         record(id="good"),
         record(id="pixels", answer=[3, 4, 50, 60]),
-        record(id="own", answer=None, task="math:exp"),
+        record(id="none", answer=None),
     ]
-    assert bad_truths(records).keys() == {"pixels"}
+    assert bad_truths(records).keys() == {"pixels", "none"}
     assert "answer must be a box" in bad_truths(records)["pixels"]
-    assert bad_truths(records, "ocr").keys() == {"pixels", "own"}
+    assert bad_truths(records, "ocr").keys() == {"pixels", "none"}
+    assert bad_truths(records, "math:exp") == {}  # may be slow, or take no empty response
 
 
 @pytest.mark.parametrize("reward", [length_reward, f"{__name__}:length_reward"])
@@ -153,10 +157,69 @@ def test_a_reward_that_cannot_be_found_is_an_error_that_says_why(name: str, mess
         find_task(name)
 
 
+HOSTILE = """
+from pathlib import Path
+Path("was_here").touch()
+def f(prompts, completions, **columns):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("task", ["evilmod:f", "os:system", "evilmod:f.__call__", "grounding:x", "evilmod"])
+def test_a_record_cannot_name_what_is_imported(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evilmod.py").write_text(HOSTILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    hostile = record("touch was_here", id="bad one", task=task)
+    with pytest.raises(ValueError, match=r"record 'bad one': task .* is not known; .*never from a record"):
+        list(score_records([hostile]))
+    with pytest.raises(ValueError, match="record 'bad one'"):
+        find_task(task, of_record="bad one")
+    assert "never from a record" in bad_truths([hostile])["bad one"]
+    assert not (tmp_path / "was_here").exists()
+    assert find_task("evilmod:f").reward([""], [""]) == [1.0]  # whoever starts the run may
+    assert (tmp_path / "was_here").exists()
+    del sys.modules["evilmod"]
+
+
 @pytest.mark.parametrize("result", [math.nan, math.inf, "high", [1], "nan"])
 def test_a_reward_that_is_no_finite_number_is_an_error_that_names_the_record(result: object) -> None:
     with pytest.raises(ValueError, match=r"for 'y' of record 'a': a reward must be a finite number"):
         score_record(record("y"), lambda prompts, completions, **columns: [result], Tally())
+
+
+@pytest.mark.parametrize("rewards", [(1e39, 0.0), (0.0, -1e39), (3e38, -3e38)])
+def test_rewards_beyond_fp32_are_refused(rewards: tuple[float, ...]) -> None:
+    with pytest.raises(FieldError, match=r"rewards: must be numbers of fp32"):
+        replace(record("y", "z"), rewards=rewards)
+    with pytest.raises(ValueError, match=r"gave record 'a' rewards: must be numbers of fp32"):
+        score_record(record("y", "z"), lambda prompts, completions, **columns: list(rewards), Tally())
+
+
+@pytest.mark.parametrize(
+    "rewards", [(0.0, 1.0, 1 + 1e-9), (1 + 2e-9, 0.0, 1.0, 1 + 1e-9), (0.5, 1000.00001, 1000.0), (0.0, 1e-60, 1.0)]
+)
+def test_rewards_that_fp32_cannot_tell_apart_are_kept_apart(rewards: tuple[float, ...]) -> None:
+    (scored,) = score_records(
+        [record(*map(str, rewards))], lambda prompts, completions, **columns: [float(text) for text in completions]
+    )
+    assert scored.rewards is not None
+    order = np.argsort(rewards)
+    assert (np.diff(np.array(scored.rewards, dtype=np.float32)[order]) > 0).all()
+    assert scored.rewards == pytest.approx(rewards, rel=3e-7, abs=1e-44)
+    assert replace(scored, rewards=scored.rewards).rewards == scored.rewards
+
+
+@pytest.mark.parametrize("rewards", [(1.0, 1 + 1e-9), (1e6 + 0.01, 1e6 + 0.02), (1e-50, 2e-50)])
+def test_rewards_that_differ_by_less_than_fp32_can_hold_are_refused_with_advice(rewards: tuple[float, ...]) -> None:
+    with pytest.raises(FieldError, match=r"are equal in fp32, .* subtract what all rewards have in common, or scale"):
+        replace(record("y", "z"), rewards=rewards)
+
+
+def test_rounding_noise_of_fp64_is_a_tie() -> None:
+    rewards = replace(record("y", "z"), rewards=(0.3, 0.1 + 0.2)).rewards
+    assert rewards == (0.3, 0.1 + 0.2)
+    assert len(set(np.array(rewards, dtype=np.float32).tolist())) == 1
 
 
 def test_a_reward_that_fails_or_gives_the_wrong_number_names_the_record() -> None:
