@@ -23,12 +23,12 @@ HEAD = """# Settings
 
 <!-- Written by docs/write_settings.py; do not edit. -->
 
-Every setting of every command, as `perpo COMMAND --help` prints them. `--config FILE.yaml` holds lines `name: value`; the command
-line wins over the file. A misspelt setting is an error, in either place.
+Every setting of every command, as `perpo COMMAND --help` prints them. `--config FILE.yaml` holds lines `name: value`; the
+command line wins over the file. A misspelt setting is an error, in either place.
 """
 ENVIRONMENT = {
     "PERPO_BACKEND": "The backend of `perpo_kernels` where a call says `auto`: `triton`, `eager` or `reference`.",
-    "PERPO_CHECK": "`1`: check values that lie on a GPU too, such as labels out of range, at the cost of a synchronisation.",
+    "PERPO_CHECK": "`1`: check values on a GPU too, such as labels out of range, at the cost of a synchronisation.",
     "PERPO_TRACEBACK": "`1`: show where an error comes from, instead of its message alone.",
 }
 WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", dict: "mapping", list: "several"}

@@ -1,4 +1,4 @@
-"""The pages of the documentation: links lead somewhere, every page and picture is found, code runs, figures are kept."""
+"""The pages of the documentation: links lead somewhere, pages and pictures are found, code runs, figures are kept."""
 
 import dataclasses
 import importlib.util
@@ -66,9 +66,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 def test_every_page_is_linked_from_the_index() -> None:
     index = DOCS / "README.md"
     linked = {(index.parent / target.partition("#")[0]).resolve() for target in links(index)}
-    assert {name(page) for page in PAGES} - {name(page) for page in linked if page.suffix == ".md"} == {
-        "docs/README.md"
-    }
+    assert [name(page) for page in PAGES if page not in linked] == ["docs/README.md"]
     assert ROOT / "CITATION.cff" in linked
     assert "docs/README.md" in links(ROOT / "README.md")
 
@@ -158,16 +156,17 @@ def test_the_commands_of_the_quickstart_run(demo_output: Path, capsys: pytest.Ca
     for command in commands:
         assert cli.main(command) == 0
     printed = capsys.readouterr().out
-    for block in blocks("quickstart.md", "text"):  # the same lines with other numbers
-        for line in block.splitlines():
-            words = re.split(r"[-+]?\d[\d.]*%?", line)
-            pattern = r"[-+]?\d[\d.]*%?".join(re.sub(r"(\\ )+", r"\\s+", re.escape(part)) for part in words)
-            optional = (
-                " of the answers " in line and line not in block.splitlines()[:1]
-            )  # none need be cut or unreadable
-            assert optional or re.search(pattern, printed), f"not printed: {line}"
+    shown = {shape(line) for line in printed.splitlines()}
+    for line in "".join(blocks("quickstart.md", "text")).splitlines():
+        if "% of the answers" not in line:  # none need be cut or unreadable
+            assert shape(line) in shown, f"not printed: {line}"
     assert json.loads((demo_output / "my_lists.jsonl").read_text().splitlines()[0])["rewards"]
     assert (demo_output / "my_evaluation" / "report.html").exists()
+
+
+def shape(line: str) -> str:
+    """A line without what differs from run to run."""
+    return " ".join(re.sub(r"[-+]?\d[\d.]*%?", "#", line).split())
 
 
 def cells_of_the_demo() -> Iterator[tuple[str, str, str]]:
