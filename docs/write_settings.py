@@ -23,8 +23,8 @@ HEAD = """# Settings
 
 <!-- Written by docs/write_settings.py; do not edit. -->
 
-Every setting of every command, as `perpo COMMAND --help` prints them. `--config FILE.yaml` holds lines `name: value`; the
-command line wins over the file. A misspelt setting is an error, in either place.
+Every setting of every command, as `perpo COMMAND --help` prints them. `--config FILE.yaml` holds lines `name: value`;
+the command line wins over the file. A misspelt setting is an error, in either place.
 """
 ENVIRONMENT = {
     "PERPO_BACKEND": "The backend of `perpo_kernels` where a call says `auto`: `triton`, `eager` or `reference`.",
