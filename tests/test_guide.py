@@ -281,9 +281,3 @@ def help_of(command: str) -> str:
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
         cli.main([command, "--help"])
     return shown.getvalue()
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(#([^)]+)\)", GUIDE.read_text(encoding="utf-8")))))
-def test_every_link_leads_to_a_heading(target: str) -> None:
-    headings = re.findall(r"^#+ (.+)$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert target in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
