@@ -239,7 +239,7 @@ def list_loss_kernel(
                 if NORMALIZE == NORMALIZE_PAIRS:
                     pairs += better.to(tl.int32)
                 link_sums += winning * link
-                slope += tl.where(better, weight, tl.where(worse, -weight, 0.0)) * pull
+                slope += (winning - tl.where(worse, weight, 0.0)) * pull
             if LUCE:
                 denominator = tl.load(denominators + j, mask=j < end, other=0.0)[None, :]
                 chosen_from = (key_i[:, None] <= key_j[None, :]) & (key_j > lowest)[None, :]
@@ -267,7 +267,6 @@ def list_loss_kernel(
             scale = tl.exp2(gamma * tl.log2(2.0 * half_spread))  # weights were powers of gaps in multiples of the range
         if NORMALIZE == NORMALIZE_PAIRS:
             scale = scale / tl.maximum(n_pairs, 1)
-    tl.store(is_active + g, tl.where(active, 1.0, 0.0))
 
     log_normaliser = z_top + tl.log(tl.where(z_total > 0, z_total, 1.0))
     for start in range(begin, end, K):
@@ -320,6 +319,7 @@ def list_loss_kernel(
         else:
             tl.store(coefficients + i, c, mask=here)
     tl.store(losses + g, tl.where(active, pair_loss * scale + other_loss, 0.0))
+    tl.store(is_active + g, tl.where(active, 1.0, 0.0))
 
 
 def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> None:
