@@ -18,8 +18,8 @@ from triton.runtime.driver import driver
 
 from benchmarks.machine_code import NVIDIA_TOOLS
 from perpo_kernels import objectives
-from perpo_kernels.backends import ListProblem, ListResult, LogitMap
 from perpo_kernels.objectives import Objective
+from perpo_kernels.problem import ListProblem, ListResult, LogitMap
 
 
 class Target(NamedTuple):
@@ -78,7 +78,6 @@ def list_cases(k: int, objective: Objective, name: str = "") -> Iterator[Case]:
     def call(tokens: bool) -> None:
         size = n_tokens if tokens else n_lists * k
         problem = ListProblem(
-            log_probs=meta(size),
             rewards=meta(n_lists * k),
             cu_lists=meta(n_lists + 1, dtype=torch.int32),
             cu_seqlens=meta(n_lists * k + 1, dtype=torch.int32) if tokens else None,
@@ -90,8 +89,8 @@ def list_cases(k: int, objective: Objective, name: str = "") -> Iterator[Case]:
             pair_weights=given,
             objective=objective,
         )
-        result = ListResult(meta(n_lists), meta(size), meta(n_lists * k), meta(4, n_lists))
-        kernels.list_loss(problem, result)
+        result = ListResult(meta(n_lists), meta(size), meta(3, n_lists * k), meta(n_lists))
+        kernels.list_loss(meta(size), problem, result)
 
     yield Case("list_loss (tokens)", f"k {k}{name}", lambda: call(True))
     yield Case("list_loss (sequences)", f"k {k}{name}", lambda: call(False))

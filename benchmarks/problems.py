@@ -118,7 +118,7 @@ def memory_points(
     ]
 
 
-# On the CPU T passes the 524 rows of V 32000 that fill a chunk of ours, V the 32768 from which TRL works in chunks.
+# On the CPU T passes the 819 rows of V 32000 that fill a chunk of ours, V the 32768 from which TRL works in chunks.
 MEMORY_POINTS = {
     "tiny": memory_points([256], 16, [ListShape(1, 20, 8)], ListShape(1, 20, 8), [4], 8),
     "cpu": memory_points(

@@ -28,9 +28,8 @@ import perpo_kernels as pk
 from benchmarks import peers
 from benchmarks.harness import BARE, FLOOR, OURS, Case
 from benchmarks.problems import HeadShape, ListShape, Problem, Setting, problem, shapes
-from perpo_kernels import backends
-from perpo_kernels.backends import LogitMap
-from perpo_kernels.chunks import Head as OurHead
+from perpo_kernels.chunks import bind_head
+from perpo_kernels.problem import LogitMap
 
 
 def ours(p: Problem, grad: bool) -> Callable[[], object]:
@@ -103,7 +102,7 @@ class Products:
 def bare_gemms(p: Problem, n_gemms: int) -> list[Case]:
     """The floor; in chunks; on a CPU also into buffers that are new each time."""
     x, w = p.hidden.detach(), p.weight.detach()
-    chunk = OurHead(w, None, LogitMap(), backends.load("eager"), 0).chunk_rows(len(x))
+    chunk = bind_head(w, None, LogitMap(), 0, "eager").chunk_rows(len(x))
 
     def allocating() -> list[Tensor]:
         logits = x @ w.t()

@@ -3,7 +3,7 @@
 Hypothesis. Beyond its inputs the fused loss holds one chunk of logits (a constant of the device), the gradient of the
 hidden states [T, H] and, where the head is trained, that of the head [V, H]; plain PyTorch holds the logits, their
 log-softmax and their gradient, each T · V. At T 1600, V 32000 on the CPU ours is at most a quarter of plain PyTorch's;
-from one chunk on (64 MiB on the CPU) it grows with [T, H] and [V, H] alone.
+from one chunk on (100 MiB on the CPU) it grows with [T, H] and [V, H] alone.
 
 Floor. None: memory is counted by the allocator, exactly. `extra.logits_bytes` is the size of one [T, V],
 `extra.gradient_bytes` that of the gradients that must be returned: nobody can hold less.

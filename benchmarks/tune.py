@@ -32,10 +32,9 @@ from benchmarks import rows
 from benchmarks.harness import FLOOR, OURS, Case, Race
 from benchmarks.problems import HeadShape, ListShape, Setting, problem
 from perpo_kernels import backends
-from perpo_kernels.backends import ListProblem, LogitMap
 from perpo_kernels.backends.eager import rows as eager_rows
-from perpo_kernels.objectives import Objective
 from perpo_kernels.ops.lists import new_list_result
+from perpo_kernels.problem import ListProblem, LogitMap
 
 Knobs = dict[str, Any]
 Question = tuple[str, str, Callable[[], list[Case]]]  # question, case, how to make its cases
@@ -100,18 +99,17 @@ def list_cases(lists: ListShape, device: str) -> list[Case]:
     module = importlib.import_module("perpo_kernels.backends.triton.list_loss")
     n_lists, k, n_response = lists
     n = n_lists * k
+    log_probs = -10 * torch.rand(n * n_response, device=device)
     task = ListProblem(
-        -10 * torch.rand(n * n_response, device=device),
         torch.rand(n, device=device),
         torch.arange(n_lists + 1, dtype=torch.int32, device=device) * k,
-        Objective(),
         cu_seqlens=torch.arange(n + 1, dtype=torch.int32, device=device) * n_response,
         labels=torch.randint(1000, (n * n_response,), device=device),
         ref_log_probs=-200 * torch.rand(n, device=device),
     )
-    result = new_list_result(task)
+    result = new_list_result(log_probs, task)
     useful = [knobs for knobs in LIST_GRID if knobs["MAX_TILE"] <= max(16, 2 * k)]
-    return variants(module, useful, lambda: module.list_loss(task, result), graph=True)
+    return variants(module, useful, lambda: module.list_loss(log_probs, task, result), graph=True)
 
 
 def chunk_cases(

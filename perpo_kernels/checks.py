@@ -1,16 +1,21 @@
-"""Argument checks of the public functions: each error names the argument, what was expected and what came.
+"""Argument checks: each error names the argument, what was expected and what came.
 
-Only what the host knows is looked at here (types, shapes, dtypes, devices), so a check never waits for a device.
+The public functions check what the host knows (types, shapes, dtypes, devices), and never wait for a device. The
+operators check values, at the end of this file: on the CPU always, on a device only with PERPO_CHECK=1.
 """
 
 import math
+import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from perpo_kernels.backends import BACKENDS, LogitMap
+from perpo_kernels.backends import BACKENDS
 from perpo_kernels.objectives import Objective
+from perpo_kernels.problem import ListProblem, LogitMap
 
+LARGEST_INDEX = 1 << 53  # the operators take their numbers as doubles
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -41,6 +46,8 @@ def positive(name: str, value: float) -> None:
 def index(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if abs(value) > LARGEST_INDEX:
+        raise ValueError(f"{name} must lie within ±2^53, got {value}")
 
 
 def backend(name: str) -> None:
@@ -122,7 +129,7 @@ def reduction(value: str) -> None:
 def objective(given: Objective | None, beta: float | None, gamma: float | None) -> Objective:
     """The objective that a call asks for; beta and gamma are PerPO's, with the published defaults."""
     if given is None:
-        return Objective(0.1 if beta is None else beta, 0.5 if gamma is None else gamma)
+        return Objective(Objective.beta if beta is None else beta, Objective.gamma if gamma is None else gamma)
     if not isinstance(given, Objective):
         hint = "; call the preset: objectives.dpo()" if callable(given) or isinstance(given, str) else ""
         raise TypeError(f"objective must be a perpo_kernels.objectives.Objective, got {type(given).__name__}{hint}")
@@ -132,20 +139,19 @@ def objective(given: Objective | None, beta: float | None, gamma: float | None) 
     return given
 
 
-def needs(
-    target: Objective, ref_log_probs: Tensor | None, pair_weights: Tensor | None, flip_probs: Tensor | None
-) -> None:
+def objective_data(p: ListProblem) -> None:
     """What the objective takes and what was given fit together."""
-    if ref_log_probs is not None and not target.reference:
+    target = p.objective
+    if p.ref_log_probs is not None and not target.reference:
         raise ValueError("ref_log_probs must be None: this objective is defined without a reference model")
-    if (target.pairs == "given") != (pair_weights is not None):
+    if (target.pairs == "given") != (p.pair_weights is not None):
         raise ValueError(
             f"pair_weights go with pairs='given' and nothing else; the objective has pairs={target.pairs!r} and "
-            f"pair_weights {'is None' if pair_weights is None else 'were given'}"
+            f"pair_weights {'is None' if p.pair_weights is None else 'were given'}"
         )
-    if target.flips and flip_probs is None:
+    if target.flips and p.flip_probs is None:
         raise ValueError("flip_probs must be given: this objective takes the probability of a flip of each candidate")
-    if flip_probs is not None and (target.link != "logistic" or target.pairs == "none"):
+    if p.flip_probs is not None and (target.link != "logistic" or target.pairs == "none"):
         raise ValueError("flip_probs soften the logistic link of pairs, which this objective does not have")
 
 
@@ -176,67 +182,92 @@ def _constant(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must not require grad: the loss takes it as a constant; pass {name}.detach()")
 
 
-def _cumulative(name: str, x: Tensor) -> None:
+def layout(name: str, x: Tensor, device: torch.device) -> None:
+    """A layout lies on the CPU, or on the device of the other tensors."""
     tensor(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 (or int64), got {x.dtype}")
     if x.dim() != 1 or x.numel() == 0:
         raise ValueError(f"{name} must be one-dimensional with at least the element 0, got {_shape(x)}")
+    if x.device.type != "cpu":
+        same_device(name, x, device)
 
 
-def lists(
-    log_probs: Tensor,
-    rewards: Tensor,
-    ref_log_probs: Tensor | None,
-    cu_lists: Tensor | None,
-    valid: Tensor | None,
-    lengths: Tensor | None,
-    flip_probs: Tensor | None,
-) -> None:
-    if cu_lists is None and log_probs.dim() != 2:
-        raise ValueError(
-            f"log_probs must be [G, k], or [S] together with cu_lists; got {_shape(log_probs)} without cu_lists"
-        )
-    if cu_lists is not None:
-        _cumulative("cu_lists", cu_lists)
-        if log_probs.dim() != 1:
-            raise ValueError(f"log_probs must be packed [S] when cu_lists is given, got {_shape(log_probs)}")
-    constants = {"rewards": rewards, "ref_log_probs": ref_log_probs, "flip_probs": flip_probs}
+def sequences(log_probs: Tensor, cu_lists: Tensor | None) -> None:
+    """Log-probs of whole responses are padded, or packed with a layout."""
+    floating("log_probs", log_probs)
+    if cu_lists is None:
+        if log_probs.dim() != 2:
+            raise ValueError(
+                f"log_probs must be [G, k], or [S] together with cu_lists; got {_shape(log_probs)} without cu_lists"
+            )
+        return
+    layout("cu_lists", cu_lists, log_probs.device)
+    if log_probs.dim() != 1:
+        raise ValueError(f"log_probs must be packed [S] when cu_lists is given, got {_shape(log_probs)}")
+
+
+def candidates(p: ListProblem, shape: torch.Size, expected: str, device: torch.device) -> None:
+    """What a problem holds for each candidate has this shape; `expected` says so."""
+    constants = {"rewards": p.rewards, "ref_log_probs": p.ref_log_probs, "flip_probs": p.flip_probs}
     for name, x in constants.items():
         if x is not None:
             floating(name, x)
             _constant(name, x)
-    for name, x in {**constants, "valid": valid, "lengths": lengths}.items():
+    for name, x in {**constants, "valid": p.valid, "lengths": p.lengths}.items():
         if x is not None:
             tensor(name, x)
-            if x.shape != log_probs.shape:
-                raise ValueError(f"{name} must have the shape of log_probs, {_shape(log_probs)}, got {_shape(x)}")
-            same_device(name, x, log_probs.device)
-    if lengths is not None:
-        _constant("lengths", lengths)
-    if valid is not None and valid.dtype != torch.bool:
-        raise TypeError(f"valid must be bool, got {valid.dtype}")
-
-
-def packed(
-    rewards: Tensor,
-    cu_seqlens: Tensor,
-    cu_lists: Tensor,
-    ref_log_probs: Tensor | None,
-    flip_probs: Tensor | None,
-    device: torch.device,
-) -> None:
-    _cumulative("cu_seqlens", cu_seqlens)
-    _cumulative("cu_lists", cu_lists)
-    n_candidates = cu_seqlens.numel() - 1
-    for name, x in (("rewards", rewards), ("ref_log_probs", ref_log_probs), ("flip_probs", flip_probs)):
-        if x is None:
-            continue
-        floating(name, x)
-        _constant(name, x)
-        if x.shape != (n_candidates,):
-            raise ValueError(f"{name} must be [S] = [{n_candidates}], as cu_seqlens says, got {_shape(x)}")
-        same_device(name, x, device)
-    for name, x in (("cu_seqlens", cu_seqlens), ("cu_lists", cu_lists)):
-        if x.device.type != "cpu":
+            if x.shape != shape:
+                raise ValueError(f"{name} must {expected}, got {_shape(x)}")
             same_device(name, x, device)
+    if p.lengths is not None:
+        _constant("lengths", p.lengths)
+    if p.valid is not None and p.valid.dtype != torch.bool:
+        raise TypeError(f"valid must be bool, got {p.valid.dtype}")
+
+
+# ---------------------------------------------------------------------------------------------------- checks of values
+
+
+def values_are_checked(x: Tensor) -> bool:
+    """Whether the values of x may be looked at: on the CPU always; on a device, which it would stall, on request."""
+    return x.device.type == "cpu" or os.environ.get("PERPO_CHECK", "0") not in ("", "0")
+
+
+def label_values(labels: Tensor, n_vocab: int, ignore_index: int) -> None:
+    if not values_are_checked(labels):
+        return
+    wrong = ((labels < 0) | (labels >= n_vocab)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels must lie in [0, {n_vocab}) or be ignore_index={ignore_index}; "
+            f"{int(wrong.sum())} do not, the first is {int(labels[tuple(at)])} at {at}"
+        )
+
+
+def list_values(p: ListProblem, n_log_probs: int) -> None:
+    """The values of a problem whose log-probs have this length."""
+    _cumulative_values("cu_lists", p.cu_lists, p.rewards.numel(), "candidates")
+    if p.cu_seqlens is not None:
+        _cumulative_values("cu_seqlens", p.cu_seqlens, n_log_probs, "tokens")
+    if p.pair_weights is not None and p.cu_lists.numel() > 1 and values_are_checked(p.cu_lists):
+        pair_weights(p.pair_weights, p.cu_lists, int(p.cu_lists.diff().max()))
+    if p.flip_probs is not None and values_are_checked(p.flip_probs):
+        wrong = ~((p.flip_probs >= 0) & (p.flip_probs <= 1)).flatten()
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"flip_probs must be probabilities in [0, 1], got {p.flip_probs.flatten()[at].item()} at {at}"
+            )
+
+
+def _cumulative_values(name: str, counts: Tensor, total: int, of: str) -> None:
+    if not values_are_checked(counts):
+        return
+    values = counts.tolist()
+    if values[0] != 0 or values[-1] != total or any(a > b for a, b in pairwise(values)):
+        raise ValueError(
+            f"{name} must start at 0, never decrease and end at the number of {of}, {total}; got "
+            f"{values if len(values) <= 16 else f'{values[:8]} … {values[-4:]}'}"
+        )

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from perpo_kernels import backends
-from perpo_kernels.backends import LogitMap
-from perpo_kernels.ops.lists import accumulation_dtype
+from perpo_kernels.problem import LogitMap, accumulation_dtype
 
-CHUNK_BYTES = {"cpu": 100 << 20}  # 800 rows at V = 32000 in fp32: GEMMs within a few per cent of their rate
-CHUNK_BYTES_ELSEWHERE = 1 << 30  # 3500 rows at V = 152064 in bf16: GEMMs at full rate
+CPU_CHUNK_BYTES = 100 << 20  # 800 rows at V = 32000 in fp32: GEMMs within a few per cent of their rate
+DEVICE_CHUNK_BYTES = 1 << 30  # 3500 rows at V = 152064 in bf16: GEMMs at full rate
 ROW_MULTIPLE = 128  # rows of a GEMM tile
 FP32_COPY = 4096  # of the vocabulary at once, where low-precision factors have to be copied into fp32
 ALIGNMENT = 64  # bytes; the row stride of Z, so that every row starts on a cache line and a 16-byte vector
 
 
-class Head(NamedTuple):
-    """The language head and what maps its outputs to logits."""
+class ChunkedHead(NamedTuple):
+    """The language head, applied to a chunk of tokens at a time, and the map from its outputs to logits."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -32,8 +31,8 @@ class Head(NamedTuple):
 
     def max_rows(self) -> int:
         """Rows of logits that the memory budget allows."""
-        device = self.weight.device.type
-        return max(1, (self.chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)) // self._row_bytes())
+        default = CPU_CHUNK_BYTES if self.weight.device.type == "cpu" else DEVICE_CHUNK_BYTES
+        return max(1, (self.chunk_bytes or default) // self._row_bytes())
 
     def chunk_rows(self, n_tokens: int) -> int:
         """Tokens a chunk: equal chunks within the budget; on a GPU of whole GEMM tiles, where those fit."""
@@ -63,18 +62,9 @@ class Head(NamedTuple):
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
 
-def bind_head(
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    chunk_bytes: int,
-    backend: str,
-) -> Head:
+def bind_head(weight: Tensor, bias: Tensor | None, z: LogitMap, chunk_bytes: int, backend: str) -> ChunkedHead:
     kernels = backends.load(backends.resolve(backend, weight.device.type, weight.dtype))
-    return Head(weight, bias, LogitMap(temperature, softcap, logit_scale, ignore_index), kernels, chunk_bytes)
+    return ChunkedHead(weight, bias, z, kernels, chunk_bytes)
 
 
 def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
@@ -92,7 +82,7 @@ def chunks(start: int, stop: int, rows: int) -> Iterator[slice]:
 class HeadGradient:
     """dW = Σ Dᵀ (g ⊙ X) and db = Σ Dᵀ g, summed over chunks in accumulation precision."""
 
-    def __init__(self, head: Head, need_weight: bool, need_bias: bool) -> None:
+    def __init__(self, head: ChunkedHead, need_weight: bool, need_bias: bool) -> None:
         dtype = accumulation_dtype(head.weight.dtype)
         n_vocab, n_hidden = head.weight.shape
         self.need_weight, self.need_bias = need_weight, need_bias

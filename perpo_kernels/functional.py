@@ -10,18 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perpo_kernels import backends, checks, layout, reference
+from perpo_kernels import checks, layout, metrics, reference
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import linear
-from perpo_kernels.ops import lists as ops
-
-METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "lists/pair_accuracy", "lists/active")
-
-
-def _is_reference(backend: str) -> bool:
-    """Whether the call is for the definition itself, which is no operator; the operators resolve the other names."""
-    checks.backend(backend)
-    return (os.environ.get("PERPO_BACKEND", "auto") if backend == "auto" else backend) == "reference"
+from perpo_kernels.ops import lists as list_ops
+from perpo_kernels.ops import logits as token_ops
+from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype
 
 
 def token_log_probs(
@@ -57,10 +51,10 @@ def token_log_probs(
     checks.positive("temperature", temperature)
     checks.index("ignore_index", ignore_index)
     if _is_reference(backend):
-        ops.check_labels(labels, logits.shape[-1], ignore_index)
-        wide = logits.to(ops.accumulation_dtype(logits.dtype))
+        checks.label_values(labels, logits.shape[-1], ignore_index)
+        wide = logits.to(accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, temperature, ignore_index)
-    return ops.token_log_probs(logits, labels, temperature, ignore_index, inplace_backward, backend)[0]
+    return token_ops.token_log_probs(logits, labels, temperature, ignore_index, inplace_backward, backend)[0]
 
 
 def linear_token_log_probs(
@@ -104,14 +98,8 @@ def linear_token_log_probs(
     checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
     chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
-    if _is_reference(backend):
-        return _reference_linear(hidden, weight, labels, bias, z)
-    rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    keep_derivative = torch.is_grad_enabled() and hidden.requires_grad
-    log_probs, _, _ = linear.linear_log_probs(
-        rows, weight, labels.reshape(-1).contiguous(), bias, *z, chunk_bytes, backend, keep_derivative
-    )
-    return log_probs.view(labels.shape)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return _linear_log_probs(rows, weight, bias, labels.reshape(-1), z, chunk_bytes, backend).view(labels.shape)
 
 
 def perpo_loss(
@@ -162,56 +150,43 @@ def perpo_loss(
         >>> loss.backward(); logp.grad.sum().abs() < 1e-7
         tensor(True)
     """
-    checks.floating("log_probs", log_probs)
-    target = checks.objective(objective, beta, gamma)
-    checks.lists(log_probs, rewards, ref_log_probs, cu_lists, valid, lengths, flip_probs)
-    checks.needs(target, ref_log_probs, pair_weights, flip_probs)
-    if target.length_normalized and lengths is None:
-        raise ValueError("lengths must be given: this objective divides log-probs by the number of tokens")
-    checks.reduction(reduction)
+    checks.sequences(log_probs, cu_lists)
     k = 0
     if cu_lists is None:
         n_lists, k = log_probs.shape
         cu_lists = layout.equal_lists(n_lists, k, log_probs.device)
-        log_probs, rewards = log_probs.reshape(-1), rewards.reshape(-1)
-        ref_log_probs, valid, lengths, flip_probs = (
-            None if x is None else x.reshape(-1) for x in (ref_log_probs, valid, lengths, flip_probs)
-        )
-    checks.pair_weights(pair_weights, cu_lists, k)
-    if _is_reference(backend):
-        ops.check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
-        ops.check_pair_weights(pair_weights, cu_lists)
-        ops.check_flip_probs(flip_probs)
-        lists = _reference_lists(log_probs, rewards, cu_lists, ref_log_probs, valid, lengths, pair_weights, flip_probs)
-        losses = reference.list_losses(lists, target)
-        return _reduce(losses.sum(), losses, reduction)
-    total, losses, *_ = ops.list_loss(
-        log_probs,
+    problem = ListProblem(
         rewards,
         cu_lists,
-        target.numbers(),
-        None,
-        None,
-        -100,
-        ref_log_probs,
-        valid,
-        lengths,
-        None,
-        pair_weights,
-        flip_probs,
-        backend,
+        ref_log_probs=ref_log_probs,
+        valid=valid,
+        lengths=lengths,
+        pair_weights=pair_weights,
+        flip_probs=flip_probs,
+        objective=checks.objective(objective, beta, gamma),
     )
+    shape = log_probs.shape
+    checks.candidates(problem, shape, f"have the shape of log_probs, {list(shape)}", log_probs.device)
+    checks.objective_data(problem)
+    if problem.objective.length_normalized and lengths is None:
+        raise ValueError("lengths must be given: this objective divides log-probs by the number of tokens")
+    checks.reduction(reduction)
+    checks.pair_weights(pair_weights, cu_lists, k)
+    flat = problem.each(lambda x: x.reshape(-1))._replace(pair_weights=pair_weights)
+    total, losses, _, _ = _list_loss(log_probs.reshape(-1), flat, backend)
     return _reduce(total, losses, reduction)
 
 
 class LinearPerPOOutput(NamedTuple):
-    """What `linear_perpo_loss` returns."""
+    """What `linear_perpo_loss` returns; all but the loss is detached."""
 
     loss: Tensor  # [] or [G]
-    log_probs: Tensor  # [S], Σ_t log π(y_it), detached
-    list_stats: (
-        Tensor  # [4, G], detached: β·score of best and of worst candidate, share of pairs ranked right, is active
-    )
+    log_probs: Tensor  # [S]: Σ_t ω_t log π(y_it)
+    scores: Tensor  # [S]: what the objective ranks, log π − log π_ref
+    rewards: Tensor  # [S]: NaN for a candidate that takes part in nothing
+    active: Tensor  # [G]: 1 if the list has a preferred pair, else 0
+    cu_lists: Tensor  # [G + 1]
+    beta: float
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -221,10 +196,22 @@ class LinearPerPOOutput(NamedTuple):
         lists; rewards/margins: their difference; lists/pair_accuracy: share of preferred pairs that the scores rank
         right, mean over active lists; lists/active: share of lists that have a preferred pair at all.
         """
-        active = self.list_stats[3]
-        chosen, rejected, right = self.list_stats[:3].sum(-1) / active.sum().clamp(min=1)
-        share = active.sum() / max(active.numel(), 1)
-        return dict(zip(METRICS, (chosen, rejected, chosen - rejected, right, share), strict=True))
+        ranking = metrics.rank(self.scores, self.rewards, self.cu_lists)
+        scores = self.beta * self.scores
+        of_lists = (
+            metrics.pick(scores, ranking.best),
+            metrics.pick(scores, ranking.worst),
+            ranking.pair_accuracy.to(scores.dtype),
+        )
+        n_active = self.active.sum()
+        chosen, rejected, right = torch.stack(of_lists).where(self.active > 0, 0.0).sum(-1) / n_active.clamp(min=1)
+        return {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "lists/pair_accuracy": right,
+            "lists/active": n_active / max(self.active.shape[0], 1),
+        }
 
 
 def linear_perpo_loss(
@@ -283,73 +270,76 @@ def linear_perpo_loss(
     """
     hidden, weight, bias = checks.head(hidden, weight, bias, packed=True)
     checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
-    target = checks.objective(objective, beta, gamma)
-    checks.packed(rewards, cu_seqlens, cu_lists, ref_log_probs, flip_probs, hidden.device)
-    checks.needs(target, ref_log_probs, pair_weights, flip_probs)
+    for name, x in (("cu_seqlens", cu_seqlens), ("cu_lists", cu_lists)):
+        checks.layout(name, x, hidden.device)
+    labels = labels.contiguous()
+    problem = ListProblem(
+        rewards,
+        cu_lists,
+        cu_seqlens,
+        labels,
+        ref_log_probs,
+        token_weights=token_weights,
+        pair_weights=pair_weights,
+        flip_probs=flip_probs,
+        objective=checks.objective(objective, beta, gamma),
+        ignore_index=ignore_index,
+    )
+    shape = torch.Size([cu_seqlens.shape[0] - 1])
+    checks.candidates(problem, shape, f"be [S] = {list(shape)}, as cu_seqlens says", hidden.device)
+    checks.objective_data(problem)
     checks.pair_weights(pair_weights, cu_lists)
     checks.token_weights(token_weights, labels)
     checks.reduction(reduction)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
     chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
-    if _is_reference(backend):
-        ops.check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
-        ops.check_cumulative("cu_seqlens", cu_seqlens, hidden.shape[0], "tokens")
-        ops.check_pair_weights(pair_weights, cu_lists)
-        ops.check_flip_probs(flip_probs)
-        tokens = _reference_linear(hidden, weight, labels, bias, z)
-        log_probs, lengths = reference.sequence_log_probs(tokens, labels, cu_seqlens, ignore_index, token_weights)
-        lists = _reference_lists(
-            log_probs, rewards, cu_lists, ref_log_probs, lengths > 0, lengths, pair_weights, flip_probs
+    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if any(need[1:]) and reduction != "none" and not _is_reference(backend):
+        total, _, candidates, active, *_ = linear.linear_list_loss(
+            hidden.contiguous(), weight, bias, *problem.pack(), z.pack(), chunk_bytes, backend, need
         )
-        losses = reference.list_losses(lists, target)
-        loss = _reduce(losses.sum(), losses, reduction)
-        return LinearPerPOOutput(loss, log_probs.detach(), reference.list_stats(lists, target))
-    hidden, labels = hidden.contiguous(), labels.contiguous()
-    grad = torch.is_grad_enabled()
-    need_hidden, need_weight = grad and hidden.requires_grad, grad and weight.requires_grad
-    need_bias = grad and bias is not None and bias.requires_grad
-    if (need_weight or need_bias) and reduction != "none":
-        total, _, log_probs, stats, *_ = linear.linear_list_loss(
-            hidden,
-            weight,
-            labels,
-            bias,
-            rewards,
-            cu_seqlens,
-            cu_lists,
-            ref_log_probs,
-            token_weights,
-            pair_weights,
-            flip_probs,
-            *z,
-            chunk_bytes,
-            backend,
-            target.numbers(),
-            need_hidden,
-            need_weight,
-            need_bias,
-        )
-        loss = _reduce(total, stats[3], reduction)
+        losses = active  # as long; only its length is read
     else:
-        tokens, _, _ = linear.linear_log_probs(hidden, weight, labels, bias, *z, chunk_bytes, backend, need_hidden)
-        total, losses, _, log_probs, stats = ops.list_loss(
-            tokens,
-            rewards,
-            cu_lists,
-            target.numbers(),
-            cu_seqlens,
-            labels,
-            ignore_index,
-            ref_log_probs,
-            None,
-            None,
-            token_weights,
-            pair_weights,
-            flip_probs,
-            backend,
-        )
-        loss = _reduce(total, losses, reduction)
-    return LinearPerPOOutput(loss, log_probs.detach(), stats.detach())
+        tokens = _linear_log_probs(hidden, weight, bias, labels, z, chunk_bytes, backend)
+        total, losses, candidates, active = _list_loss(tokens, problem, backend)
+    loss = _reduce(total, losses, reduction)
+    log_probs, scores, ranked_rewards = candidates.detach()
+    beta = problem.objective.beta
+    return LinearPerPOOutput(loss, log_probs, scores, ranked_rewards, active.detach(), cu_lists, beta)
+
+
+# ---------------------------------------------------- the operators, or the definition itself, which is no operator
+
+
+def _is_reference(backend: str) -> bool:
+    checks.backend(backend)
+    return (os.environ.get("PERPO_BACKEND", "auto") if backend == "auto" else backend) == "reference"
+
+
+def _linear_log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, z: LogitMap, chunk_bytes: int, backend: str
+) -> Tensor:  # [T]
+    if _is_reference(backend):
+        checks.label_values(labels, weight.shape[0], z.ignore_index)
+        logits = reference.head_logits(hidden, weight, bias, z.softcap, z.logit_scale)
+        wide = logits.to(accumulation_dtype(logits.dtype))
+        return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)
+    keep_derivative = torch.is_grad_enabled() and hidden.requires_grad
+    return linear.linear_log_probs(
+        hidden.contiguous(), weight, bias, labels.contiguous(), z.pack(), chunk_bytes, backend, keep_derivative
+    )[0]
+
+
+def _list_loss(log_probs: Tensor, problem: ListProblem, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> Σ losses [], losses [G], candidates [3, S], active [G]."""
+    if _is_reference(backend):
+        checks.list_values(problem, log_probs.shape[0])
+        dtype = accumulation_dtype(log_probs.dtype)  # as the other backends compute
+        wide, problem = log_probs.to(dtype), problem.each(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        losses = reference.list_losses(wide, problem)
+        return losses.sum(), losses, *reference.ranked_by(wide, problem)
+    total, losses, _, candidates, active = list_ops.list_loss(log_probs, *problem.pack(), backend)
+    return total, losses, candidates, active
 
 
 def _reduce(total: Tensor, losses: Tensor, reduction: str) -> Tensor:
@@ -357,19 +347,3 @@ def _reduce(total: Tensor, losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
     return total if reduction == "sum" else total / max(losses.shape[0], 1)
-
-
-def _reference_lists(log_probs: Tensor, rewards: Tensor, cu_lists: Tensor, *others: Tensor | None) -> reference.Lists:
-    """In accumulation precision throughout, as the other backends compute."""
-    dtype = ops.accumulation_dtype(log_probs.dtype)
-    rest = (x.to(dtype) if x is not None and x.is_floating_point() else x for x in others)
-    return reference.Lists(log_probs.to(dtype), rewards.to(dtype), cu_lists, *rest)
-
-
-def _reference_linear(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z: backends.LogitMap
-) -> Tensor:
-    ops.check_labels(labels, weight.shape[0], z.ignore_index)
-    logits = reference.head_logits(hidden, weight, bias, z.softcap, z.logit_scale)
-    wide = logits.to(ops.accumulation_dtype(logits.dtype))
-    return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)

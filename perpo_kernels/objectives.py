@@ -160,7 +160,7 @@ def _from_numbers(numbers: tuple[float, ...]) -> Objective:
     return Objective(**values)
 
 
-def perpo(beta: float = 0.1, gamma: float = 0.5) -> Objective:
+def perpo(beta: float = Objective.beta, gamma: float = Objective.gamma) -> Objective:
     """PerPO (arXiv 2502.04371): all pairs of a list, weighted by (r_i − r_j)^γ, normalised per list."""
     return Objective(beta, gamma)
 

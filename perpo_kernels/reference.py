@@ -7,13 +7,13 @@ computed.
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perpo_kernels.objectives import Objective
+from perpo_kernels.problem import ListProblem
 
 
 def token_log_probs(
@@ -59,61 +59,79 @@ def sequence_log_probs(
     return (torch.stack(sums) if sums else log_probs.new_zeros(0)), torch.tensor(counts, device=log_probs.device)
 
 
-class Lists(NamedTuple):
-    """What an objective reads: one entry a candidate, candidates of list g at cu_lists[g] .. cu_lists[g + 1]."""
-
-    log_probs: Tensor  # [S]: Σ_t ω_t log π
-    rewards: Tensor  # [S]
-    cu_lists: Tensor  # int [G + 1]
-    ref_log_probs: Tensor | None = None  # [S]
-    valid: Tensor | None = None  # bool [S]
-    lengths: Tensor | None = None  # [S], for length-normalised scores
-    pair_weights: Tensor | None = None  # [G, k, k], for pairs="given"
-    flip_probs: Tensor | None = None  # [S]: probability that a preference over this candidate is wrong
-
-    def scores(self, objective: Objective) -> Tensor:  # [S]
-        scores = self.log_probs if self.ref_log_probs is None else self.log_probs - self.ref_log_probs
-        if not objective.length_normalized or self.lengths is None:
-            return scores
-        return scores / self.lengths.clamp(min=1)
-
-    def members(self) -> Iterator[list[int]]:
-        """The candidates of each list that take part."""
-        for start, end in pairwise(self.cu_lists.tolist()):
-            yield [
-                i
-                for i in range(start, end)
-                if (self.valid is None or self.valid[i])
-                and (self.lengths is None or self.lengths[i] > 0)
-                and torch.isfinite(self.rewards[i])
-            ]
+def per_candidate(log_probs: Tensor, problem: ListProblem) -> tuple[Tensor, ListProblem]:
+    """Log-probs of whole responses [S] and the problem of candidates, from log-probs [T] and a problem of tokens."""
+    if problem.cu_seqlens is None or problem.labels is None:
+        return log_probs, problem
+    sums, lengths = sequence_log_probs(
+        log_probs, problem.labels, problem.cu_seqlens, problem.ignore_index, problem.token_weights
+    )
+    return sums, problem._replace(cu_seqlens=None, labels=None, token_weights=None, lengths=lengths)
 
 
-def list_losses(lists: Lists, objective: Objective) -> Tensor:  # [G]
+def scores(log_probs: Tensor, problem: ListProblem) -> Tensor:  # [S]
+    """s = Σ_t ω_t log π − log π_ref, divided by the number of tokens if the objective says so."""
+    ratio = log_probs if problem.ref_log_probs is None else log_probs - problem.ref_log_probs
+    if not problem.objective.length_normalized or problem.lengths is None:
+        return ratio
+    return ratio / problem.lengths.clamp(min=1)
+
+
+def members(problem: ListProblem) -> Iterator[list[int]]:
+    """The candidates of each list that take part: not padding, not empty, with a finite reward."""
+    for start, end in pairwise(problem.cu_lists.tolist()):
+        yield [
+            i
+            for i in range(start, end)
+            if (problem.valid is None or problem.valid[i])
+            and (problem.lengths is None or problem.lengths[i] > 0)
+            and torch.isfinite(problem.rewards[i])
+        ]
+
+
+def list_losses(log_probs: Tensor, problem: ListProblem) -> Tensor:  # [G]
     """The objective of each list, term by term as in `perpo_kernels.objectives`; 0 without a preferred pair."""
-    scores = lists.scores(objective)
+    log_probs, problem = per_candidate(log_probs, problem)
+    s, rewards, objective = scores(log_probs, problem), problem.rewards, problem.objective
     losses = []
-    for g, members in enumerate(lists.members()):
-        weights = pair_weights(lists, scores.detach(), g, members, objective)
-        if not is_active(lists, g, members, objective):
+    for g, inside in enumerate(members(problem)):
+        if not is_active(problem, g, inside):
             # zero, attached to the graph, whatever the scores are
-            losses.append(scores.masked_fill(torch.ones_like(scores, dtype=torch.bool), 0.0).sum())
+            losses.append(s.masked_fill(torch.ones_like(s, dtype=torch.bool), 0.0).sum())
             continue
-        loss = pair_term(lists, scores, weights, objective)
-        loss = loss + list_term(lists.rewards, scores, members, objective)
-        loss = loss + pointwise_term(lists.rewards, scores, members, objective)
-        best = target(lists.rewards, members, 0.0)
-        losses.append(loss - objective.nll * sum(p * lists.log_probs[i] for i, p in best.items()))
-    return torch.stack(losses) if losses else scores.new_zeros(0)
+        loss = pair_term(problem, s, pair_weights(problem, s.detach(), g, inside))
+        loss = loss + list_term(rewards, s, inside, objective)
+        loss = loss + pointwise_term(rewards, s, inside, objective)
+        best = target(rewards, inside, 0.0)
+        losses.append(loss - objective.nll * sum(p * log_probs[i] for i, p in best.items()))
+    return torch.stack(losses) if losses else s.new_zeros(0)
 
 
-def is_active(lists: Lists, g: int, members: list[int], objective: Objective) -> bool:
+def ranked_by(log_probs: Tensor, problem: ListProblem) -> tuple[Tensor, Tensor]:
+    """What metrics are made of: candidates [3, S] (Σ ω log π, score, reward or NaN for one that takes no part), and
+    active [G] (1 for a list with a preferred pair)."""
+    log_probs, problem = per_candidate(log_probs, problem)
+    lists = list(members(problem))
+    part = [i for inside in lists for i in inside]
+    rewards = torch.full_like(log_probs, math.nan)
+    rewards[part] = problem.rewards[part].to(rewards.dtype)
+    active = log_probs.new_tensor([is_active(problem, g, inside) for g, inside in enumerate(lists)])
+    return torch.stack([log_probs, scores(log_probs, problem), rewards]).detach(), active
+
+
+def is_active(problem: ListProblem, g: int, members: list[int]) -> bool:
     """Whether the list has a preference at all: two different rewards, or a given pair."""
-    if objective.pairs == "given":
-        assert lists.pair_weights is not None
-        places = [i - int(lists.cu_lists[g]) for i in members]
-        return bool((lists.pair_weights[g][places][:, places] > 0).any())
-    return bool(ranked_pairs(lists.rewards, members))
+    if problem.objective.pairs == "given":
+        return bool(given_weights(problem, g, members))
+    return bool(ranked_pairs(problem.rewards, members))
+
+
+def given_weights(problem: ListProblem, g: int, members: list[int]) -> dict[tuple[int, int], Tensor]:
+    """The positive entries of the matrix of list g, whose rows and columns are places in the list."""
+    assert problem.pair_weights is not None
+    matrix, start = problem.pair_weights[g], int(problem.cu_lists[g])
+    weights = {(i, j): matrix[i - start, j - start] for i in members for j in members}
+    return {pair: w for pair, w in weights.items() if w > 0}
 
 
 def ranked_pairs(rewards: Tensor, members: list[int]) -> list[tuple[int, int]]:
@@ -121,18 +139,13 @@ def ranked_pairs(rewards: Tensor, members: list[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in members for j in members if rewards[i] > rewards[j]]
 
 
-def pair_weights(
-    lists: Lists, scores: Tensor, g: int, members: list[int], objective: Objective
-) -> dict[tuple[int, int], Tensor]:
+def pair_weights(problem: ListProblem, scores: Tensor, g: int, members: list[int]) -> dict[tuple[int, int], Tensor]:
     """w_ij of the pairs that the objective takes, normalised."""
+    objective, rewards = problem.objective, problem.rewards.to(scores.dtype)
     if objective.pairs == "none":
         return {}
-    rewards, start = lists.rewards.to(scores.dtype), int(lists.cu_lists[g])
     if objective.pairs == "given":
-        assert lists.pair_weights is not None
-        given = lists.pair_weights[g].to(scores.dtype)
-        pairs = [(i, j) for i in members for j in members if given[i - start, j - start] > 0]
-        weights = {(i, j): given[i - start, j - start] for i, j in pairs}
+        weights = {pair: w.to(scores.dtype) for pair, w in given_weights(problem, g, members).items()}
     else:
         top, bottom = (f((float(rewards[i]) for i in members), default=0.0) for f in (max, min))
         pairs = [
@@ -167,15 +180,16 @@ def pair_weight(
     return (2 ** rewards[i] - 2 ** rewards[j]) * abs(1 / math.log(1 + ranks[i]) - 1 / math.log(1 + ranks[j]))
 
 
-def pair_term(lists: Lists, scores: Tensor, weights: dict[tuple[int, int], Tensor], objective: Objective) -> Tensor:
+def pair_term(problem: ListProblem, scores: Tensor, weights: dict[tuple[int, int], Tensor]) -> Tensor:
     """Σ w_ij ℓ(β (s_i − s_j) − m_ij)."""
+    objective, flips = problem.objective, problem.flip_probs
     total = scores.new_zeros(())
     for (i, j), weight in weights.items():
         margin = objective.offset
         if objective.log_margin:
-            margin += objective.log_margin * math.log(float(lists.rewards[i] - lists.rewards[j]))
+            margin += objective.log_margin * math.log(float(problem.rewards[i] - problem.rewards[j]))
         d = objective.beta * (scores[i] - scores[j]) - margin
-        target = objective.soft_target if lists.flip_probs is None else 1 - float(lists.flip_probs[j])
+        target = objective.soft_target if flips is None else 1 - float(flips[j])
         if objective.link == "logistic":
             link = -F.logsigmoid(d)
             if target != 1:  # d may be infinite
@@ -223,18 +237,3 @@ def target(rewards: Tensor, members: list[int], temperature: float) -> dict[int,
         best = (values == values.max()).double()
         return dict(zip(members, (best / best.sum()).tolist(), strict=True))
     return dict(zip(members, (values / temperature).softmax(0).tolist(), strict=True))
-
-
-def list_stats(lists: Lists, objective: Objective) -> Tensor:  # [4, G]
-    """Rows: β·score of best and of worst candidate, share of preferred pairs ranked right, 1 if there is a pair."""
-    scores, rewards = lists.scores(objective).detach(), lists.rewards
-    stats = scores.new_zeros(4, lists.cu_lists.numel() - 1)
-    for g, members in enumerate(lists.members()):
-        if is_active(lists, g, members, objective):
-            pairs = ranked_pairs(rewards, members)
-            best = max(members, key=lambda i: float(rewards[i]))  # the first of equals
-            worst = min(members, key=lambda i: float(rewards[i]))
-            right = sum(bool(scores[i] > scores[j]) for i, j in pairs) / max(len(pairs), 1)
-            chosen, rejected = (objective.beta * float(scores[i]) for i in (best, worst))
-            stats[:, g] = scores.new_tensor([chosen, rejected, right, 1.0])
-    return stats

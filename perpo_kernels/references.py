@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from perpo_kernels import checks
-from perpo_kernels.ops import lists as ops
+from perpo_kernels.problem import accumulation_dtype
 
 TOLERANCE = 1e-4  # of the sum of the weights
 
@@ -72,7 +72,7 @@ def _stacked(ref_log_probs: Tensor | Sequence[Tensor]) -> Tensor:  # [n, ...]
     checks.floating("ref_log_probs", ref_log_probs)
     if ref_log_probs.shape[0] == 0:
         raise ValueError("ref_log_probs must be [n, S] with at least one reference, got n = 0")
-    return ref_log_probs.to(ops.accumulation_dtype(ref_log_probs.dtype))
+    return ref_log_probs.to(accumulation_dtype(ref_log_probs.dtype))
 
 
 def _alpha(weights: Tensor | Sequence[float] | None, references: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _alpha(weights: Tensor | Sequence[float] | None, references: Tensor) -> Tens
             f"{list(weights.shape)}"
         )
     checks.same_device("weights", weights, references.device)
-    if ops.values_are_checked(weights):
+    if checks.values_are_checked(weights):
         sums = weights.double().sum(0)
         if not bool((weights >= 0).all()) or not bool(((sums - 1).abs() <= TOLERANCE).all()):
             raise ValueError("weights must be ≥ 0 and add up to 1 over the references (dim 0)")

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from perpo.encoding.corruption import CORRUPTIONS
 from perpo.model.sharing import SHARING
 from perpo.training.objective import named_objective
+from perpo_kernels.chunks import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from perpo_kernels.objectives import PRESETS, Objective
 
 REFERENCES = ("precomputed", "adapter_off", "model", "data", "none")
@@ -111,7 +112,8 @@ class PerPOConfig(TrainingArguments):
     max_chunk_bytes: int | None = field(
         default=None,
         metadata={
-            "help": "Budget for one chunk of logits inside the loss; default: 64 MiB on the CPU, 1 GiB elsewhere."
+            "help": f"Bytes of one chunk of logits inside the loss; default: {CPU_CHUNK_BYTES >> 20} MiB on the CPU, "
+            f"{DEVICE_CHUNK_BYTES >> 30} GiB elsewhere."
         },
     )
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from perpo.encoding.batch import ListBatch
 from perpo_kernels import LinearPerPOOutput
-from perpo_kernels.objectives import Objective
+from perpo_kernels.layout import owner
+from perpo_kernels.metrics import pick, rank
 
 OVER_ACTIVE = (
     "rewards/chosen",
@@ -38,8 +39,7 @@ OVER_LISTS = ("lists/active", "lists/reward_mean", "lists/reward_spread", "loss"
 class ListMetrics:
     """Running sums since the last report. Adding costs no synchronisation; a report costs one."""
 
-    def __init__(self, objective: Objective | None = None) -> None:
-        self.objective = objective or Objective()
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -51,7 +51,7 @@ class ListMetrics:
     @torch.no_grad()
     def add(self, batch: ListBatch, output: LinearPerPOOutput) -> None:
         """Take in one batch, with `output.loss` summed over its lists."""
-        sums = torch.cat([_list_sums(batch, output, self.objective), output.loss.detach().float().reshape(1)])
+        sums = torch.cat([_list_sums(batch, output), output.loss.detach().float().reshape(1)])
         self.sums = sums if self.sums is None else self.sums + sums
         self.n_tokens += batch.n_tokens
         self.n_separate += batch.n_separate
@@ -84,73 +84,33 @@ def peak_memory() -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def kendall_tau(
-    scores: Tensor,  # [G, k]
-    rewards: Tensor,  # [G, k]
-    valid: Tensor,  # bool [G, k]
-) -> Tensor:  # [G]
-    """τ-b of each list: 1 where scores order candidates as rewards do, −1 where reversed, 0 where either is constant.
-
-    τ-b = Σ sgn(Δs) sgn(Δr) / √(Σ |sgn Δs| · Σ |sgn Δr|) over pairs, which takes ties in either into account.
-    """
-    s, r = _signs(scores, valid), _signs(rewards, valid)
-    untied = s.abs().sum((1, 2)) * r.abs().sum((1, 2))
-    return (s * r).sum((1, 2)) / untied.clamp(min=1).sqrt()
-
-
-def pair_accuracy(
-    scores: Tensor,  # [G, k]
-    rewards: Tensor,  # [G, k]
-    valid: Tensor,  # bool [G, k]
-) -> Tensor:  # [G]
-    """Share of the pairs of unequal rewards that the scores put in the same order; equal scores are not."""
-    s, r = _signs(scores, valid), _signs(rewards, valid)
-    return (s * r > 0).sum((1, 2)) / (r != 0).sum((1, 2)).clamp(min=1)
-
-
-def _signs(x: Tensor, valid: Tensor) -> Tensor:  # [G, k, k]
-    pairs = valid.unsqueeze(2) & valid.unsqueeze(1)
-    return torch.where(pairs, torch.sign(x.unsqueeze(2) - x.unsqueeze(1)), 0.0)
-
-
-def _list_sums(batch: ListBatch, output: LinearPerPOOutput, objective: Objective) -> Tensor:
+def _list_sums(batch: ListBatch, output: LinearPerPOOutput) -> Tensor:
     """Number of lists and Σ over them, in the order of OVER_ACTIVE and OVER_LISTS without the loss."""
-    device = output.log_probs.device
-    sizes, lengths = batch.cu_lists.diff().long(), batch.cu_seqlens.diff()  # on the CPU, as all of the layout
-    columns = torch.arange(int(sizes.max()) if sizes.numel() else 0)
-    present = columns < sizes[:, None]  # [G, k]
-    index = (batch.cu_lists[:-1, None].long() + columns).where(present, 0)
-    answered = present & (lengths > 0)[index]
-    index, valid = index.to(device, non_blocking=True), answered.to(device, non_blocking=True)
-    finite = batch.rewards.isfinite()[index]
-    counted, valid = finite[:, 0], valid & finite
+    rewards, device = output.rewards, output.rewards.device
     if batch.added is not None:
-        valid = valid & ~batch.added[index]
-
-    scores = output.log_probs.float()
-    if batch.ref_log_probs is not None:
-        scores = scores - batch.ref_log_probs.float()
-    if objective.length_normalized:
-        scores = scores / lengths.clamp(min=1).to(device, non_blocking=True)
-    scores, log_probs, rewards = scores[index], output.log_probs.float()[index], batch.rewards.float()[index]
-    high = rewards.masked_fill(~valid, -torch.inf)
-    low = rewards.masked_fill(~valid, torch.inf)
-    best, worst = high.argmax(1, keepdim=True), low.argmin(1, keepdim=True)
-    n_valid = valid.sum(1)
-    some = n_valid > 0
-    active = output.list_stats[3].float()
-    chosen, rejected = scores.gather(1, best).squeeze(1), scores.gather(1, worst).squeeze(1)
-    per_list = (
-        counted,
-        objective.beta * chosen * active,
-        objective.beta * rejected * active,
-        (chosen > rejected) * active,
-        pair_accuracy(scores, rewards, valid) * active,
-        log_probs.gather(1, best).squeeze(1) * active,
-        log_probs.gather(1, worst).squeeze(1) * active,
-        kendall_tau(scores, rewards, valid) * active,
-        active,
-        rewards.where(valid, 0).sum(1) / n_valid.clamp(min=1),
-        torch.where(some, high.amax(1) - low.amin(1), 0.0),
+        rewards = rewards.masked_fill(batch.added, torch.nan)
+    cu_lists = batch.cu_lists.long().to(device, non_blocking=True)
+    counted = pick(batch.rewards.isfinite(), cu_lists[:-1])  # a list that only fills up a batch has no rewards
+    ranking = rank(output.scores, rewards, cu_lists)
+    chosen, rejected = (output.beta * pick(output.scores, each) for each in (ranking.best, ranking.worst))
+    over_active = (
+        chosen,
+        rejected,
+        chosen > rejected,  # a tie is not right
+        ranking.pair_accuracy,
+        pick(output.log_probs, ranking.best),
+        pick(output.log_probs, ranking.worst),
+        ranking.kendall_tau,
     )
-    return torch.stack(per_list).sum(1)
+    active = output.active > 0
+    valid = ~rewards.isnan()
+    lists = owner(cu_lists, len(rewards))
+    n_valid = torch.zeros_like(active, dtype=torch.long).index_add(0, lists, valid.long())
+    sums = [
+        counted.sum(),
+        *(values.float().where(active, 0.0).sum() for values in over_active),
+        active.sum(),
+        (rewards / n_valid[lists]).where(valid, 0.0).sum(),
+        (pick(rewards, ranking.best) - pick(rewards, ranking.worst)).sum(),
+    ]
+    return torch.stack([each.float() for each in sums])

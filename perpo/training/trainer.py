@@ -95,7 +95,7 @@ class PerPOTrainer(Trainer):
         self._evaluated: Any = None
         self._batches: ListBatchSampler | None = None
         self.objective = args.list_objective
-        self.metrics = {"train": ListMetrics(self.objective), "eval": ListMetrics(self.objective)}
+        self.metrics = {"train": ListMetrics(), "eval": ListMetrics()}
         super().__init__(
             model=model,
             args=args,

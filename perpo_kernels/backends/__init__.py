@@ -8,64 +8,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from perpo_kernels.objectives import Objective
+from perpo_kernels.problem import ListProblem, ListResult, LogitMap
 
 BACKENDS = ("auto", "triton", "eager", "reference")
-
-
-class LogitMap(NamedTuple):
-    """From what the head's GEMM (or the user) gives to the logits of the softmax.
-
-    z = softcap · tanh(logit_scale · raw / softcap) / temperature, or logit_scale · raw / temperature without a
-    soft-cap. Rows whose label is `ignore_index` are not read.
-    """
-
-    temperature: float = 1.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    ignore_index: int = -100
-
-    @property
-    def pre(self) -> float:
-        """What raw values are multiplied with first (before tanh if there is a soft-cap)."""
-        return self.logit_scale / (self.softcap or self.temperature)
-
-    @property
-    def post(self) -> float:
-        """What tanh is multiplied with; 1 and unused without a soft-cap."""
-        return self.softcap / self.temperature if self.softcap else 1.0
-
-
-class ListProblem(NamedTuple):
-    """What the list loss reads. Per token when `cu_seqlens` and `labels` are given, else per candidate."""
-
-    log_probs: Tensor  # [T] or [S]
-    rewards: Tensor  # [S]
-    cu_lists: Tensor  # int32 [G + 1]
-    objective: Objective
-    cu_seqlens: Tensor | None = None  # int32 [S + 1]
-    labels: Tensor | None = None  # int64 [T]
-    ignore_index: int = -100
-    ref_log_probs: Tensor | None = None  # [S]
-    valid: Tensor | None = None  # bool [S]
-    lengths: Tensor | None = None  # [S], of candidates, when log_probs are sums already
-    token_weights: Tensor | None = None  # [T]
-    pair_weights: Tensor | None = None  # [G, k, k]
-    flip_probs: Tensor | None = None  # [S]
-
-
-class ListResult(NamedTuple):
-    """What the list loss writes; fp32, or fp64 for fp64 log-probs."""
-
-    losses: Tensor  # [G]
-    coefficients: Tensor  # [T] or [S]: ∂(Σ losses)/∂log_probs; tokens outside every list keep what they held
-    sequence_log_probs: Tensor  # [S]
-    stats: Tensor  # [4, G]: β·score of best and worst, share of pairs ranked right, 1 if the list has a pair
 
 
 class Backend(Protocol):
@@ -90,8 +40,8 @@ class Backend(Protocol):
         """out = coefficients · D, with lse known; `out` may be `logits` itself. `coefficients` None means 1."""
 
     @staticmethod
-    def list_loss(problem: ListProblem, result: ListResult) -> None:
-        """The objective, its gradient and the statistics of each list, into `result`."""
+    def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> None:
+        """The objective of each list and its gradient, and what the candidates were ranked by, into `result`."""
 
 
 @functools.cache

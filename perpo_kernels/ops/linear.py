@@ -21,22 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perpo_kernels.backends import ListProblem
+from perpo_kernels import checks
 from perpo_kernels.chunks import HeadGradient, bind_head, chunks, kept_rows, multiply
 from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
-from perpo_kernels.ops.lists import (
-    accumulation_dtype,
-    check_cumulative,
-    check_flip_probs,
-    check_labels,
-    check_pair_weights,
-    first_derivative_only,
-    list_problem,
-    new_list_result,
-    no_autocast,
-    run_list_loss,
-)
+from perpo_kernels.ops import first_derivative_only, no_autocast, no_gradient
+from perpo_kernels.ops.lists import new_list_result, on_device, run_list_loss
+from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype
 
 # ------------------------------------------------------------------------------------------------ log-probs of tokens
 
@@ -46,91 +37,114 @@ from perpo_kernels.ops.lists import (
 def linear_log_probs(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
+    labels: Tensor,
+    logit_map: Sequence[float],
     chunk_bytes: int,
     backend: str,
     keep_derivative: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, H], labels [T] -> log_probs [T], lse [T], U = ∂log_prob/∂hidden [T, H] (or [0, H])."""
-    check_labels(labels, weight.shape[0], ignore_index)
-    kept = kept_rows(labels, ignore_index)
+    """hidden [T, H], labels [T] -> log_probs [T], lse [2, T], U = ∂log_prob/∂hidden [T, H] (or [0, H])."""
+    z = LogitMap.unpack(logit_map)
+    checks.label_values(labels, weight.shape[0], z.ignore_index)
+    kept = kept_rows(labels, z.ignore_index)
     if kept is not None:
-        options = (bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend, keep_derivative)
-        log_probs, lse, derivative = linear_log_probs(hidden[kept], weight, labels[kept], *options)
+        log_probs, lse, derivative = linear_log_probs(
+            hidden[kept], weight, bias, labels[kept], logit_map, chunk_bytes, backend, keep_derivative
+        )
         n = len(labels)
         return (
             log_probs.new_zeros(n).index_copy_(0, kept, log_probs),
             lse.new_zeros(2, n).index_copy_(1, kept, lse),
             lse.new_zeros(n, hidden.shape[1]).index_copy_(0, kept, derivative) if keep_derivative else derivative,
         )
-    head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
-    n_tokens, n_hidden = hidden.shape
-    log_probs = hidden.new_empty(n_tokens, dtype=accumulation_dtype(hidden.dtype))
-    lse = log_probs.new_empty(2, n_tokens)
-    derivative = lse.new_empty(n_tokens if keep_derivative else 0, n_hidden)
-    rows = head.chunk_rows(n_tokens)
+    head = bind_head(weight, bias, z, chunk_bytes, backend)
+    log_probs, lse, derivative = _new_log_probs(hidden, keep_derivative)
+    rows = head.chunk_rows(hidden.shape[0])
     buffer = head.buffer(rows)
     step = head.kernels.fused_rows_ if keep_derivative else head.kernels.log_prob_rows
-    for c in chunks(0, n_tokens, rows):
-        z = head.project(hidden[c], buffer)
-        log_probs[c], lse[:, c] = step(z, labels[c], head.z)
+    for c in chunks(0, hidden.shape[0], rows):
+        raw = head.project(hidden[c], buffer)
+        log_probs[c], lse[:, c] = step(raw, labels[c], z)
         if keep_derivative:
-            multiply(z, weight, derivative[c])
+            multiply(raw, weight, derivative[c])
     return log_probs, lse, derivative
 
 
-@linear_log_probs.register_fake
-def _(hidden: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    keep_derivative = options[-1]
+def _new_log_probs(hidden: Tensor, keep_derivative: bool) -> tuple[Tensor, Tensor, Tensor]:
     n_tokens, n_hidden = hidden.shape
     log_probs = hidden.new_empty(n_tokens, dtype=accumulation_dtype(hidden.dtype))
-    derivative = log_probs.new_empty(n_tokens if keep_derivative else 0, n_hidden)
-    return log_probs, log_probs.new_empty(2, n_tokens), derivative
+    return (
+        log_probs,
+        log_probs.new_empty(2, n_tokens),
+        log_probs.new_empty(n_tokens if keep_derivative else 0, n_hidden),
+    )
+
+
+@linear_log_probs.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_map: Sequence[float],
+    chunk_bytes: int,
+    backend: str,
+    keep_derivative: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_log_probs(hidden, keep_derivative)
 
 
 @torch.library.custom_op("perpo_kernels::linear_log_probs_head_backward", mutates_args=())
 @no_autocast
 def linear_log_probs_head_backward(
     grad: Tensor,
+    lse: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
-    lse: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
+    labels: Tensor,
+    logit_map: Sequence[float],
     chunk_bytes: int,
     backend: str,
-    need_weight: bool,
-    need_bias: bool,
+    need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """-> dW [V, H] and db [V], or empty; the logits are made again, a chunk at a time."""
-    kept = kept_rows(labels, ignore_index)
+    """-> dW [V, H] and db [V], or empty, as `need` says; the logits are made again, a chunk at a time."""
+    head = bind_head(weight, bias, LogitMap.unpack(logit_map), chunk_bytes, backend)
+    kept = kept_rows(labels, head.z.ignore_index)
     if kept is not None:
         grad, hidden, labels, lse = grad[kept], hidden[kept], labels[kept], lse[:, kept]
-    head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
-    total = HeadGradient(head, need_weight, need_bias)
+    total = HeadGradient(head, *need)
     rows = head.chunk_rows(hidden.shape[0])
     buffer = head.buffer(rows)
     for c in chunks(0, hidden.shape[0], rows):
-        z = head.project(hidden[c], buffer)
-        head.kernels.grad_rows_(z, labels[c], lse[:, c].contiguous(), None, head.z, z)
-        total.add(z, hidden[c], grad[c], labels[c])
+        raw = head.project(hidden[c], buffer)
+        head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), None, head.z, raw)
+        total.add(raw, hidden[c], grad[c], labels[c])
     return total.weight.to(weight.dtype, copy=False), total.bias.to(weight.dtype)
 
 
 @linear_log_probs_head_backward.register_fake
-def _(grad: Tensor, hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    need_weight, need_bias = options[-2:]
-    return weight.new_empty(weight.shape if need_weight else (0, 0)), weight.new_empty(
-        weight.shape[0] if need_bias else 0
+def _(
+    grad: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_map: Sequence[float],
+    chunk_bytes: int,
+    backend: str,
+    need: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    return _new_head_gradient(weight, need, weight.dtype)
+
+
+def _new_head_gradient(weight: Tensor, need: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    need_weight, need_bias = need
+    return (
+        weight.new_empty(weight.shape if need_weight else (0, 0), dtype=dtype),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=dtype),
     )
 
 
@@ -146,40 +160,32 @@ def _(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, labels, bias, *ctx.options, _ = inputs
+def _log_probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, bias, labels, *ctx.settings, _ = inputs
     _, lse, derivative = output
-    need_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+    need_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.hidden_dtype = hidden.dtype
     # A frozen head needs U alone: hidden states and lse are let go.
-    saved = (hidden, weight, labels, lse, bias) if need_head else (None,) * 5
-    ctx.save_for_backward(derivative, *saved)
+    ctx.save_for_backward(derivative, *((lse, hidden, weight, bias, labels) if need_head else (None,) * 5))
     ctx.mark_non_differentiable(lse, derivative)
     ctx.set_materialize_grads(False)
 
 
-def _linear_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _log_probs_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     first_derivative_only("linear_token_log_probs")
-    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    if grad is None:
-        return (None,) * 11
-    derivative, hidden, weight, labels, lse, bias = ctx.saved_tensors
-    d_hidden = scaled(derivative, grad.unsqueeze(1), ctx.hidden_dtype) if need_hidden else None
-    d_weight = d_bias = None
-    if need_weight or need_bias:
-        d_weight, d_bias = linear_log_probs_head_backward(
-            grad, hidden, weight, labels, lse, bias, *ctx.options, need_weight, need_bias
-        )
-    return (
-        d_hidden,
-        d_weight if need_weight else None,
-        None,
-        d_bias if need_bias else None,
-        *(None,) * 7,
-    )
+    need_hidden, *need = ctx.needs_input_grad[:3]
+    d_hidden = d_weight = d_bias = None
+    if grad is not None:
+        derivative, *saved = ctx.saved_tensors
+        if need_hidden:
+            d_hidden = scaled(derivative, grad.unsqueeze(1), ctx.hidden_dtype)
+        if any(need):
+            gradients = linear_log_probs_head_backward(grad, *saved, *ctx.settings, need)
+            d_weight, d_bias = (x if needed else None for x, needed in zip(gradients, need, strict=True))
+    return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
-linear_log_probs.register_autograd(_linear_backward, setup_context=_linear_setup)
+linear_log_probs.register_autograd(_log_probs_backward, setup_context=_log_probs_setup)
 
 
 # ------------------------------------------------------------------------------- the list loss over a trainable head
@@ -190,59 +196,35 @@ linear_log_probs.register_autograd(_linear_backward, setup_context=_linear_setup
 def linear_list_loss(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
     bias: Tensor | None,
-    rewards: Tensor,
-    cu_seqlens: Tensor,
-    cu_lists: Tensor,
-    ref_log_probs: Tensor | None,
-    token_weights: Tensor | None,
-    pair_weights: Tensor | None,
-    flip_probs: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
+    data: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    logit_map: Sequence[float],
     chunk_bytes: int,
     backend: str,
-    objective: Sequence[float],
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss and every gradient in one pass over chunks of whole lists.
 
-    -> Σ losses [], coefficients [T], sequence_log_probs [S], stats [4, G], U [T, H] or [0, H], dW [V, H] or [0, 0] in
-    accumulation precision and multiples of `_coefficient_unit`, db [V] or [0] likewise. dX = coefficients ⊙ U.
+    `need`: whether gradients of hidden, weight and bias are needed. -> Σ losses [], coefficients [T], candidates
+    [3, S], active [G], U [T, H] or [0, H], dW [V, H] or [0, 0] in accumulation precision and multiples of
+    `_coefficient_unit`, db [V] or [0] likewise. dX = coefficients ⊙ U.
     """
-    check_labels(labels, weight.shape[0], ignore_index)
-    check_cumulative("cu_lists", cu_lists, rewards.numel(), "candidates")
-    check_cumulative("cu_seqlens", cu_seqlens, hidden.shape[0], "tokens")
-    check_pair_weights(pair_weights, cu_lists)
-    check_flip_probs(flip_probs)
-    head = bind_head(weight, bias, temperature, softcap, logit_scale, ignore_index, chunk_bytes, backend)
-    n_tokens, n_hidden = hidden.shape
-    log_probs = hidden.new_zeros(n_tokens, dtype=accumulation_dtype(hidden.dtype))
-    problem = list_problem(
-        ListProblem(
-            log_probs,
-            rewards,
-            cu_lists,
-            Objective.from_numbers(objective),
-            cu_seqlens,
-            labels,
-            ignore_index,
-            ref_log_probs,
-            token_weights=token_weights,
-            pair_weights=pair_weights,
-            flip_probs=flip_probs,
-        )
-    )
-    result = new_list_result(problem)
-    derivative = log_probs.new_empty(n_tokens if need_hidden else 0, n_hidden)
-    gradient = HeadGradient(head, need_weight, need_bias)
+    z, problem = LogitMap.unpack(logit_map), ListProblem.unpack(data, numbers)
+    cu_seqlens, cu_lists, labels = problem.cu_seqlens, problem.cu_lists, problem.labels
+    assert cu_seqlens is not None
+    assert labels is not None
+    checks.label_values(labels, weight.shape[0], z.ignore_index)
+    checks.list_values(problem, hidden.shape[0])
+    problem = on_device(problem, hidden.device)
+    head = bind_head(weight, bias, z, chunk_bytes, backend)
+    need_hidden, *need_head = need
+    log_probs, lse, derivative = _new_log_probs(hidden, need_hidden)
+    log_probs.zero_()
+    result = new_list_result(log_probs, problem)
+    gradient = HeadGradient(head, *need_head)
     rows = head.max_rows()
-    buffer = head.buffer(min(rows, n_tokens))
+    buffer = head.buffer(min(rows, hidden.shape[0]))
     unit = _coefficient_unit(problem.objective)
 
     def close_lists(segment: Segment) -> None:
@@ -251,46 +233,39 @@ def linear_list_loss(
             cu_lists=problem.cu_lists[segment.first_list : segment.last_list + 1],
             pair_weights=None if problem.pair_weights is None else problem.pair_weights[lists],
         )
-        run_list_loss(part, backend, result._replace(losses=result.losses[lists], stats=result.stats[:, lists]))
+        of_lists = result._replace(losses=result.losses[lists], active=result.active[lists])
+        run_list_loss(log_probs, part, backend, of_lists)
 
-    def add_chunk(z: Tensor, c: slice) -> None:
+    def add_chunk(raw: Tensor, c: slice) -> None:
         if need_hidden:
-            multiply(z, weight, derivative[c])
-        gradient.add(z, hidden[c], result.coefficients[c] / unit, labels[c])
+            multiply(raw, weight, derivative[c])
+        gradient.add(raw, hidden[c], result.coefficients[c] / unit, labels[c])
 
-    for segment in _segments(cu_seqlens, cu_lists, n_tokens, rows):
+    for segment in _segments(cu_seqlens, cu_lists, hidden.shape[0], rows):
         tokens = slice(segment.first_token, segment.last_token)
         if segment.last_token == segment.first_token:
             close_lists(segment)
             continue
         if segment.last_token - segment.first_token <= rows:
-            z = head.project(hidden[tokens], buffer)
-            log_probs[tokens], _ = head.kernels.fused_rows_(z, labels[tokens], head.z)
+            raw = head.project(hidden[tokens], buffer)
+            log_probs[tokens], _ = head.kernels.fused_rows_(raw, labels[tokens], z)
             close_lists(segment)
-            add_chunk(z, tokens)
+            add_chunk(raw, tokens)
             continue
-        lse = log_probs.new_empty(2, n_tokens)
         pieces = list(chunks(segment.first_token, segment.last_token, rows))
         for c in pieces:
-            log_probs[c], lse[:, c] = head.kernels.log_prob_rows(head.project(hidden[c], buffer), labels[c], head.z)
+            log_probs[c], lse[:, c] = head.kernels.log_prob_rows(head.project(hidden[c], buffer), labels[c], z)
         close_lists(segment)
         for c in pieces:
-            z = head.project(hidden[c], buffer)
-            head.kernels.grad_rows_(z, labels[c], lse[:, c].contiguous(), None, head.z, z)
-            add_chunk(z, c)
-    return (
-        result.losses.sum(),
-        result.coefficients,
-        result.sequence_log_probs,
-        result.stats,
-        derivative,
-        gradient.weight,
-        gradient.bias,
-    )
+            raw = head.project(hidden[c], buffer)
+            head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), None, z, raw)
+            add_chunk(raw, c)
+    _, coefficients, candidates, active = result
+    return result.losses.sum(), coefficients, candidates, active, derivative, gradient.weight, gradient.bias
 
 
 def _coefficient_unit(objective: Objective) -> float:
-    """What |∂L/∂s| is about; g ⊙ X is formed in multiples of it, so that fp16 neither overflows nor fades."""
+    """What |∂L/∂s| is about; g ⊙ X is formed in multiples of it, so that fp16 neither overflows nor underflows."""
     return 2 / objective.beta if objective.link == "squared" else objective.beta
 
 
@@ -307,52 +282,45 @@ def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) ->
 def _(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
     bias: Tensor | None,
-    rewards: Tensor,
-    cu_seqlens: Tensor,
-    cu_lists: Tensor,
-    *options: Any,
+    data: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    logit_map: Sequence[float],
+    chunk_bytes: int,
+    backend: str,
+    need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = options[-3:]
-
-    def new(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=accumulation_dtype(hidden.dtype))
-
-    n_tokens, n_hidden = hidden.shape
-    return (
-        new(),
-        new(n_tokens),
-        new(rewards.shape[0]),
-        new(4, cu_lists.shape[0] - 1),
-        new(n_tokens if need_hidden else 0, n_hidden),
-        new(*(weight.shape if need_weight else (0, 0))),
-        new(weight.shape[0] if need_bias else 0),
-    )
+    need_hidden, *need_head = need
+    log_probs, _, derivative = _new_log_probs(hidden, need_hidden)
+    _, coefficients, candidates, active = new_list_result(log_probs, ListProblem.unpack(data, numbers))
+    d_head = _new_head_gradient(weight, need_head, log_probs.dtype)
+    return log_probs.new_empty(()), coefficients, candidates, active, derivative, *d_head
 
 
-def _linear_list_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, coefficients, _, _, derivative, d_weight, d_bias = output
+def _list_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, _, data, numbers, *_ = inputs
+    _, coefficients, candidates, active, derivative, d_weight, d_bias = output
     ctx.save_for_backward(coefficients, derivative, d_weight, d_bias)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.hidden_dtype, ctx.weight_dtype = inputs[0].dtype, inputs[1].dtype
-    ctx.unit = _coefficient_unit(Objective.from_numbers(inputs[-4]))
+    ctx.mark_non_differentiable(coefficients, candidates, active, derivative, d_weight, d_bias)
+    ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+    ctx.unit = _coefficient_unit(ListProblem.unpack(data, numbers).objective)
+    ctx.no_gradient = no_gradient(data)
     ctx.set_materialize_grads(False)
 
 
-def _linear_list_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _list_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     first_derivative_only("linear_perpo_loss")
-    if grad is None:
-        return (None,) * 21
-    coefficients, derivative, d_weight, d_bias = ctx.saved_tensors
-    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    return (
-        scaled(derivative, (coefficients * grad).unsqueeze(1), ctx.hidden_dtype) if need_hidden else None,
-        scaled(d_weight, grad * ctx.unit, ctx.weight_dtype) if need_weight else None,
-        None,
-        scaled(d_bias, grad * ctx.unit, ctx.weight_dtype) if need_bias else None,
-        *(None,) * 17,
-    )
+    d_hidden = d_weight = d_bias = None
+    if grad is not None:
+        coefficients, derivative, weight_sum, bias_sum = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if need_hidden:
+            d_hidden = scaled(derivative, (coefficients * grad).unsqueeze(1), ctx.hidden_dtype)
+        if need_weight:
+            d_weight = scaled(weight_sum, grad * ctx.unit, ctx.weight_dtype)
+        if need_bias:
+            d_bias = scaled(bias_sum, grad * ctx.unit, ctx.weight_dtype)
+    return d_hidden, d_weight, d_bias, ctx.no_gradient, None, None, None, None, None
 
 
-linear_list_loss.register_autograd(_linear_list_backward, setup_context=_linear_list_setup)
+linear_list_loss.register_autograd(_list_loss_backward, setup_context=_list_loss_setup)

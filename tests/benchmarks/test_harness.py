@@ -8,7 +8,7 @@ from benchmarks.peers import list_loss_of_tokens, loop_list_loss, plain_linear_l
 from benchmarks.problems import HeadShape, ListShape, Setting, problem
 from benchmarks.test_linear_loss import ours
 from perpo_kernels import reference
-from perpo_kernels.objectives import Objective
+from perpo_kernels.problem import ListProblem
 
 CPU = Setting("cpu", "tiny")
 
@@ -125,7 +125,7 @@ def test_the_peers_written_here_compute_the_same_loss():
     log_probs = torch.randn(3, 6, dtype=torch.float64)
     rewards = torch.rand(3, 6, dtype=torch.float64).sort(descending=True).values
     ref = torch.randn(3, 6, dtype=torch.float64)
-    lists = reference.Lists(log_probs.flatten(), rewards.flatten(), torch.arange(4) * 6, ref.flatten())
-    exact = reference.list_losses(lists, Objective()).mean()
+    problem = ListProblem(rewards.flatten(), torch.arange(4) * 6, ref_log_probs=ref.flatten())
+    exact = reference.list_losses(log_probs.flatten(), problem).mean()
     torch.testing.assert_close(plain_list_loss(log_probs, rewards, ref), exact)
     torch.testing.assert_close(loop_list_loss(log_probs, rewards, ref), exact)

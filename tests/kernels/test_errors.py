@@ -76,6 +76,7 @@ case(TypeError, "temperature", "number", "str")(lambda: tokens(temperature="1"))
 case(TypeError, "temperature", "number", "bool")(lambda: tokens(temperature=True))
 case(TypeError, "temperature", "number", "Tensor")(lambda: tokens(temperature=torch.tensor(1.0)))
 case(TypeError, "ignore_index", "int", "NoneType")(lambda: tokens(ignore_index=None))
+case(ValueError, "ignore_index", "2^53", "-9223372036854775807")(lambda: linear_tokens(ignore_index=1 - 2**63))
 case(ValueError, "backend", "auto, triton, eager, reference", "'magic'")(
     lambda: pk.token_log_probs(torch.zeros(T, V), torch.zeros(T, dtype=torch.long), backend="magic")
 )
@@ -227,7 +228,7 @@ def test_on_a_gpu_labels_are_checked_on_request_only(monkeypatch, device):
 
 def test_perpo_check_decides_whether_a_device_is_asked(monkeypatch):
     """Values on a device are looked at, which synchronises, only with PERPO_CHECK=1; on the CPU always."""
-    from perpo_kernels.ops.lists import values_are_checked
+    from perpo_kernels.checks import values_are_checked
 
     on_device = torch.empty(1, device="meta")
     for value, expected in (("", False), ("0", False), ("1", True)):

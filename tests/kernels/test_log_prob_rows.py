@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from perpo_kernels import backends, reference
-from perpo_kernels.backends import LogitMap
+from perpo_kernels.problem import LogitMap
 
 from . import plain
 from .accuracy import DTYPES, assert_as_accurate_as_plain

@@ -1,5 +1,6 @@
 """PerPOLoss and LinearPerPOLoss: the functions with their numbers held in a module."""
 
+import pytest
 import torch
 
 import perpo_kernels as pk
@@ -27,8 +28,8 @@ def test_linear_perpo_loss_module_equals_the_function(backend, device):
         head.hidden, head.weight, head.labels, lists.rewards, bias=head.bias, **layout,
         beta=0.3, gamma=1.0, temperature=0.7, softcap=4.0, backend=backend,
     )  # fmt: skip
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
+    for name, value in expected._asdict().items():
+        torch.testing.assert_close(getattr(got, name), value, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_an_objective_takes_the_place_of_beta_and_gamma(device):
@@ -42,6 +43,12 @@ def test_an_objective_takes_the_place_of_beta_and_gamma(device):
 def test_modules_say_what_they_compute():
     assert "beta=0.3" in repr(pk.PerPOLoss(beta=0.3))
     assert "temperature=0.7" in repr(pk.LinearPerPOLoss(temperature=0.7))
+
+
+@pytest.mark.parametrize("module", [pk.PerPOLoss, pk.LinearPerPOLoss])
+def test_an_option_that_the_function_does_not_have_is_refused_at_once(module):
+    with pytest.raises(TypeError, match="temprature"):
+        module(temprature=0.7)
 
 
 def test_modules_hold_no_parameters():

@@ -6,15 +6,16 @@ from torch import library
 
 import perpo_kernels  # noqa: F401 (registers the operators)
 from perpo_kernels import backends, objectives
-from perpo_kernels.backends import LogitMap
 from perpo_kernels.objectives import Objective
+from perpo_kernels.problem import ListProblem, LogitMap
 
-from .problems import RAGGED, ragged_lists, random_head, random_labels
+from .problems import ragged_lists, random_head, random_labels
 
 ops = torch.ops.perpo_kernels
-MAP = (0.7, 3.0, 1.5, -100)  # temperature, softcap, logit_scale, ignore_index
-OBJECTIVE = Objective(0.3, 0.5).numbers()
+MAP = LogitMap(temperature=0.7, softcap=3.0, logit_scale=1.5).pack()
+OBJECTIVE = Objective(0.3, 0.5)
 WITHOUT_AUTOGRAD = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+LENGTHS = ((3, 1, 4), (2, 5), (6,), (1, 2, 3, 2, 4))
 EVERYTHING = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -33,12 +34,15 @@ def rows(device, backend):
 
 @pytest.fixture
 def lists(device):
-    return ragged_lists(RAGGED, device)
+    return ragged_lists(LENGTHS, device)
 
 
 @pytest.fixture
 def head(device, lists):
-    return random_head(lists.n_tokens, 5, 17, device, torch.float32, ignored=0.2)
+    """Each response has a token: without one its reward comes back as NaN, which opcheck finds unequal to NaN."""
+    head = random_head(lists.n_tokens, 5, 17, device, torch.float32, ignored=0.2)
+    head.labels[lists.cu_seqlens[:-1].long()] = 3
+    return head
 
 
 def leaf(x):
@@ -66,34 +70,66 @@ def test_token_log_probs_backward(rows, backend):
     opcheck(ops.token_log_probs_backward_, args, test_utils=WITHOUT_AUTOGRAD)
 
 
-def test_list_loss(lists, head, backend, device):
-    tokens = -torch.rand(lists.n_tokens, device=device)
-    layout = (lists.cu_lists, OBJECTIVE, lists.cu_seqlens, head.labels, -100)
-    weights, flips = torch.rand_like(tokens), lists.rewards / 2
-    opcheck(
-        ops.list_loss,
-        (leaf(tokens), lists.rewards, *layout, lists.ref_log_probs, None, None, weights, None, flips, backend),
+def token_problem(head, lists, **more):
+    return ListProblem(**lists._asdict(), labels=head.labels, objective=OBJECTIVE, **more)
+
+
+def every_token_tensor(head, lists):
+    """All that a problem of tokens can hold: no None is left in the list of tensors but of what is per candidate."""
+    given = torch.rand(len(LENGTHS), 5, 5, device=head.labels.device)
+    weights, flips = torch.rand(lists.n_tokens, device=head.labels.device), lists.rewards / 2
+    mdpo = objectives.mdpo()
+    return token_problem(head, lists, token_weights=weights, pair_weights=given, flip_probs=flips)._replace(
+        objective=mdpo
     )
-    scores, valid, lengths = torch.randn_like(lists.rewards), lists.rewards > 0.3, torch.ones_like(lists.rewards)
-    given = torch.rand(len(RAGGED), 5, 5, device=device)
-    layout = (lists.cu_lists, objectives.mdpo().numbers(), None, None, -100)
-    opcheck(ops.list_loss, (leaf(scores), lists.rewards, *layout, None, valid, lengths, None, given, None, backend))
+
+
+def test_list_loss_of_tokens(lists, head, backend, device):
+    tokens = -torch.rand(lists.n_tokens, device=device)
+    weighted = token_problem(head, lists, token_weights=torch.rand_like(tokens), flip_probs=lists.rewards / 2)
+    for problem in (weighted, every_token_tensor(head, lists)):
+        opcheck(ops.list_loss, (leaf(tokens), *problem.pack(), backend))
+
+
+def test_list_loss_of_candidates(lists, backend, device):
+    problem = ListProblem(
+        lists.rewards,
+        lists.cu_lists,
+        valid=torch.ones_like(lists.rewards, dtype=torch.bool),
+        lengths=torch.ones_like(lists.rewards),
+        pair_weights=torch.rand(len(LENGTHS), 5, 5, device=device),
+        objective=objectives.mdpo(),
+    )
+    opcheck(ops.list_loss, (leaf(torch.randn_like(lists.rewards)), *problem.pack(), backend))
+
+
+def test_a_problem_without_a_missing_tensor(lists, head, device):
+    """A backward pass returns one None for a list of tensors that holds a None, and a None for each where none does."""
+    full = every_token_tensor(head, lists)._replace(
+        valid=torch.ones_like(lists.rewards, dtype=torch.bool), lengths=torch.ones_like(lists.rewards)
+    )
+    data, numbers = full.pack()
+    assert all(x is not None for x in data)
+    opcheck(ops.list_loss, (leaf(-torch.rand(lists.n_tokens, device=device)), data, numbers, "eager"))
+    args = (leaf(head.hidden), leaf(head.weight), None, data, numbers, MAP, 0, "eager", [True, True, False])
+    opcheck(ops.linear_list_loss, args)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_linear_log_probs(head, backend, trainable):
     weight, bias = (leaf(head.weight), leaf(head.bias)) if trainable else (head.weight, None)
-    opcheck(ops.linear_log_probs, (leaf(head.hidden), weight, head.labels, bias, *MAP, 0, backend, True))
+    opcheck(ops.linear_log_probs, (leaf(head.hidden), weight, bias, head.labels, MAP, 0, backend, True))
 
 
 def test_linear_log_probs_without_derivative(head, backend):
-    args = (head.hidden, head.weight, head.labels, None, *MAP, 0, backend, False)
+    args = (head.hidden, head.weight, None, head.labels, MAP, 0, backend, False)
     opcheck(ops.linear_log_probs, args)
 
 
 def test_linear_log_probs_head_backward(head, backend):
-    log_probs, lse, _ = ops.linear_log_probs(*head[:2], head.labels, head.bias, *MAP, 0, backend, False)
-    args = (torch.randn_like(log_probs), *head[:2], head.labels, lse, head.bias, *MAP, 0, backend, True, True)
+    args = (head.hidden, head.weight, head.bias, head.labels, MAP, 0, backend)
+    log_probs, lse, _ = ops.linear_log_probs(*args, False)
+    args = (torch.randn_like(log_probs), lse, *args, [True, True])
     opcheck(ops.linear_log_probs_head_backward, args, test_utils=WITHOUT_AUTOGRAD)
 
 
@@ -104,9 +140,6 @@ def test_scaled(device):
 
 
 def test_linear_list_loss(head, lists, backend):
-    token_weights = torch.rand(len(head.labels), device=head.labels.device)
-    args = (
-        leaf(head.hidden), leaf(head.weight), head.labels, leaf(head.bias), lists.rewards, lists.cu_seqlens,
-        lists.cu_lists, lists.ref_log_probs, token_weights, None, None, *MAP, 0, backend, OBJECTIVE, True, True, True,
-    )  # fmt: skip
-    opcheck(ops.linear_list_loss, args)
+    data, numbers = token_problem(head, lists, token_weights=torch.rand_like(head.hidden[:, 0])).pack()
+    leaves = (leaf(head.hidden), leaf(head.weight), leaf(head.bias))
+    opcheck(ops.linear_list_loss, (*leaves, data, numbers, MAP, 0, backend, [True, True, True]))

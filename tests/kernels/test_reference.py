@@ -8,13 +8,14 @@ from torch.nn import functional as F
 
 from perpo_kernels import reference
 from perpo_kernels.objectives import Objective
+from perpo_kernels.problem import ListProblem
 
 
 def list_loss(scores, rewards, valid=None, beta=1.0, gamma=1.0):
     s, r = torch.tensor(scores, dtype=torch.float64), torch.tensor(rewards, dtype=torch.float64)
     keep = None if valid is None else torch.tensor(valid)
-    lists = reference.Lists(s, r, torch.tensor([0, len(scores)]), valid=keep)
-    return reference.list_losses(lists, Objective(beta, gamma))[0].item()
+    problem = ListProblem(r, torch.tensor([0, len(scores)]), valid=keep, objective=Objective(beta, gamma))
+    return reference.list_losses(s, problem)[0].item()
 
 
 def softplus(x):
@@ -63,10 +64,10 @@ def test_sequence_log_probs_sum_a_candidate_and_count_its_tokens():
     assert counts.tolist() == [1, 0, 2, 0]
 
 
-def test_list_stats_by_hand():
-    scores, rewards = torch.tensor([0.5, -1.0, 2.0, 9.0]), torch.tensor([4.0, 1.0, 5.0, math.nan])
-    stats = reference.list_stats(reference.Lists(scores, rewards, torch.tensor([0, 4, 4])), Objective(0.1))
-    torch.testing.assert_close(stats[:, 0], torch.tensor([0.2, -0.1, 1.0, 1.0]))
-    assert (stats[:, 1] == 0).all()
-    flipped = reference.list_stats(reference.Lists(-scores, rewards, torch.tensor([0, 4])), Objective(0.1))
-    assert flipped[2].item() == 0
+def test_what_candidates_are_ranked_by():
+    log_probs, rewards = torch.tensor([0.5, -1.0, 2.0, 9.0]), torch.tensor([4.0, 1.0, 5.0, math.nan])
+    problem = ListProblem(rewards, torch.tensor([0, 4, 4]), ref_log_probs=torch.tensor([0.5, 1.0, 1.0, 1.0]))
+    candidates, active = reference.ranked_by(log_probs, problem._replace(valid=torch.tensor([True, False, True, True])))
+    expected = [[0.5, -1.0, 2.0, 9.0], [0.0, -2.0, 1.0, 8.0], [4.0, math.nan, 5.0, math.nan]]
+    torch.testing.assert_close(candidates, torch.tensor(expected), equal_nan=True)
+    assert active.tolist() == [1.0, 0.0]

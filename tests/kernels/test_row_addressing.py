@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from perpo_kernels import backends
+from perpo_kernels.problem import LogitMap
 
 triton = pytest.importorskip("triton", reason="triton has no package for this platform")
 tl = triton.language
@@ -66,6 +67,6 @@ def test_body_and_edges_cover_each_row_exactly_once(device, dtype):
     for n_vocab in (*range(1, 20), 31, 33, 257):
         wide = torch.zeros(2, n_vocab + 5, device=device, dtype=dtype)
         for start in (0, 1, 5):
-            _, lse = kernels.log_prob_rows(wide[1:, start : start + n_vocab], label, backends.LogitMap())
+            _, lse = kernels.log_prob_rows(wide[1:, start : start + n_vocab], label, LogitMap())
             assert lse[0].item() == 0
             assert lse[1].exp().item() == pytest.approx(n_vocab, rel=1e-5)

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import perpo_kernels as pk
 from perpo_kernels import backends
-from perpo_kernels.backends import LogitMap
+from perpo_kernels.problem import LogitMap
 
 from .accuracy import assert_equal_to_rounding
 from .problems import RAGGED, ragged_lists, random_head
@@ -141,7 +141,7 @@ def test_the_same_input_gives_bitwise_the_same_output(backend, device, problem, 
             **leaves, labels=head.labels, **lists._asdict(), max_chunk_bytes=chunk, backend=backend
         )
         out.loss.backward()
-        results.append((out.loss.detach(), out.log_probs, out.list_stats, *(x.grad for x in leaves.values())))
+        results.append((out.loss.detach(), out.log_probs, out.scores, out.active, *(x.grad for x in leaves.values())))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
 

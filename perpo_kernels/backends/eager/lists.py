@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perpo_kernels.backends import ListProblem, ListResult
 from perpo_kernels.objectives import Objective
+from perpo_kernels.problem import ListProblem, ListResult
 
 PAIRS_AT_ONCE = 1 << 22
 
@@ -27,7 +27,7 @@ class Candidates(NamedTuple):
     flip_prob: Tensor | None
 
 
-def list_loss(problem: ListProblem, result: ListResult) -> None:
+def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> None:
     """The longest list is read on the host: free on the CPU, one synchronisation on a device."""
     p = problem
     bounds = p.cu_lists.tolist()
@@ -35,9 +35,9 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
     k = max((b - a for a, b in pairwise(bounds)), default=0)
     if k == 0:
         result.losses.zero_()
-        result.stats.zero_()
+        result.active.zero_()
         return
-    everyone, counts = _candidates(p, here, result)
+    everyone, counts = _candidates(log_probs, p, here, result)
     d_score, d_log_prob = torch.zeros_like(everyone.score), torch.zeros_like(everyone.score)
     for lists, place, inside in _blocks(p.cu_lists, here, k):
         score, log_prob, reward = (x[place].view(-1, k) for x in everyone[:3])
@@ -46,9 +46,7 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         flips = None if everyone.flip_prob is None else everyone.flip_prob[place].view(-1, k)
         some = Candidates(score, log_prob, reward, flips)
         given = None if p.pair_weights is None else p.pair_weights[lists, :k, :k]
-        loss, slope, likelihood, stats = lists_of_k(some, given, p.objective)
-        result.losses[lists] = loss
-        result.stats[:, lists] = stats
+        result.losses[lists], slope, likelihood, result.active[lists] = lists_of_k(some, given, p.objective)
         for total, values in ((d_score, slope), (d_log_prob, likelihood)):
             if values is None:
                 continue
@@ -76,13 +74,13 @@ def _blocks(cu_lists: Tensor, here: slice, k: int) -> Iterator[tuple[slice, Any,
         yield lists, place.view(-1), inside
 
 
-def _candidates(p: ListProblem, here: slice, result: ListResult) -> tuple[Candidates, Tensor]:
+def _candidates(log_probs: Tensor, p: ListProblem, here: slice, result: ListResult) -> tuple[Candidates, Tensor]:
     """The candidates of all lists, and their numbers of valid tokens."""
     dtype = result.losses.dtype
     counts = torch.ones(here.stop - here.start, dtype=dtype, device=p.rewards.device)
     present: Tensor | None = None
     if p.cu_seqlens is None or p.labels is None:
-        sums = p.log_probs[here].to(dtype)
+        sums = log_probs[here].to(dtype)
         if p.lengths is not None:
             counts = p.lengths[here].to(dtype)
             present = counts > 0
@@ -91,12 +89,12 @@ def _candidates(p: ListProblem, here: slice, result: ListResult) -> tuple[Candid
         tokens = slice(int(bounds[0]), int(bounds[-1]))
         lengths = bounds.diff().long()
         kept = p.labels[tokens] != p.ignore_index
-        log_probs = p.log_probs[tokens].to(dtype)
+        of_tokens = log_probs[tokens].to(dtype)
         if p.token_weights is not None:
             weights = p.token_weights[tokens]
             kept &= weights != 0
-            log_probs = log_probs * weights
-        sums = _segment_sum(torch.where(kept, log_probs, 0.0), lengths)
+            of_tokens = of_tokens * weights
+        sums = _segment_sum(torch.where(kept, of_tokens, 0.0), lengths)
         counts = _segment_sum(kept.to(dtype), lengths)
         present = counts > 0
     if p.valid is not None:
@@ -108,9 +106,10 @@ def _candidates(p: ListProblem, here: slice, result: ListResult) -> tuple[Candid
     score = sums if p.ref_log_probs is None else sums - p.ref_log_probs[here].to(dtype)
     if p.objective.length_normalized:
         score = score / counts.clamp(min=1)
-    result.sequence_log_probs[here] = sums
+    rewards = rewards.masked_fill(~taking_part, torch.nan)
+    result.candidates[:, here] = torch.stack([sums, score, rewards])
     flips = None if p.flip_probs is None else p.flip_probs[here].to(dtype)
-    return Candidates(score, sums, rewards.masked_fill(~taking_part, torch.nan), flips), counts
+    return Candidates(score, sums, rewards, flips), counts
 
 
 def _segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
@@ -135,14 +134,14 @@ def _write_coefficients(p: ListProblem, here: slice, gradient: Tensor, result: L
 def lists_of_k(
     c: Candidates, given: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """[n, k] candidates -> loss [n], ∂loss/∂s [n, k], ∂loss/∂(Σ log π) [n, k] or None, statistics [4, n]."""
+    """[n, k] candidates -> loss [n], ∂loss/∂s [n, k], ∂loss/∂(Σ log π) [n, k] or None, whether active [n]."""
     o = objective
     dtype = c.score.dtype
     member = ~c.reward.isnan()
     better = c.reward.unsqueeze(-1) > c.reward.unsqueeze(-2)  # [n, i, j]: r_i > r_j; false where either is no candidate
     highest = c.reward.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
     lowest = c.reward.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)
-    is_best, is_worst = c.reward == highest, c.reward == lowest
+    is_best = c.reward == highest
     active = (highest > lowest).squeeze(-1)
     if given is not None:
         given = given.to(dtype).masked_fill(~(member.unsqueeze(-1) & member.unsqueeze(-2)), 0.0)
@@ -173,11 +172,7 @@ def lists_of_k(
     if o.nll:
         loss = loss - o.nll * torch.where(is_best, best_share * c.log_prob, 0.0).sum(-1)
         likelihood = (-o.nll * best_share).where(on, 0.0)
-
-    right = (better & (ahead > 0)).sum((-1, -2)) / better.sum((-1, -2)).clamp(min=1)
-    chosen, rejected = (z.gather(-1, x.int().argmax(-1, keepdim=True)).squeeze(-1) for x in (is_best, is_worst))
-    stats = torch.stack([chosen, rejected, right.to(dtype), active.to(dtype)])
-    return loss.where(active, 0.0), (o.beta * slope).where(on, 0.0), likelihood, stats.where(active, 0.0)
+    return loss.where(active, 0.0), (o.beta * slope).where(on, 0.0), likelihood, active
 
 
 def _pair_term(

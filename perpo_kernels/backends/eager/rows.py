@@ -9,14 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from perpo_kernels.backends import LogitMap
+from perpo_kernels.problem import LogitMap, accumulation_dtype
 
 _CPU_BLOCK_BYTES = 4 << 20  # stays in the last-level cache, where each block is passed over five times
 _DEVICE_BLOCK_BYTES = 256 << 20  # a device wants few, large launches
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _row_blocks(logits: Tensor) -> Iterator[tuple[Tensor, slice]]:
@@ -46,7 +42,7 @@ class _Rows:
             self.kept = (~ignored).nonzero().squeeze(1)
             raw, labels, ignored = raw[self.kept], labels[self.kept], ignored[self.kept]
             reuse = True  # it is a copy already
-        logits = raw.to(accumulation_dtype(raw))
+        logits = raw.to(accumulation_dtype(raw.dtype))
         if logits is raw and not reuse:
             logits = raw.clone()
         if raw.device.type != "cpu":
@@ -102,7 +98,7 @@ class _Rows:
 
 
 def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
-    log_probs = labels.new_empty(labels.shape, dtype=accumulation_dtype(logits))
+    log_probs = labels.new_empty(labels.shape, dtype=accumulation_dtype(logits.dtype))
     lse = log_probs.new_empty(2, len(labels))
     for raw, place in _row_blocks(logits):
         rows = _Rows(raw, labels[place], z)
@@ -112,7 +108,7 @@ def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, 
 
 
 def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
-    log_probs = labels.new_empty(labels.shape, dtype=accumulation_dtype(logits))
+    log_probs = labels.new_empty(labels.shape, dtype=accumulation_dtype(logits.dtype))
     lse = log_probs.new_empty(2, len(labels))
     for raw, place in _row_blocks(logits):
         rows = _Rows(raw, labels[place], z, reuse=True)

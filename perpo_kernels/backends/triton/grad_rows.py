@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perpo_kernels.backends import LogitMap
 from perpo_kernels.backends.triton.common import (
     MAX_THREADS,
     all_lanes,
@@ -29,6 +28,7 @@ from perpo_kernels.backends.triton.common import (
     tanh_and_slope,
     to_unit,
 )
+from perpo_kernels.problem import LogitMap
 
 
 @triton.jit

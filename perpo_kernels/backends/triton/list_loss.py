@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perpo_kernels.backends import ListProblem, ListResult
 from perpo_kernels.backends.triton.list_scores import candidate_scores, ranks_and_denominators
 from perpo_kernels.backends.triton.list_terms import (
     LIST_PLACKETT_LUCE,
@@ -41,12 +40,13 @@ from perpo_kernels.backends.triton.list_terms import (
     target_share,
 )
 from perpo_kernels.objectives import CHOICES
+from perpo_kernels.problem import ListProblem, ListResult
 
 MAX_TILE = 64  # candidates a step
 PAIR_TILE = 1024  # pairs a step: four a thread
 TOKEN_TILE = 2048  # tokens a step, of all candidates of the tile together
 NUM_WARPS = 8
-SCRATCH_ROWS = 7  # scores, keys, slopes of the pair term, 1 / lengths, ranks, Plackett–Luce denominators and slopes
+SCRATCH_ROWS = 5  # slopes of the pair term, 1 / lengths, ranks, Plackett–Luce denominators and slopes
 
 
 @triton.jit
@@ -64,12 +64,11 @@ def list_loss_kernel(
     cu_lists,
     losses,
     coefficients,
-    sequence_log_probs,
-    stats,
+    candidates,
+    is_active,
     scratch,
     n_candidates,
     given_k,
-    stats_stride,
     beta,
     gamma,
     soft_flip,
@@ -102,9 +101,10 @@ def list_loss_kernel(
     g = tl.program_id(0)
     begin = tl.load(cu_lists + g)
     end = tl.load(cu_lists + g + 1)
-    scores = scratch
-    keys = scratch + n_candidates
-    slopes = keys + n_candidates
+    sequence_log_probs = candidates
+    scores = candidates + n_candidates
+    keys = scores + n_candidates
+    slopes = scratch
     inverse_lengths = slopes + n_candidates
     ranks = inverse_lengths + n_candidates
     denominators = ranks + n_candidates
@@ -159,11 +159,7 @@ def list_loss_kernel(
     norms = tl.zeros([K, J], tl.float32)
     link_sums = tl.zeros([K, J], tl.float32)
     pairs = tl.zeros([K, J], tl.int32)
-    preferences = tl.zeros([K, J], tl.int32)
-    rights = tl.zeros([K, J], tl.int32)
     other_loss = 0.0
-    best = end
-    worst = end
     n_best = 0
     n_members = 0
     target_total = 0.0
@@ -173,8 +169,6 @@ def list_loss_kernel(
         i = start + slot
         key_i = tl.load(keys + i, mask=i < end, other=float("nan"))
         z_i = beta * tl.load(scores + i, mask=i < end, other=0.0)
-        best = tl.minimum(best, tl.min(tl.where(key_i == highest, i, end), axis=0))
-        worst = tl.minimum(worst, tl.min(tl.where(key_i == lowest, i, end), axis=0))
         if (LIST_TERM == LIST_SOFTMAX) or (POINTWISE != POINTWISE_NONE) or NLL:
             member = key_i == key_i
             n_best += tl.sum((key_i == highest).to(tl.int32), axis=0)
@@ -195,10 +189,7 @@ def list_loss_kernel(
             j = other + tl.arange(0, J)
             key_j = tl.load(keys + j, mask=j < end, other=float("nan"))
             z_j = beta * tl.load(scores + j, mask=j < end, other=0.0)
-            preferred = key_i[:, None] > key_j[None, :]
-            preferences += preferred.to(tl.int32)
             ahead = z_i[:, None] - z_j[None, :]
-            rights += (preferred & (ahead > 0)).to(tl.int32)
             if PAIRS == PAIRS_GIVEN:
                 row = i - begin
                 column = j - begin
@@ -248,7 +239,7 @@ def list_loss_kernel(
                 if NORMALIZE == NORMALIZE_PAIRS:
                     pairs += better.to(tl.int32)
                 link_sums += winning * link
-                slope += tl.where(better, weight, tl.where(worse, -weight, 0.0)) * pull
+                slope += (winning - tl.where(worse, weight, 0.0)) * pull
             if LUCE:
                 denominator = tl.load(denominators + j, mask=j < end, other=0.0)[None, :]
                 chosen_from = (key_i[:, None] <= key_j[None, :]) & (key_j > lowest)[None, :]
@@ -263,8 +254,6 @@ def list_loss_kernel(
     norm = tl.sum(tl.sum(norms, axis=1), axis=0)
     pair_loss = tl.sum(tl.sum(link_sums, axis=1), axis=0)
     n_pairs = tl.sum(tl.sum(pairs, axis=1), axis=0)
-    n_preferred = tl.sum(tl.sum(preferences, axis=1), axis=0)
-    right = tl.sum(tl.sum(rights, axis=1), axis=0)
     tl.debug_barrier()
 
     active = highest > lowest
@@ -278,12 +267,6 @@ def list_loss_kernel(
             scale = tl.exp2(gamma * tl.log2(2.0 * half_spread))  # weights were powers of gaps in multiples of the range
         if NORMALIZE == NORMALIZE_PAIRS:
             scale = scale / tl.maximum(n_pairs, 1)
-    chosen = tl.load(scores + best, mask=active, other=0.0)
-    rejected = tl.load(scores + worst, mask=active, other=0.0)
-    tl.store(stats + g, beta * chosen)
-    tl.store(stats + stats_stride + g, beta * rejected)
-    tl.store(stats + 2 * stats_stride + g, tl.where(active, right / tl.maximum(n_preferred, 1), 0.0))
-    tl.store(stats + 3 * stats_stride + g, tl.where(active, 1.0, 0.0))
 
     log_normaliser = z_top + tl.log(tl.where(z_total > 0, z_total, 1.0))
     for start in range(begin, end, K):
@@ -336,9 +319,10 @@ def list_loss_kernel(
         else:
             tl.store(coefficients + i, c, mask=here)
     tl.store(losses + g, tl.where(active, pair_loss * scale + other_loss, 0.0))
+    tl.store(is_active + g, tl.where(active, 1.0, 0.0))
 
 
-def list_loss(problem: ListProblem, result: ListResult) -> None:
+def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> None:
     p, o = problem, problem.objective
     n_lists, n_candidates = p.cu_lists.numel() - 1, p.rewards.numel()
     if n_lists == 0:
@@ -351,7 +335,7 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         return p.rewards if x is None else x
 
     list_loss_kernel[(n_lists,)](
-        p.log_probs,
+        log_probs,
         or_dummy(p.labels),
         p.rewards,
         or_dummy(p.ref_log_probs),
@@ -366,7 +350,6 @@ def list_loss(problem: ListProblem, result: ListResult) -> None:
         scratch,
         n_candidates,
         0 if p.pair_weights is None else p.pair_weights.shape[-1],
-        result.stats.stride(0),
         o.beta,
         o.gamma,
         1.0 - o.soft_target,

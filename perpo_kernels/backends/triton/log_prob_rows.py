@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perpo_kernels.backends import LogitMap
 from perpo_kernels.backends.triton.common import row_launch, row_max_and_sum, row_pointer, to_unit
+from perpo_kernels.problem import LogitMap
 
 
 @triton.jit

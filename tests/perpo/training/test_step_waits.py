@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perpo.model import sharing
 from perpo.model.language_head import accept_rows, perpo_output
 from perpo.prefix.layout import PrefixLayout
-from perpo_kernels.ops import lists as ops
+from perpo_kernels import checks
 from tests.perpo import tiny_models
 from tests.perpo.model.test_sharing import batches
 
@@ -90,7 +90,7 @@ def test_what_waits_is_found(what: str) -> None:
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "gemma2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_waits_for_nothing_of_ours(family: str, checkpointing: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(ops, "values_are_checked", lambda x: False)  # as on a device: checks are for a CPU
+    monkeypatch.setattr(checks, "values_are_checked", lambda x: False)  # as on a device: checks are for a CPU
     model, processor = tiny_models.build(family)
     if family == "gemma2":
         model.set_attn_implementation("eager")
