@@ -9,10 +9,8 @@ torchrun sets them; each takes the GPU of its LOCAL_RANK.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from perpo.cli.settings import ModelConfig, parse
+from perpo.cli.settings import ModelConfig
+from perpo.data.documents import mapping
 from perpo.data.record import ListRecord, read_records
 from perpo.encoding.encoder import Encoder
-from perpo.model.load import load_model, load_processor
 from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import bad_truths
 from perpo.sampling.candidates import SHOWN_ERRORS, CandidateConfig, Outcome, generate
@@ -81,13 +79,7 @@ class GenerateConfig:
     candidates: CandidateConfig = field(init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.engine_options, str):
-            try:
-                self.engine_options = json.loads(self.engine_options)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"engine_options must be a JSON mapping: {error}") from error
-        if not isinstance(self.engine_options, dict | None):
-            raise ValueError(f"engine_options must be a mapping, got {self.engine_options!r}")
+        self.engine_options = mapping("engine_options", self.engine_options)
         if self.engine_options and self.engine != "vllm":
             raise ValueError("engine_options are arguments of vllm.LLM: set engine='vllm', or leave them out")
         if self.answers_at_once is not None and self.engine == "vllm":
@@ -117,25 +109,21 @@ class GenerateConfig:
         return f"{task}/{self.answer_format}" if boxes and self.answer_format else task
 
 
-def main(arguments: Sequence[str]) -> int:
-    try:
-        model_config, config = parse((ModelConfig, GenerateConfig), arguments, "perpo generate")
-        outcome = run(model_config, config)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("PERPO_TRACEBACK"):
-            raise
-        hint = "set answers_at_once to fewer answers\n" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"perpo generate: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
-        return 1
+SETTINGS = (ModelConfig, GenerateConfig)
+OUT_OF_MEMORY = "set answers_at_once to fewer answers\n"
+
+
+def run(model_config: ModelConfig, config: GenerateConfig) -> None:
+    """Read, sample, score, write, and say what came of it."""
+    outcome = sample_lists(model_config, config)
     print(outcome.totals.summary())
     if outcome.n_missing:
         print(f"{outcome.n_missing} records are still with other processes; the last of them writes {config.output}")
     else:
         print(f"written to {config.output}")
-    return 0
 
 
-def run(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
+def sample_lists(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
     """Read, sample, score, write."""
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     options: dict[str, Any] = {"check_images": True, "root": config.image_root}
@@ -156,31 +144,19 @@ def run(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
 
 
 def _sampler(model_config: ModelConfig, config: GenerateConfig) -> Sampler:
-    name, trust = model_config.model_name_or_path, model_config.trust_remote_code
-    revision, length = model_config.model_revision, config.max_prompt_length
-    options: dict[str, Any] = dict(model_config.processor_options or {})  # type: ignore[arg-type]
+    name, revision, length = model_config.model_name_or_path, model_config.model_revision, config.max_prompt_length
+    processor = model_config.load_processor(name, revision)
     if config.engine == "vllm":
-        settings: dict[str, Any] = {"dtype": model_config.dtype, "trust_remote_code": trust, "revision": revision}
-        settings |= {"mm_processor_kwargs": options} if options else {}
-        encoder = Encoder(
-            _processor(name, trust, revision, options), _end_ids(name, revision), max_prompt_length=length
-        )
-        return VllmSampler(name, encoder, config.sampling, settings | dict(config.engine_options or {}))  # type: ignore[arg-type]
-    model = load_model(
-        name,
-        dtype=model_config.dtype,
-        attn_implementation=model_config.attn_implementation,
-        revision=revision,
-        trust_remote_code=trust,
-    )
-    encoder = Encoder.for_model(_processor(name, trust, revision, options), model, max_prompt_length=length)
+        settings: dict[str, Any] = {"dtype": model_config.dtype, "trust_remote_code": model_config.trust_remote_code}
+        settings |= {"revision": revision}
+        if model_config.processor_options:
+            settings["mm_processor_kwargs"] = model_config.processor_options
+        encoder = Encoder(processor, _end_ids(name, revision), max_prompt_length=length)
+        return VllmSampler(name, encoder, config.sampling, settings | mapping("engine_options", config.engine_options))
+    model = model_config.load_model(name, revision)
+    encoder = Encoder.for_model(processor, model, max_prompt_length=length)
     device = torch.device("cuda", _number("LOCAL_RANK", 0)) if torch.cuda.is_available() else torch.device("cpu")
     return TransformersSampler(model.to(device), encoder, config.sampling, answers_at_once=config.answers_at_once)
-
-
-def _processor(name: str, trust: bool, revision: str | None, options: dict[str, Any]) -> Any:
-    extra = {"revision": revision} if revision is not None else {}
-    return load_processor(name, trust_remote_code=trust, **options, **extra)
 
 
 def _end_ids(name: str, revision: str | None) -> list[int]:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import nn
 from transformers.utils import logging
 
-from perpo.cli.settings import ModelConfig, parse
+from perpo.cli.settings import ModelConfig
 from perpo.data.image_check import unreadable_images
 from perpo.data.record import ListRecord, read_records
 from perpo.encoding.encoder import Encoder
-from perpo.model.load import load_model, load_processor
 from perpo.model.trainable import freeze, language_lora
 from perpo.sampling.candidates import parts_folder
 from perpo.storage.identity import known_identity
@@ -105,41 +99,19 @@ class TrainableConfig:
         return config
 
 
-def main(arguments: Sequence[str]) -> int:
-    kinds = (ModelConfig, DataConfig, TrainableConfig, PerPOConfig)
-    model_config, data, trainable, args = parse(kinds, arguments, "perpo train")
-    try:
-        train(model_config, data, trainable, args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("PERPO_TRACEBACK"):
-            raise
-        hint = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"perpo train: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
-        return 1
-    return 0
+SETTINGS = (ModelConfig, DataConfig, TrainableConfig, PerPOConfig)
 
 
-def train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig, args: PerPOConfig) -> PerPOTrainer:
-    """Load, train, save into output_dir; returns the trainer."""
+def run(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig, args: PerPOConfig) -> None:
+    """Load, train, save into output_dir."""
     resume = _resume(args.resume_from_checkpoint)
     if not resume:
         check_free(str(args.output_dir))
     train_lists = _read(data.train_file, data, args)
     eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args)
-    load = partial(
-        load_model,
-        dtype=model_config.dtype,
-        attn_implementation=model_config.attn_implementation,
-        trust_remote_code=model_config.trust_remote_code,
-    )
-    model = load(model_config.model_name_or_path, revision=model_config.model_revision)
+    model = model_config.load_model(model_config.model_name_or_path, model_config.model_revision)
+    processor = model_config.load_processor(model_config.model_name_or_path, model_config.model_revision)
     reference = args.ref_model_name_or_path
-    options: dict[str, Any] = dict(model_config.processor_options or {})  # type: ignore[arg-type]
-    if model_config.model_revision is not None:
-        options["revision"] = model_config.model_revision
-    processor = load_processor(
-        model_config.model_name_or_path, trust_remote_code=model_config.trust_remote_code, **options
-    )
     trainer = PerPOTrainer(
         model,
         args,
@@ -147,14 +119,13 @@ def train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfi
         processor,
         eval_dataset=eval_lists,
         peft_config=trainable.apply(model),
-        ref_model=None if reference is None else load(reference),
+        ref_model=None if reference is None else model_config.load_model(reference),
     )
     _compare_pixels(data.train_file, trainer.encoder)
     with clear_disk_errors(str(args.output_dir)):
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
         trainer.save_state()
-    return trainer
 
 
 def _read(file: str, data: DataConfig, args: PerPOConfig) -> list[ListRecord]:

@@ -151,13 +151,7 @@ def _ask(
     left = {kind: [r for r in members if key(kind, r) not in store] for kind, members in kinds.items()}
     total, n_left = sum(map(len, kinds.values())), sum(map(len, left.values()))
     if n_left:
-        model, encoder = source.load(
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-            processor_options=config.processor_settings,
-            device=config.device,
-        )
+        model, encoder = source.load(config, config.device)
         ask = Answerer(model, encoder, image_root=config.image_root, max_new_tokens=config.max_new_tokens)
         with tqdm(total=total, initial=total - n_left, desc=source.name, unit="question") as bar:
             for kind in ("greedy", "blank"):

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from perpo.encoding.encoder import Encoder
-from perpo.model.load import load_model, load_processor
+from perpo.model.settings import LoadSettings
 
 _ADAPTER = "adapter_config.json"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -53,27 +53,18 @@ class ModelSource:
             digest.update(b"\0" if place is None else _content(place, bool(options.get("trust_remote_code"))))
         return digest.hexdigest()[:16]
 
-    def load(
-        self,
-        *,
-        dtype: str = "auto",
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        processor_options: Mapping[str, Any] | None = None,
-        device: str | None = None,
-    ) -> tuple[nn.Module, Encoder]:
+    def load(self, settings: LoadSettings, device: str | None = None) -> tuple[nn.Module, Encoder]:
         """The model on its device, in evaluation mode, and its encoder. The adapter's own processor goes first."""
-        model = load_model(
-            self.base, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
-        holder = self.base
+        model: nn.Module = settings.load_model(self.base)
         if self.adapter is not None:
             model = PeftModel.from_pretrained(model, self.adapter)
-            if any((Path(self.adapter) / name).is_file() for name in _PROCESSORS):
-                holder = self.adapter
-        processor = load_processor(holder, trust_remote_code=trust_remote_code, **(processor_options or {}))
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return model.to(place).eval(), Encoder.for_model(processor, model)
+        return model.to(place).eval(), Encoder.for_model(self.load_processor(settings), model)
+
+    def load_processor(self, settings: LoadSettings) -> Any:
+        """The adapter's own, if it has one, otherwise the base model's."""
+        of_adapter = self.adapter is not None and any((Path(self.adapter) / name).is_file() for name in _PROCESSORS)
+        return settings.load_processor(self.adapter if of_adapter and self.adapter else self.base)
 
 
 def parse_models(given: Sequence[str] | Mapping[str, str]) -> list[ModelSource]:

@@ -173,7 +173,7 @@ def test_a_killed_run_loses_no_answer(project: Path) -> None:
         (["--reward", "grounding"], "reward 'grounding' failed on record 'r0'"),
         (["--image_root", "/nowhere"], "does not exist"),
         (["--bleu_tokenize", "elvish"], "bleu_tokenize: sacrebleu has no tokenizer 'elvish'"),
-        (["--processor_options", "{"], "processor_options must be a JSON mapping"),
+        (["--processor_options", "{"], "processor_options must be a JSON or YAML mapping"),
     ],
 )
 def test_bad_input_is_named_before_any_model_is_loaded(

@@ -246,7 +246,7 @@ def test_bad_truths_and_missing_images_are_known_before_the_model_is_loaded(
     rows = [json.loads(line) for line in (project / "records.jsonl").read_text().splitlines()]
     rows[4] |= {"task": "grounding", "answer": [10, 20, 300, 400]}  # pixels
     rows[5] |= {"image": "gone.png"}
-    monkeypatch.setattr("perpo.cli.generate.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("perpo.model.settings.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     for bad, message in (
         (rows[:5], "record 'r4': ValueError: answer must be a box"),
         (rows, "gone.png' does not exist"),
@@ -273,7 +273,7 @@ def test_bad_truths_and_missing_images_are_known_before_the_model_is_loaded(
         (["--reward", "no.such:thing"], "reward 'no.such:thing' cannot be imported"),
         (["--engine", "vllm"], "vllm cannot be imported"),
         (["--engine", "slow"], "invalid choice: 'slow'"),
-        (["--engine_options", "{}}"], "engine_options must be a JSON mapping"),
+        (["--engine_options", "{}}"], "engine_options must be a JSON or YAML mapping"),
         (["--engine_options", '{"a": 1}'], "set engine='vllm'"),
         (["--task", ""], "record 'r0' names no task: set task or reward"),
         (["--output", "/nowhere/lists.jsonl"], "there is no folder '/nowhere'"),

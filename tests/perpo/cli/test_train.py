@@ -12,6 +12,7 @@ import torch
 from perpo.cli import main as cli
 from perpo.cli import train as train_command
 from perpo.data.record import ListRecord
+from perpo.model import settings as loading
 from perpo.training.trainer import PerPOTrainer
 
 from .. import tiny_runs
@@ -43,7 +44,7 @@ def no_model(*args: Any, **kwargs: Any) -> None:
 
 
 def test_a_damaged_image_is_named_before_the_model_is_loaded(project: Path, capsys: Shown, monkeypatch: Any) -> None:
-    monkeypatch.setattr(train_command, "load_model", no_model)
+    monkeypatch.setattr(loading, "load_model", no_model)
     damage(project / "r2.png")
     assert cli.main(command(project, "--reference", "adapter_off")) == 1
     error = capsys.readouterr().err
@@ -120,8 +121,8 @@ def test_the_reference_model_is_loaded_as_the_model_is(project: Path, monkeypatc
         loaded.append((Path(name).name, {k: v for k, v in options.items() if k != "revision"}))
         return real(name, **options)
 
-    real = train_command.load_model
-    monkeypatch.setattr(train_command, "load_model", load)
+    real = loading.load_model
+    monkeypatch.setattr(loading, "load_model", load)
     (project / "other").symlink_to(project / "model")
     options = ["--reference", "model", "--ref_model_name_or_path", str(project / "other")]
     options += ["--attn_implementation", "eager", "--dtype", "float32", "--prefix_sharing", "off"]
