@@ -10,8 +10,8 @@ torchrun sets them; each takes the GPU of its LOCAL_RANK.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,20 @@ from transformers import GenerationConfig
 
 from perpo.cli.settings import ModelConfig
 from perpo.data.documents import mapping
-from perpo.data.record import ListRecord, read_records
+from perpo.data.read import ReadSettings, usable_records
+from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
+from perpo.encoding.prompt_check import PromptCheck
 from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import bad_truths
-from perpo.sampling.candidates import SHOWN_ERRORS, CandidateConfig, Outcome, generate
+from perpo.sampling.candidates import CandidateConfig, Outcome, generate
 from perpo.sampling.sampler import Sampler, Sampling
 from perpo.sampling.with_transformers import TransformersSampler
 from perpo.sampling.with_vllm import VllmSampler
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(ReadSettings):
     """Which records, how answers to them are drawn and scored, and where they go."""
 
     records: str = field(metadata={"help": "Images, prompts and true answers: .jsonl, .json or .parquet."})
@@ -60,7 +62,6 @@ class GenerateConfig:
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that image paths are under; default: any path is allowed."}
     )
-    skip_bad: bool = field(default=False, metadata={"help": "Leave out bad records and count them."})
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "A prompt with more tokens, image included, makes a bad record."}
     )
@@ -126,26 +127,25 @@ def run(model_config: ModelConfig, config: GenerateConfig) -> None:
 def sample_lists(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
     """Read, sample, score, write."""
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    options: dict[str, Any] = {"check_images": True, "root": config.image_root}
-    records, report = read_records(config.records, require=("answer",), skip_bad=config.skip_bad, **options)
-    records = [config.with_task(record) for record in records]
-    bad = bad_truths(records, config.candidates.reward)  # now, rather than after hours of sampling
-    if bad and not config.skip_bad:
-        raise ValueError(f"{next(iter(bad.values()))}\nskip_bad leaves out such records and counts them")
-    records = [record for record in records if record.id not in bad]
-    if rank == 0:
-        print(report.summary() + (f"; {len(bad)} with an answer that their reward cannot take skipped" if bad else ""))
-        for error in [*report.errors, *bad.values()][:SHOWN_ERRORS]:
-            print(f"  skipped: {error}", file=sys.stderr)
     if not Path(config.output).parent.is_dir():
         raise ValueError(f"output: there is no folder {str(Path(config.output).parent)!r}")
-    sampler = _sampler(model_config, config)
+    processor = model_config.load_processor(model_config.model_name_or_path, model_config.model_revision)
+    records, _ = usable_records(
+        config.records,
+        config,
+        require=("answer",),
+        root=config.image_root,
+        prepare=config.with_task,
+        bad_truths=partial(bad_truths, reward=config.candidates.reward),
+        checks=[PromptCheck(processor, config.max_prompt_length)],
+        show=rank == 0,
+    )
+    sampler = _sampler(model_config, config, processor)
     return generate(records, sampler, config.output, config.candidates, rank=rank, world_size=world_size)
 
 
-def _sampler(model_config: ModelConfig, config: GenerateConfig) -> Sampler:
+def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) -> Sampler:
     name, revision, length = model_config.model_name_or_path, model_config.model_revision, config.max_prompt_length
-    processor = model_config.load_processor(name, revision)
     if config.engine == "vllm":
         settings: dict[str, Any] = {"dtype": model_config.dtype, "trust_remote_code": model_config.trust_remote_code}
         settings |= {"revision": revision}

@@ -106,6 +106,7 @@ class _Parser(HfArgumentParser):
         name = re.match(r"argument --(\w+)", message)
         source = f"config: {self.config_file}: " if name and name[1] in self.from_file else ""
         self.exit(2, f"{self.prog}: {source}{message}\n")
+        raise AssertionError("exit does not return")
 
     def words_of_file(self, arguments: Sequence[str]) -> list[str]:
         """The file's settings, but for those that the command line has too, as the words of a command line."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
@@ -10,9 +9,10 @@ from torch import nn
 from transformers.utils import logging
 
 from perpo.cli.settings import ModelConfig
-from perpo.data.image_check import unreadable_images
-from perpo.data.record import ListRecord, read_records
+from perpo.data.read import SCORED, ReadSettings, usable_records
+from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
+from perpo.encoding.prompt_check import PromptCheck
 from perpo.model.trainable import freeze, language_lora
 from perpo.sampling.candidates import parts_folder
 from perpo.storage.identity import known_identity
@@ -22,8 +22,6 @@ from perpo.training.trainer import PerPOTrainer
 
 logger = logging.get_logger(__name__)
 
-
-SHOWN = 20  # of the images that cannot be read
 
 OUT_OF_MEMORY = """What takes less, the first two without a change in what is computed:
   --gradient_checkpointing true
@@ -35,14 +33,11 @@ OUT_OF_MEMORY = """What takes less, the first two without a change in what is co
 
 
 @dataclass
-class DataConfig:
+class DataConfig(ReadSettings):
     """Which lists."""
 
     train_file: str = field(metadata={"help": "Scored lists: .jsonl, .json or .parquet."})
     eval_file: str | None = field(default=None, metadata={"help": "Scored lists to evaluate the loss on."})
-    skip_bad: bool = field(
-        default=False, metadata={"help": "Leave out bad records and count them, also those with a damaged image."}
-    )
     drop_inactive: bool = field(
         default=False, metadata={"help": "Leave out lists whose rewards are all equal: they have no gradient."}
     )
@@ -107,10 +102,12 @@ def run(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig,
     resume = _resume(args.resume_from_checkpoint)
     if not resume:
         check_free(str(args.output_dir))
-    train_lists = _read(data.train_file, data, args)
-    eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args)
-    model = model_config.load_model(model_config.model_name_or_path, model_config.model_revision)
-    processor = model_config.load_processor(model_config.model_name_or_path, model_config.model_revision)
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    processor = model_config.load_processor(name, revision)
+    check = PromptCheck(processor, args.max_prompt_length)
+    train_lists = _read(data.train_file, data, args, check)
+    eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args, check)
+    model = model_config.load_model(name, revision)
     reference = args.ref_model_name_or_path
     trainer = PerPOTrainer(
         model,
@@ -128,24 +125,20 @@ def run(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig,
         trainer.save_state()
 
 
-def _read(file: str, data: DataConfig, args: PerPOConfig) -> list[ListRecord]:
-    records, report = read_records(
+def _read(file: str, data: DataConfig, args: PerPOConfig, check: PromptCheck) -> list[ListRecord]:
+    shown = args.process_index == 0  # joins the processes, if there are several
+    records, report = usable_records(
         file,
-        skip_bad=data.skip_bad,
-        drop_inactive=data.drop_inactive,
-        check_images=True,
+        data,
+        require=SCORED,
         root=args.image_root,
+        drop_inactive=data.drop_inactive,
+        checks=[check],
+        show=shown and not args.disable_tqdm,
     )
-    bad = unreadable_images(records, args.image_root, show=not args.disable_tqdm)
-    reasons = [f"{file}: record {records[i].id!r}: {why}" for i, why in bad.items()]
-    if len(bad) == len(records) or (bad and not data.skip_bad):
-        more = f" ({len(bad)} such records; --skip_bad true leaves them out)"
-        raise ValueError(reasons[0] + more)
-    if args.process_index == 0:
-        print(report.summary() + (f"; {len(bad)} more left out, whose images cannot be read" if bad else ""))
-        for error in (*report.errors, *reasons[:SHOWN]):
-            print(f"  skipped: {error}", file=sys.stderr)
-    return [record for i, record in enumerate(records) if i not in bad]
+    if shown and args.disable_tqdm:
+        report.show()
+    return records
 
 
 def _compare_pixels(lists: str, encoder: Encoder) -> None:

@@ -107,7 +107,8 @@ class CocoFile:
 
     def referring(self, refs: Sequence[Any], prompt: str, split: str | None = None) -> Iterator[ListRecord]:
         """A record for every sentence; its answer is the one box. Of one split only, if one is named."""
-        known, twice = {}, set()
+        known: dict[Any, Mapping[str, Any]] = {}
+        twice: set[Any] = set()
         for row in self.annotations:
             if isinstance(row, Mapping) and _is_id(row.get("id")):
                 twice |= {row["id"]} & known.keys()

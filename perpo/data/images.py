@@ -42,9 +42,11 @@ class RowImage:
     dataset: Any = field(repr=False, compare=False)
     row: int
     column: str
+    item: int | None = None  # of a column that holds lists of images
 
     def load(self) -> Any:
-        return self.dataset[self.row][self.column]
+        held = self.dataset[self.row][self.column]
+        return held if self.item is None else held[self.item]
 
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | Mapping[str, Any] | RowImage

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from perpo.data.read import ReadSettings
 from perpo.model.settings import LoadSettings
 from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import find_task
 
 
 @dataclass
-class EvaluationConfig(LoadSettings):
+class EvaluationConfig(LoadSettings, ReadSettings):
     """Which models, on which records, and what is measured."""
 
     models: list[str] = field(
@@ -41,7 +42,6 @@ class EvaluationConfig(LoadSettings):
     top_p: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
     seed: int = field(default=0, metadata={"help": "Of sampling, of the bootstrap and of the examples shown."})
     limit: int | None = field(default=None, metadata={"help": "Take only the first so many records."})
-    skip_bad: bool = field(default=False, metadata={"help": "Leave out bad records and count them."})
     resamples: int = field(default=2000, metadata={"help": "Draws of the bootstrap."})
     confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
     examples: int = field(default=12, metadata={"help": "Example pictures a task in the report."})

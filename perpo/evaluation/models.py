@@ -43,15 +43,21 @@ class ModelSource:
         return self.base if self.adapter is None else f"{self.base} + {self.adapter}"
 
     def identity(self, options: Mapping[str, Any]) -> str:
-        """Hash of all files of the model and of `options`. A name on the hub stands for the commit it means today.
-
-        Raises:
-            ValueError: no such folder.
-        """
+        """Hash of all files of the model and of `options`. A name on the hub stands for the commit it means today."""
+        self.check()
         digest = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=str).encode())
         for place in (self.base, self.adapter):
             digest.update(b"\0" if place is None else _content(place, bool(options.get("trust_remote_code"))))
         return digest.hexdigest()[:16]
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: there is no such folder, and nothing on the hub can have such a name.
+        """
+        for place in (self.base, self.adapter):
+            if place is not None and not Path(place).is_dir() and not _HUB_NAME.fullmatch(place):
+                raise ValueError(f"models: {place!r} is no folder, and no name of a model on the hub either")
 
     def load(self, settings: LoadSettings, device: str | None = None) -> tuple[nn.Module, Encoder]:
         """The model on its device, in evaluation mode, and its encoder. The adapter's own processor goes first."""
@@ -106,8 +112,6 @@ def _base_of(adapter: str) -> str:
 def _content(place: str, trust_remote_code: bool) -> bytes:
     folder = Path(place)
     if not folder.is_dir():
-        if not _HUB_NAME.fullmatch(place):
-            raise ValueError(f"models: {place!r} is no folder, and no name of a model on the hub either")
         commit = getattr(AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code), "_commit_hash", None)
         return f"{place}@{commit}".encode()
     digest = hashlib.sha256()

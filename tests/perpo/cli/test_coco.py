@@ -12,7 +12,8 @@ from PIL import Image
 from perpo.cli import main as cli
 from perpo.cli.coco import prompts
 from perpo.data.coco import AnnotationError, CocoFile, divide
-from perpo.data.record import ListRecord, read_records
+from perpo.data.read import read_records
+from perpo.data.record import ListRecord
 from perpo.rewards.formats import FORMATS, write_boxes
 from perpo.rewards.scoring import find_task
 

@@ -48,9 +48,9 @@ def test_a_damaged_image_is_named_before_the_model_is_loaded(project: Path, caps
     damage(project / "r2.png")
     assert cli.main(command(project, "--reference", "adapter_off")) == 1
     error = capsys.readouterr().err
-    assert "lists.jsonl: record 'r2': image '" in error
+    assert "lists.jsonl:3: record 'r2': image '" in error
     assert "r2.png' cannot be" in error
-    assert "1 such records; --skip_bad true leaves them out" in error
+    assert "skip_bad leaves out such records and counts them" in error
     assert "Traceback" not in error
 
 
@@ -59,7 +59,7 @@ def test_damaged_images_are_left_out_and_counted(project: Path, capsys: Shown) -
     options = ["--skip_bad", "true", "--dataloader_num_workers", "1", "--num_train_epochs", "1", "--max_steps", "-1"]
     assert cli.main(command(project, *options)) == 0
     shown = capsys.readouterr()
-    assert "1 more left out, whose images cannot be read" in shown.out
+    assert "3 lists of 2–3 answers; 1 bad records skipped" in shown.out
     assert "skipped: " in shown.err
     assert "record 'r2'" in shown.err
     assert log(project)[-1]["step"] == 3
@@ -104,7 +104,7 @@ def test_a_folder_with_checkpoints_is_refused_before_anything_is_read(
     assert cli.main(command(project, *saving)) == 0
     capsys.readouterr()
     with monkeypatch.context() as patched:
-        patched.setattr(train_command, "read_records", no_model)
+        patched.setattr(train_command, "usable_records", no_model)
         assert cli.main(command(project, *saving)) == 1
         assert "out holds checkpoints; go on from them with resume_from_checkpoint=true" in capsys.readouterr().err
     resume = ["--resume_from_checkpoint", "true"]

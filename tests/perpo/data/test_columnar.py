@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from perpo.data.images import RowImage, open_image
-from perpo.data.record import ListRecord, RecordError, read_records, write_records
+from perpo.data.read import RecordError, read_records
+from perpo.data.record import ListRecord, write_records
 
 pytest.importorskip("pyarrow", reason="Parquet is an extra: perpo[data]")
 

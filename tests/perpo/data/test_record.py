@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perpo.data.record import FieldError, ListRecord, RecordError, read_records, write_records
+from perpo.data.read import RecordError, read_records
+from perpo.data.record import FieldError, ListRecord, write_records
 
 GOOD: dict[str, Any] = {
     "id": "a",
@@ -77,8 +78,8 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path, records: list[List
 
 
 def test_strange_characters_survive_jsonl(tmp_path: Path) -> None:
-    texts = ["line\nbreak", "\u2028\u2029\x85", "\ud800", "字", "\0", '"', "\U0001f600"]
-    before = ListRecord("a", None, "?", responses=tuple(texts), rewards=(0.0,) * len(texts))
+    texts = ["line\nbreak", "\u2028\u2029\x85", "字", "\0", '"', "\U0001f600"]
+    before = ListRecord("a", None, "?", ["\ud800"], "", tuple(texts), (0.0,) * len(texts), columns={"c": "\udfff"})
     write_records([before], tmp_path / "a.jsonl")
     assert read_records(tmp_path / "a.jsonl")[0] == [before]
 
