@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoConfig
 
+from perpo.model.settings import check_place
 from perpo.training.cost import ListShape, Planner, Training
 
 GIB = 2**30
@@ -55,6 +56,7 @@ def run(options: PlanConfig) -> None:
 
 def report(options: PlanConfig) -> str:
     """Side by side: image and prompt once a list, and once a candidate."""
+    check_place(options.model)
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     training = Training(
         lora_r=options.lora_r,

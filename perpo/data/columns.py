@@ -51,23 +51,24 @@ def names_of(row: Mapping[str, Any]) -> dict[str, str]:
     return OURS if column == "image" else OURS | {"image": column}
 
 
-def picture(value: Any, column: str) -> Any:
-    """The picture that a column holds.
+def picture(row: Mapping[str, Any], column: str) -> Any:
+    """The picture that stands in this column.
 
     Raises:
-        FieldError: it holds several.
+        FieldError: one of the columns for pictures holds several.
     """
-    if not isinstance(value, list | tuple):
-        return value
-    if not value:
-        return None
-    if len(value) > 1:
-        raise FieldError(
-            column,
-            f"holds {len(value)} images, and a record is about one: join them into one picture, or make a record of "
-            "each",
-        )
-    return value[0]
+    for name in PICTURE:
+        value = row.get(name)
+        if isinstance(value, list | tuple) and len(value) > 1:
+            raise FieldError(
+                name,
+                f"holds {len(value)} images, and a record is about one: join them into one picture, or make a record "
+                "of each",
+            )
+    value = row.get(column)
+    if isinstance(value, list | tuple):
+        return value[0] if value else None
+    return value
 
 
 def further(row: Mapping[str, Any], names: Collection[str], seen: Seen) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def further(row: Mapping[str, Any], names: Collection[str], seen: Seen) -> dict[
     found = {}
     beside = [(name, value) for name, value in row.items() if name not in names and name != "columns"]
     for name, value in [*gathered.items(), *beside]:
-        if value is None:
+        if value is None or (name in PICTURE and _empty(value)):
             continue
         kept = plain(value)
         if not _fits_json(kept):

@@ -323,8 +323,9 @@ def _parse(
             reason = problem or f"must be an object with the fields of a record, got {shown(row)}"
             yield place, FieldError("", reason)
             continue
-        names = names_of(row)
+        names: Mapping[str, str] = {}
         try:
+            names = names_of(row)
             record = _record(row, names, number, report, require, seen)
             if record.id in places:
                 raise FieldError("id", f"{record.id!r:.100} is taken by the record at {places[record.id]}")
@@ -354,7 +355,7 @@ def _record(
             seen[given["id"]] += 1
             given["id"] += f"#{seen[given['id']]}" if seen[given["id"]] > 1 else ""
     given["columns"] = further(row, names.values(), report)
-    given["image"] = picture(given.get("image"), names["image"])
+    given["image"] = picture(row, names["image"])
     if given["image"] is None:
         note_picture_like(row, names.values(), report)
     for name in ("prompt", *require):

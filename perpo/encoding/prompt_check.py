@@ -39,10 +39,18 @@ class PromptCheck:
         text = self.encoder.render(record.prompt, image is not None)  # type: ignore[arg-type]
         odd = image is not None and (min(image.size) < SMALL or max(image.size) > NARROW * min(image.size))
         written = str(record.prompt)
+        for token in self._video:
+            if token in written:
+                raise ValueError(f"prompt: {token!r} is the place of a video, and a record has none; leave it out")
         if odd or self.encoder.max_prompt_length is not None or any(token in written for token in self._special):
             self.encoder.prompt(record.prompt, image)  # type: ignore[arg-type]
         else:
             self.encoder.tokenizer(text, add_special_tokens=False)
+
+    @cached_property
+    def _video(self) -> list[str]:
+        holders = (self.encoder.processor, self.encoder.tokenizer)
+        return [token for holder in holders if isinstance(token := getattr(holder, "video_token", None), str)]
 
     @cached_property
     def _special(self) -> list[str]:

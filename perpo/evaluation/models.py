@@ -21,11 +21,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from perpo.encoding.encoder import Encoder
-from perpo.model.settings import LoadSettings
+from perpo.model.settings import LoadSettings, check_place
 
 _ADAPTER = "adapter_config.json"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What lies beside a model without changing its answers.
 _NO_PART = re.compile(r".*\.(md|png|jpg)|\..*|(optimizer|scheduler|scaler|rng_state|training_args|trainer_state).*")
 
@@ -51,13 +50,10 @@ class ModelSource:
         return digest.hexdigest()[:16]
 
     def check(self) -> None:
-        """
-        Raises:
-            ValueError: there is no such folder, and nothing on the hub can have such a name.
-        """
+        """Raises as `check_place`."""
         for place in (self.base, self.adapter):
-            if place is not None and not Path(place).is_dir() and not _HUB_NAME.fullmatch(place):
-                raise ValueError(f"models: {place!r} is no folder, and no name of a model on the hub either")
+            if place is not None:
+                check_place(place)
 
     def load(self, settings: LoadSettings, device: str | None = None) -> tuple[nn.Module, Encoder]:
         """The model on its device, in evaluation mode, and its encoder. The adapter's own processor goes first."""

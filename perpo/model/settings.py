@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from perpo.data.documents import mapping
 from perpo.model.load import load_model, load_processor
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_place(name_or_path: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such folder, and no model on the hub can have such a name. (To ask the hub for it would
+            take minutes where there is no network.)
+    """
+    path = Path(name_or_path)
+    if path.is_dir() or HUB_NAME.fullmatch(name_or_path):
+        return
+    beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, 1)
+    hint = f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
+    raise ValueError(f"model: there is no folder {name_or_path!r}{hint} (a model on the hub is named owner/name)")
 
 
 @dataclass(kw_only=True)
@@ -36,6 +56,7 @@ class LoadSettings:
         self.processor_options = mapping("processor_options", self.processor_options)
 
     def load_model(self, name_or_path: str, revision: str | None = None) -> nn.Module:
+        check_place(name_or_path)
         return load_model(
             name_or_path,
             dtype=self.dtype,
@@ -45,6 +66,7 @@ class LoadSettings:
         )
 
     def load_processor(self, name_or_path: str, revision: str | None = None) -> Any:
+        check_place(name_or_path)
         options = mapping("processor_options", self.processor_options)
         if revision is not None:
             options["revision"] = revision

@@ -166,7 +166,7 @@ def test_a_killed_run_loses_no_answer(project: Path) -> None:
         (["--top_p", "1.5"], "top_p must be in (0, 1], got 1.5"),
         (["--reward", "nothing"], "reward 'nothing' is not known"),
         (["--models", "a=x", "a=y"], "'a' is the name of two models"),
-        (["--models", "a=no/such/folder"], "'no/such/folder' is no folder"),
+        (["--models", "a=no/such/folder"], "there is no folder 'no/such/folder'"),
         (["--box_formats", "latin"], "box format 'latin' is not known"),
         (["--box_formats", "other=llava"], "is for a model 'other'"),
         (["--records", "none.jsonl"], "none.jsonl"),
