@@ -22,7 +22,7 @@ from typing import Any
 
 _HOME = {
     "ListRecord": "perpo.data.record",
-    "read_records": "perpo.data.record",
+    "read_records": "perpo.data.read",
     "write_records": "perpo.data.record",
     "Encoder": "perpo.encoding.encoder",
     "load_model": "perpo.model.load",

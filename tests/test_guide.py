@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 import perpo.model.load
 from perpo.cli import main as cli
 from perpo.data.images import open_image
-from perpo.data.record import ListRecord, read_records, write_records
+from perpo.data.read import read_records
+from perpo.data.record import ListRecord, write_records
 from perpo.encoding.encoder import Encoder
 from perpo.rewards.formats import write_boxes
 from perpo.rewards.scoring import UnreadableAnswers, find_task, score_records

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
-
-import torch
-
-from perpo.cli.settings import parse
 from perpo.evaluation.config import EvaluationConfig
 from perpo.evaluation.evaluate import ANSWERS, FIGURES, Evaluation, evaluate
 from perpo.evaluation.report import write_report
 
+SETTINGS = (EvaluationConfig,)
+OUT_OF_MEMORY = "set batch_size to fewer answers\n"
 
-def main(arguments: Sequence[str]) -> int:
-    (config,) = parse((EvaluationConfig,), arguments, "perpo evaluate")
-    try:
-        evaluation = evaluate(config)
-        report = write_report(evaluation)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        if os.environ.get("PERPO_TRACEBACK"):
-            raise
-        hint = "set batch_size to fewer answers\n" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"perpo evaluate: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
-        return 1
+
+def run(config: EvaluationConfig) -> None:
+    evaluation = evaluate(config)
+    report = write_report(evaluation)
     print(summary(evaluation))
     print(f"\nfigures: {report.with_name(FIGURES)}\nanswers: {report.with_name(ANSWERS)}\nreport:  {report}")
-    return 0
 
 
 def summary(evaluation: Evaluation) -> str:

@@ -9,31 +9,31 @@ torchrun sets them; each takes the GPU of its LOCAL_RANK.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from perpo.cli.settings import ModelConfig, parse
-from perpo.data.record import ListRecord, read_records
+from perpo.cli.settings import ModelConfig
+from perpo.data.documents import mapping
+from perpo.data.read import ReadSettings, usable_records
+from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
-from perpo.model.load import load_model, load_processor
+from perpo.encoding.prompt_check import PromptCheck
 from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import bad_truths
-from perpo.sampling.candidates import SHOWN_ERRORS, CandidateConfig, Outcome, generate
+from perpo.sampling.candidates import CandidateConfig, Outcome, generate
 from perpo.sampling.sampler import Sampler, Sampling
 from perpo.sampling.with_transformers import TransformersSampler
 from perpo.sampling.with_vllm import VllmSampler
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(ReadSettings):
     """Which records, how answers to them are drawn and scored, and where they go."""
 
     records: str = field(metadata={"help": "Images, prompts and true answers: .jsonl, .json or .parquet."})
@@ -62,7 +62,6 @@ class GenerateConfig:
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that image paths are under; default: any path is allowed."}
     )
-    skip_bad: bool = field(default=False, metadata={"help": "Leave out bad records and count them."})
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "A prompt with more tokens, image included, makes a bad record."}
     )
@@ -81,13 +80,7 @@ class GenerateConfig:
     candidates: CandidateConfig = field(init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.engine_options, str):
-            try:
-                self.engine_options = json.loads(self.engine_options)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"engine_options must be a JSON mapping: {error}") from error
-        if not isinstance(self.engine_options, dict | None):
-            raise ValueError(f"engine_options must be a mapping, got {self.engine_options!r}")
+        self.engine_options = mapping("engine_options", self.engine_options)
         if self.engine_options and self.engine != "vllm":
             raise ValueError("engine_options are arguments of vllm.LLM: set engine='vllm', or leave them out")
         if self.answers_at_once is not None and self.engine == "vllm":
@@ -117,70 +110,53 @@ class GenerateConfig:
         return f"{task}/{self.answer_format}" if boxes and self.answer_format else task
 
 
-def main(arguments: Sequence[str]) -> int:
-    try:
-        model_config, config = parse((ModelConfig, GenerateConfig), arguments, "perpo generate")
-        outcome = run(model_config, config)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("PERPO_TRACEBACK"):
-            raise
-        hint = "set answers_at_once to fewer answers\n" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"perpo generate: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
-        return 1
+SETTINGS = (ModelConfig, GenerateConfig)
+OUT_OF_MEMORY = "set answers_at_once to fewer answers\n"
+
+
+def run(model_config: ModelConfig, config: GenerateConfig) -> None:
+    """Read, sample, score, write, and say what came of it."""
+    outcome = sample_lists(model_config, config)
     print(outcome.totals.summary())
     if outcome.n_missing:
         print(f"{outcome.n_missing} records are still with other processes; the last of them writes {config.output}")
     else:
         print(f"written to {config.output}")
-    return 0
 
 
-def run(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
+def sample_lists(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
     """Read, sample, score, write."""
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    options: dict[str, Any] = {"check_images": True, "root": config.image_root}
-    records, report = read_records(config.records, require=("answer",), skip_bad=config.skip_bad, **options)
-    records = [config.with_task(record) for record in records]
-    bad = bad_truths(records, config.candidates.reward)  # now, rather than after hours of sampling
-    if bad and not config.skip_bad:
-        raise ValueError(f"{next(iter(bad.values()))}\nskip_bad leaves out such records and counts them")
-    records = [record for record in records if record.id not in bad]
-    if rank == 0:
-        print(report.summary() + (f"; {len(bad)} with an answer that their reward cannot take skipped" if bad else ""))
-        for error in [*report.errors, *bad.values()][:SHOWN_ERRORS]:
-            print(f"  skipped: {error}", file=sys.stderr)
     if not Path(config.output).parent.is_dir():
         raise ValueError(f"output: there is no folder {str(Path(config.output).parent)!r}")
-    sampler = _sampler(model_config, config)
+    processor = model_config.load_processor(model_config.model_name_or_path, model_config.model_revision)
+    records, _ = usable_records(
+        config.records,
+        config,
+        require=("answer",),
+        root=config.image_root,
+        prepare=config.with_task,
+        bad_truths=partial(bad_truths, reward=config.candidates.reward),
+        checks=[PromptCheck(processor, config.max_prompt_length)],
+        show=rank == 0,
+    )
+    sampler = _sampler(model_config, config, processor)
     return generate(records, sampler, config.output, config.candidates, rank=rank, world_size=world_size)
 
 
-def _sampler(model_config: ModelConfig, config: GenerateConfig) -> Sampler:
-    name, trust = model_config.model_name_or_path, model_config.trust_remote_code
-    revision, length = model_config.model_revision, config.max_prompt_length
-    options: dict[str, Any] = dict(model_config.processor_options or {})  # type: ignore[arg-type]
+def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) -> Sampler:
+    name, revision, length = model_config.model_name_or_path, model_config.model_revision, config.max_prompt_length
     if config.engine == "vllm":
-        settings: dict[str, Any] = {"dtype": model_config.dtype, "trust_remote_code": trust, "revision": revision}
-        settings |= {"mm_processor_kwargs": options} if options else {}
-        encoder = Encoder(
-            _processor(name, trust, revision, options), _end_ids(name, revision), max_prompt_length=length
-        )
-        return VllmSampler(name, encoder, config.sampling, settings | dict(config.engine_options or {}))  # type: ignore[arg-type]
-    model = load_model(
-        name,
-        dtype=model_config.dtype,
-        attn_implementation=model_config.attn_implementation,
-        revision=revision,
-        trust_remote_code=trust,
-    )
-    encoder = Encoder.for_model(_processor(name, trust, revision, options), model, max_prompt_length=length)
+        settings: dict[str, Any] = {"dtype": model_config.dtype, "trust_remote_code": model_config.trust_remote_code}
+        settings |= {"revision": revision}
+        if model_config.processor_options:
+            settings["mm_processor_kwargs"] = model_config.processor_options
+        encoder = Encoder(processor, _end_ids(name, revision), max_prompt_length=length)
+        return VllmSampler(name, encoder, config.sampling, settings | mapping("engine_options", config.engine_options))
+    model = model_config.load_model(name, revision)
+    encoder = Encoder.for_model(processor, model, max_prompt_length=length)
     device = torch.device("cuda", _number("LOCAL_RANK", 0)) if torch.cuda.is_available() else torch.device("cpu")
     return TransformersSampler(model.to(device), encoder, config.sampling, answers_at_once=config.answers_at_once)
-
-
-def _processor(name: str, trust: bool, revision: str | None, options: dict[str, Any]) -> Any:
-    extra = {"revision": revision} if revision is not None else {}
-    return load_processor(name, trust_remote_code=trust, **options, **extra)
 
 
 def _end_ids(name: str, revision: str | None) -> list[int]:

@@ -1,6 +1,10 @@
-"""The command `perpo`: finds the sub-command and imports only that.
+"""The command `perpo`: finds the sub-command, imports only that, reads its settings and runs it.
 
-A sub-command is a module with `main(arguments) -> int` (the exit code) and a line in COMMANDS.
+A sub-command is a line in COMMANDS and a module with
+
+    SETTINGS         dataclasses that `perpo.cli.settings.parse` reads
+    run(*settings)   does the work and prints what came of it; what the user can mend is one of EXPECTED
+    OUT_OF_MEMORY    what takes less memory; only for commands that load a model
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+EXPECTED = (ValueError, OSError, ImportError)  # one line for the user; anything else is a fault of ours
 
 
 class Command(NamedTuple):
@@ -37,7 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"perpo: no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
     sys.path.append(os.getcwd())  # for rewards by import path: a console script has not the folder that it runs in
-    return importlib.import_module(COMMANDS[name].module).main(rest)
+    command = importlib.import_module(COMMANDS[name].module)
+    import torch  # the usage above needs none
+
+    settings = importlib.import_module("perpo.cli.settings").parse(command.SETTINGS, rest, f"perpo {name}")
+    try:
+        command.run(*settings)
+    except (*EXPECTED, torch.OutOfMemoryError) as error:
+        if os.environ.get("PERPO_TRACEBACK"):
+            raise
+        hint = getattr(command, "OUT_OF_MEMORY", "") if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"perpo {name}: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
+        return 1
+    return 0
 
 
 def usage() -> str:
@@ -51,6 +69,6 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`perpo COMMAND --help` lists the settings of a command; --config FILE.yaml holds those of any but coco.",
+            "`perpo COMMAND --help` lists the settings of a command; --config FILE.yaml holds them.",
         ]
     )

@@ -6,14 +6,12 @@ perpo plan --model Qwen/Qwen2.5-VL-7B-Instruct --k 20 --prompt_tokens 1500 --res
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoConfig
 
-from perpo.cli.settings import parse
+from perpo.model.settings import check_place
 from perpo.training.cost import ListShape, Planner, Training
 
 GIB = 2**30
@@ -49,18 +47,16 @@ class PlanConfig:
             raise ValueError(f"lora_r must be ≥ 0, got {self.lora_r}")
 
 
-def main(arguments: Sequence[str]) -> int:
-    (options,) = parse((PlanConfig,), arguments, "perpo plan")
-    try:
-        print(report(options))
-    except (ValueError, OSError) as error:
-        print(f"perpo plan: {error}", file=sys.stderr)
-        return 1
-    return 0
+SETTINGS = (PlanConfig,)
+
+
+def run(options: PlanConfig) -> None:
+    print(report(options))
 
 
 def report(options: PlanConfig) -> str:
     """Side by side: image and prompt once a list, and once a candidate."""
+    check_place(options.model)
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     training = Training(
         lora_r=options.lora_r,

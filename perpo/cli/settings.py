@@ -1,22 +1,28 @@
-"""Settings from a YAML file and from the command line, which wins; and those that every command shares.
+"""Settings from a YAML file and from the command line, which wins.
 
-perpo train --config run.yaml --learning_rate 1e-5
+    perpo train --config run.yaml --learning_rate 1e-5
+
+`transformers.HfArgumentParser` makes the options of dataclasses. A file's settings become words in front of those of
+the command line, so that both are read and checked alike. (jsonargparse reads files by itself, but knows neither the
+aliases, choices and help in a field's metadata nor the hundred fields of TrainingArguments as users know them.)
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import inspect
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from perpo.data.documents import load_yaml
+from perpo.model.settings import LoadSettings
 
 OFTEN_SET = {
     "output_dir",
@@ -38,39 +44,13 @@ OFTEN_SET = {
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(LoadSettings):
     """Which model, and how it is loaded."""
 
     model_name_or_path: str = field(
         metadata={"help": "Folder or hub name of the model and its processor.", "aliases": ["--model"]}
     )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Type of the weights: 'auto' (as they were saved), 'float32', 'bfloat16' or 'float16'.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention: 'sdpa', 'eager', 'flash_attention_2', …; default: the model's."}
-    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with the model. Only for sources that you trust."}
-    )
-    processor_options: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": 'Passed to the processor, as JSON or YAML mapping: {"max_pixels": 401408}.'},
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.processor_options, str):
-            try:
-                self.processor_options = json.loads(self.processor_options)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"processor_options must be a JSON mapping: {error}") from error
-        if not isinstance(self.processor_options, dict | None):
-            raise ValueError(f"processor_options must be a mapping, got {self.processor_options!r}")
 
 
 def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[Any, ...]:
@@ -78,82 +58,114 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[A
 
     Ends the program with a message on stderr for what is misspelt, missing or of the wrong type.
     """
-    inherits = any(issubclass(kind, TrainingArguments) for kind in kinds)
-    parser = HfArgumentParser(
-        list(kinds),
-        prog=prog,
-        usage="%(prog)s [--config FILE] [--setting value …]",
-        epilog="Every setting of transformers.TrainingArguments can be given too." if inherits else None,
-        formatter_class=_HelpFormatter,
-    )
-    _hide_inherited(parser, kinds)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; the command line wins.")
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    config_file = first.parse_known_args(list(arguments))[0].config
-    if config_file is not None:
-        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-        _set_defaults(parser, config_file, hints)
+    parser = _Parser(kinds, prog)
+    words = parser.words_of_file(arguments)
     try:
-        *objects, rest = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
-    except (ValueError, TypeError) as error:
-        parser.exit(2, f"{prog}: {error}\n")
-    assert rest.config == config_file
+        *objects, _, rest = parser.parse_args_into_dataclasses(
+            [*words, *arguments], look_for_args_file=False, return_remaining_strings=True
+        )
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
+    if rest:
+        parser.error(f"{rest[0]!r} belongs to no setting; write --name value")
     return tuple(objects)
 
 
-def _set_defaults(parser: argparse.ArgumentParser, config_file: str, hints: Mapping[str, Any]) -> None:
-    """What the file sets, checked as if it had been given on the command line.
+class _Parser(HfArgumentParser):
+    """Options of dataclasses, and `--config`."""
 
-    Args:
-        hints: types of all settings: some take mappings or lists, which only a file can hold.
-    """
-    try:
-        settings = yaml.safe_load(Path(config_file).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        parser.exit(2, f"{parser.prog}: config: {error}\n")
-    if not isinstance(settings, dict):
-        parser.exit(2, f"{parser.prog}: config: {config_file} must hold lines `name: value`\n")
-    actions = {action.dest: action for action in reversed(parser._actions)}  # --x rather than --no_x, if both set x
-    for name, value in settings.items():
-        action = actions.get(name)
-        if action is None or name in ("help", "config"):
-            near = difflib.get_close_matches(str(name), actions, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            parser.exit(2, f"{parser.prog}: config: {config_file} sets {name!r}, which is no setting{hint}\n")
+    def __init__(self, kinds: Sequence[type], prog: str) -> None:
+        inherits = any(issubclass(kind, TrainingArguments) for kind in kinds)
+        super().__init__(
+            list(kinds),
+            prog=prog,
+            usage="%(prog)s [--config FILE] [--setting value …]",
+            epilog="Every setting of transformers.TrainingArguments can be given too." if inherits else None,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", metavar="FILE", help="YAML file of these settings; the command line wins.")
+        self.config_file = ""
+        self.from_file: set[str] = set()  # names of the settings whose words are the file's
+        self.hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        self.names = {"help": "help", "config": "config"}  # as users may write it -> of the field
+        inherited = {one.name for one in dataclasses.fields(TrainingArguments)} if inherits else set()
+        own = {"help", "config"} | OFTEN_SET
+        for kind in kinds:
+            own |= inspect.get_annotations(kind).keys()
+            for one in dataclasses.fields(kind):
+                if one.init:
+                    self.names |= {name.lstrip("-"): one.name for name in [one.name, *one.metadata.get("aliases", ())]}
+                    own |= {one.name} - inherited
+        for action in self._actions:
+            if action.dest not in own or action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS
+
+    def error(self, message: str) -> NoReturn:
+        """argparse calls it for values of the file and of the command line alike; of no setting it has both."""
+        name = re.match(r"argument --(\w+)", message)
+        source = f"config: {self.config_file}: " if name and name[1] in self.from_file else ""
+        self.exit(2, f"{self.prog}: {source}{message}\n")
+        raise AssertionError("exit does not return")
+
+    def words_of_file(self, arguments: Sequence[str]) -> list[str]:
+        """The file's settings, but for those that the command line has too, as the words of a command line."""
+        options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+        given = {self._field_of(option[2:], f"{option} is no setting", negated=True) for option in options}
+        if "config" not in given:
+            return []
+        first = argparse.ArgumentParser(self.prog, add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        self.config_file = first.parse_known_args(list(arguments))[0].config
         try:
-            action.default = _as_given(parser, action, value, hints[name])
-        except argparse.ArgumentError as error:
-            parser.exit(2, f"{parser.prog}: config: {config_file}: {error}\n")
-        action.required = False
+            settings = load_yaml(self.config_file)
+        except (ValueError, OSError) as error:
+            self.error(f"config: {error}")
+        if not isinstance(settings, dict | None):
+            self.error(f"config: {self.config_file} must hold lines `name: value`")
+        words: list[str] = []
+        for key, value in (settings or {}).items():
+            name = self._field_of(str(key), f"config: {self.config_file} sets {key!r}, which is no setting")
+            if name in ("help", "config"):
+                self.error(f"config: {self.config_file} sets {key!r}, which only the command line can")
+            if name in self.from_file:
+                self.error(f"config: {self.config_file} sets {name!r} twice")
+            if name not in given:
+                self.from_file.add(name)
+                words += self._words(name, value)
+        return words
 
+    def _field_of(self, written: str, problem: str, negated: bool = False) -> str:
+        """Name of the field that is meant; ends the program with the problem, and what is near, if there is none.
 
-def _as_given(parser: argparse.ArgumentParser, action: argparse.Action, value: Any, hint: Any) -> Any:
-    """A value of a file as the command line would have set it."""
-    union = get_origin(hint) in (Union, UnionType)
-    kinds = {get_origin(kind) or kind for kind in (get_args(hint) if union else (hint,))}
-    several = action.nargs == "+"
-    if type(value) in kinds & {dict, type(None)} or (isinstance(value, list) and list in kinds and not several):
-        return value
-    if several and isinstance(value, dict):
-        value = [f"{name}={inner}" for name, inner in value.items()]
-    values = value if several and isinstance(value, list) else [value]
-    found = []
-    for one in values:
-        if isinstance(one, dict | list | None):
-            raise argparse.ArgumentError(action, f"must be a single value, got {one!r}")
-        text = str(one).lower() if isinstance(one, bool) else str(one)  # argparse is private here, and long the same
-        found.append(parser._get_value(action, text))
-        parser._check_value(action, found[-1])
-    return found if several else found[0]
+        Args:
+            negated: it may be --no_NAME, the switch that turns a setting off.
+        """
+        plain = written.replace("-", "_")
+        for name in (plain, plain.removeprefix("no_") if negated else plain):
+            if name in self.names:
+                return self.names[name]
+        near = difflib.get_close_matches(plain, self.names, 1)
+        self.error(problem + (f"; did you mean {near[0]!r}?" if near else f"; {self.prog} --help lists them"))
 
+    def _words(self, name: str, value: Any) -> list[str]:
+        hint = self.hints[name]
+        kinds = {get_origin(k) or k for k in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))}
+        several = list in kinds and kinds <= {list, NoneType}  # an option that takes several words
+        whole = isinstance(value, list) and list in kinds and not (several and value)
+        if whole or type(value) in kinds & {dict, NoneType}:
+            self.set_defaults(**{name: value})  # what no word of a command line can be
+            return []
+        if not several:
+            return [f"--{name}={self._word(name, value)}"]
+        if isinstance(value, Mapping):
+            value = [f"{key}={inner}" for key, inner in value.items()]
+        return [f"--{name}", *(self._word(name, one) for one in (value if isinstance(value, list) else [value]))]
 
-def _hide_inherited(parser: argparse.ArgumentParser, kinds: Sequence[type]) -> None:
-    """Leave the hundred settings that a dataclass inherits out of --help, but for those that most runs set."""
-    own = {name for kind in kinds for name in inspect.get_annotations(kind)} | OFTEN_SET
-    for action in parser._actions:
-        if action.dest not in (*own, "help", "config") or action.option_strings[0].startswith("--no_"):
-            action.help = argparse.SUPPRESS
+    def _word(self, name: str, value: Any) -> str:
+        if isinstance(value, dict | list | None):
+            self.error(f"argument --{name}: must be a single value, got {value!r}")
+        return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

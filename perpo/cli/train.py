@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import nn
 from transformers.utils import logging
 
-from perpo.cli.settings import ModelConfig, parse
-from perpo.data.image_check import unreadable_images
-from perpo.data.record import ListRecord, read_records
+from perpo.cli.settings import ModelConfig
+from perpo.data.read import SCORED, ReadSettings, usable_records
+from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
-from perpo.model.load import load_model, load_processor
+from perpo.encoding.prompt_check import PromptCheck
 from perpo.model.trainable import freeze, language_lora
 from perpo.sampling.candidates import parts_folder
 from perpo.storage.identity import known_identity
@@ -28,8 +22,6 @@ from perpo.training.trainer import PerPOTrainer
 
 logger = logging.get_logger(__name__)
 
-
-SHOWN = 20  # of the images that cannot be read
 
 OUT_OF_MEMORY = """What takes less, the first two without a change in what is computed:
   --gradient_checkpointing true
@@ -41,14 +33,11 @@ OUT_OF_MEMORY = """What takes less, the first two without a change in what is co
 
 
 @dataclass
-class DataConfig:
+class DataConfig(ReadSettings):
     """Which lists."""
 
     train_file: str = field(metadata={"help": "Scored lists: .jsonl, .json or .parquet."})
     eval_file: str | None = field(default=None, metadata={"help": "Scored lists to evaluate the loss on."})
-    skip_bad: bool = field(
-        default=False, metadata={"help": "Leave out bad records and count them, also those with a damaged image."}
-    )
     drop_inactive: bool = field(
         default=False, metadata={"help": "Leave out lists whose rewards are all equal: they have no gradient."}
     )
@@ -105,41 +94,21 @@ class TrainableConfig:
         return config
 
 
-def main(arguments: Sequence[str]) -> int:
-    kinds = (ModelConfig, DataConfig, TrainableConfig, PerPOConfig)
-    model_config, data, trainable, args = parse(kinds, arguments, "perpo train")
-    try:
-        train(model_config, data, trainable, args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("PERPO_TRACEBACK"):
-            raise
-        hint = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"perpo train: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
-        return 1
-    return 0
+SETTINGS = (ModelConfig, DataConfig, TrainableConfig, PerPOConfig)
 
 
-def train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig, args: PerPOConfig) -> PerPOTrainer:
-    """Load, train, save into output_dir; returns the trainer."""
+def run(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig, args: PerPOConfig) -> None:
+    """Load, train, save into output_dir."""
     resume = _resume(args.resume_from_checkpoint)
     if not resume:
         check_free(str(args.output_dir))
-    train_lists = _read(data.train_file, data, args)
-    eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args)
-    load = partial(
-        load_model,
-        dtype=model_config.dtype,
-        attn_implementation=model_config.attn_implementation,
-        trust_remote_code=model_config.trust_remote_code,
-    )
-    model = load(model_config.model_name_or_path, revision=model_config.model_revision)
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    processor = model_config.load_processor(name, revision)
+    check = PromptCheck(processor, args.max_prompt_length)
+    train_lists = _read(data.train_file, data, args, check)
+    eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args, check)
+    model = model_config.load_model(name, revision)
     reference = args.ref_model_name_or_path
-    options: dict[str, Any] = dict(model_config.processor_options or {})  # type: ignore[arg-type]
-    if model_config.model_revision is not None:
-        options["revision"] = model_config.model_revision
-    processor = load_processor(
-        model_config.model_name_or_path, trust_remote_code=model_config.trust_remote_code, **options
-    )
     trainer = PerPOTrainer(
         model,
         args,
@@ -147,34 +116,29 @@ def train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfi
         processor,
         eval_dataset=eval_lists,
         peft_config=trainable.apply(model),
-        ref_model=None if reference is None else load(reference),
+        ref_model=None if reference is None else model_config.load_model(reference),
     )
     _compare_pixels(data.train_file, trainer.encoder)
     with clear_disk_errors(str(args.output_dir)):
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
         trainer.save_state()
-    return trainer
 
 
-def _read(file: str, data: DataConfig, args: PerPOConfig) -> list[ListRecord]:
-    records, report = read_records(
+def _read(file: str, data: DataConfig, args: PerPOConfig, check: PromptCheck) -> list[ListRecord]:
+    shown = args.process_index == 0  # joins the processes, if there are several
+    records, report = usable_records(
         file,
-        skip_bad=data.skip_bad,
-        drop_inactive=data.drop_inactive,
-        check_images=True,
+        data,
+        require=SCORED,
         root=args.image_root,
+        drop_inactive=data.drop_inactive,
+        checks=[check],
+        show=shown and not args.disable_tqdm,
     )
-    bad = unreadable_images(records, args.image_root, show=not args.disable_tqdm)
-    reasons = [f"{file}: record {records[i].id!r}: {why}" for i, why in bad.items()]
-    if len(bad) == len(records) or (bad and not data.skip_bad):
-        more = f" ({len(bad)} such records; --skip_bad true leaves them out)"
-        raise ValueError(reasons[0] + more)
-    if args.process_index == 0:
-        print(report.summary() + (f"; {len(bad)} more left out, whose images cannot be read" if bad else ""))
-        for error in (*report.errors, *reasons[:SHOWN]):
-            print(f"  skipped: {error}", file=sys.stderr)
-    return [record for i, record in enumerate(records) if i not in bad]
+    if shown and args.disable_tqdm:
+        report.show()
+    return records
 
 
 def _compare_pixels(lists: str, encoder: Encoder) -> None:

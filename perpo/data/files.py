@@ -17,11 +17,11 @@ from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
+from perpo.data.documents import UNREADABLE, regular_file
 from perpo.data.images import RowImage
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _IN_JSON = ("prompt", "answer", "columns")  # fields of any type, which Parquet holds as JSON in NAME_json
-_UNREADABLE = (ValueError, RecursionError)  # json: bad syntax, bad UTF-8, a number too long; nested too deeply
 
 
 class Row(NamedTuple):
@@ -36,7 +36,7 @@ def read_rows(source: Any) -> Iterator[Row]:
     """The rows of a file (by its suffix), a `datasets.Dataset` (images stay in it), or an iterable of mappings.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or a folder or pipe.
         ValueError: another suffix; a JSON file that is no array or breaks off (what follows cannot be told apart).
         TypeError: not a source.
         ImportError: Parquet without pyarrow.
@@ -46,7 +46,7 @@ def read_rows(source: Any) -> Iterator[Row]:
         readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
         if path.suffix not in readers:
             raise ValueError(f"records must be in a {', '.join(readers)} file, got {os.fspath(source)!r}")
-        yield from readers[path.suffix](path)
+        yield from readers[path.suffix](regular_file(path))
     elif type(source).__module__.partition(".")[0] == "datasets" and not isinstance(source, Mapping):
         yield from _read_dataset(source)
     elif isinstance(source, Iterable) and not isinstance(source, Mapping | bytes):
@@ -63,12 +63,12 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 yield Row(str(number), json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 yield Row(str(number), None, f"not valid JSON: {error}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """One element at a time, to know the line of each."""
+    """One element at a time, to know the line of each (which no JSON parser tells, ijson neither)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -82,15 +82,22 @@ def _read_json(path: Path) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, at), at
         try:
             values, at = decoder.raw_decode(text, at)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path}:{line}: not valid JSON from here on: {error}") from error
         yield Row(str(line), values)
         at = _after_space(text, at)
         if text[at : at + 1] == "]":
-            return
+            break
         if text[at : at + 1] != ",":
             raise ValueError(f"{path}:{line}: expected ',' or ']' after this record; the file may have broken off")
         at = _after_space(text, at + 1)
+    rest = _after_space(text, at + 1)
+    if rest < len(text):
+        line = 1 + text.count("\n", 0, rest)
+        raise ValueError(
+            f"{path}:{line}: the array of records ends before this line, and more follows: {text[rest : rest + 40]!r}; "
+            "write one array, or one record a line in a .jsonl file"
+        )
 
 
 def _after_space(text: str, at: int) -> int:
@@ -102,32 +109,71 @@ def _after_space(text: str, at: int) -> int:
 def _read_parquet(path: Path) -> Iterator[Row]:
     parquet = _optional("pyarrow.parquet")
     number = 0
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256):
-            for values in batch.to_pylist():
-                number += 1
-                try:
-                    for name in [name for name in _IN_JSON if values.get(f"{name}_json") is not None]:
-                        values[name] = json.loads(values.pop(f"{name}_json"))
-                except _UNREADABLE as error:
-                    yield Row(f"row {number}", None, f"not valid JSON: {error}")
-                else:
-                    yield Row(f"row {number}", values)
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield _from_parquet(values, f"row {number}")
+    except ValueError as error:  # pyarrow's own are such
+        raise ValueError(f"{path}: cannot be read as Parquet beyond row {number}: {error}") from error
+
+
+def _from_parquet(values: dict[str, Any], place: str) -> Row:
+    try:
+        for name in [name for name in _IN_JSON if values.get(f"{name}_json") is not None]:
+            values[name] = json.loads(values.pop(f"{name}_json"))
+    except UNREADABLE as error:
+        return Row(place, None, f"not valid JSON: {error}")
+    return Row(place, values)
 
 
 def _read_dataset(source: Any) -> Iterator[Row]:
+    """Images are not decoded, and those of a data set on disk are left in it."""
     datasets = _optional("datasets")
-    image_feature = datasets.Image
-    columns = [name for name, feature in (source.features or {}).items() if isinstance(feature, image_feature)]
-    for name in columns:
-        source = source.cast_column(name, image_feature(decode=False))
+    undecoded = datasets.Image(decode=False)
+    lists: dict[str, bool] = {}  # column with images -> whether it holds lists of them
+    for name, feature in (source.features or {}).items():
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        if isinstance(feature, datasets.Image) or isinstance(inner, datasets.Image):
+            lists[name] = not isinstance(feature, datasets.Image)
+            wanted = (
+                undecoded
+                if not lists[name]
+                else [undecoded]
+                if isinstance(feature, list)
+                else type(feature)(undecoded)
+                if lists[name]
+                else None
+            )
+            source = source.cast_column(name, wanted)
     if not isinstance(source, datasets.Dataset):  # a stream: what is not kept now is gone
         yield from (Row(f"row {i}", values) for i, values in enumerate(source, 1))
         return
     source = source.with_format(None)
-    images = {name: source.select_columns([name]) for name in columns}
-    for i, values in enumerate(source.remove_columns(columns)):
-        yield Row(f"row {i + 1}", values | {name: RowImage(kept, i, name) for name, kept in images.items()})
+    kept = {name: source.select_columns([name]) for name in lists}
+    lengths = {name: _lengths(kept[name], name) for name, several in lists.items() if several}
+    for i, values in enumerate(source.remove_columns(list(lists))):
+        images: dict[str, Any] = {
+            name: [RowImage(kept[name], i, name, item) for item in range(lengths[name][i])]
+            if several
+            else RowImage(kept[name], i, name)
+            for name, several in lists.items()
+        }
+        yield Row(f"row {i + 1}", values | images)
+
+
+def _with(inner: Any, feature: Any) -> Any:
+    """A feature of lists, of others: datasets before 4 write it as a list of Python too."""
+    return [inner] if isinstance(feature, list) else type(feature)(inner)
+
+
+def _lengths(column: Any, name: str) -> list[int]:
+    """Of the lists in a data set's column, without reading what is in them."""
+    found: list[int] = []
+    for batch in column.with_format("arrow").iter(1024):
+        found += [length or 0 for length in _optional("pyarrow.compute").list_value_length(batch[name]).to_pylist()]
+    return found
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> int:

@@ -5,32 +5,30 @@ Paths stay under a root; the number of pixels is looked at before any is decoded
 (PIL would hand an EPS file to Ghostscript).
 """
 
+import contextlib
 import io
 import os
-import struct
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 MAX_PIXELS = 89_478_485  # PIL's own default: a quarter of a gigabyte as RGB
 WHITE_16 = 65535
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_NOT_DECODABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    EOFError,
-    IndexError,
-    KeyError,
-    OverflowError,
-)
+_ORIENTATION = 0x0112  # the EXIF tag; its values beside 1, "as it is":
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
@@ -44,9 +42,11 @@ class RowImage:
     dataset: Any = field(repr=False, compare=False)
     row: int
     column: str
+    item: int | None = None  # of a column that holds lists of images
 
     def load(self) -> Any:
-        return self.dataset[self.row][self.column]
+        held = self.dataset[self.row][self.column]
+        return held if self.item is None else held[self.item]
 
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | Mapping[str, Any] | RowImage
@@ -92,48 +92,91 @@ def open_image(
         ImageError: no such file, outside the root, too many pixels, no image, a damaged one, one in floating point.
         TypeError: it is none of the kinds of image above.
     """
+    with _opened(image, root, max_pixels) as (opened, what):
+        try:
+            return _as_rgb(_upright(opened), what)
+        except ImageError:
+            raise
+        except Exception as error:  # decoders raise whatever they stumble over
+            raise ImageError(f"{what} cannot be decoded: {error}") from error
+
+
+def image_size(
+    image: ImageSource, root: str | os.PathLike[str] | None = None, *, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """(width, height) of what `open_image` would return, without decoding it. Raises as `open_image`."""
+    with _opened(image, root, max_pixels) as (opened, _):
+        width, height = opened.size
+        turned = _orientation(opened) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+
+@contextlib.contextmanager
+def _opened(
+    image: ImageSource, root: str | os.PathLike[str] | None, max_pixels: int
+) -> Iterator[tuple[Image.Image, str]]:
+    """The image before its pixels are decoded, and what to call it in an error."""
+    source, what = _source(image, root)
+    if isinstance(source, Image.Image):
+        _check_size(source, what, max_pixels)
+        yield source, what
+        return
+    try:
+        opened = Image.open(source, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{what} is too large: {error}") from error
+    except Exception as error:
+        raise ImageError(f"{what} cannot be opened: {error}") from error
+    with opened:
+        _check_size(opened, what, max_pixels)
+        yield opened, what
+
+
+def _source(image: ImageSource, root: str | os.PathLike[str] | None) -> tuple[Image.Image | io.BytesIO | Path, str]:
     if isinstance(image, RowImage):
-        image = image.load()
+        try:
+            image = image.load()
+        except Exception as error:
+            raise ImageError(f"image of the data set cannot be loaded: {error}") from error
     if isinstance(image, Mapping):
         inner = image.get("bytes") if image.get("bytes") is not None else image.get("path")
         if not isinstance(inner, str | os.PathLike | bytes):
             raise ImageError('image holds neither "bytes" nor "path"')
         image = inner
     if isinstance(image, Image.Image):
-        return _decode(image, "image", max_pixels)
+        return image, "image"
     if isinstance(image, bytes):
-        what, source = f"image ({len(image)} bytes)", io.BytesIO(image)
-        return _open(source, what, max_pixels)
+        return io.BytesIO(image), f"image ({len(image)} bytes)"
     if isinstance(image, str | os.PathLike):
         file = resolve_image(image, root)
-        return _open(file, f"image {os.fspath(file)!r}", max_pixels)
+        return file, f"image {os.fspath(file)!r}"
     raise TypeError(f"an image must be a path, bytes, a PIL image or a mapping of these, got {type(image).__name__}")
 
 
-def _open(source: Path | io.BytesIO, what: str, max_pixels: int) -> Image.Image:
-    try:
-        with Image.open(source, formats=_FORMATS) as opened:
-            return _decode(opened, what, max_pixels)
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{what} is too large: {error}") from error
-    except _NOT_DECODABLE as error:
-        raise ImageError(f"{what} cannot be opened: {error}") from error
-
-
-def _decode(image: Image.Image, what: str, max_pixels: int) -> Image.Image:
+def _check_size(image: Image.Image, what: str, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise ImageError(
             f"{what} has {image.width} × {image.height} pixels, more than the {max_pixels} that are opened: save it "
             "with fewer"
         )
+
+
+def _orientation(image: Image.Image) -> int:
+    """What its EXIF says of how the camera was held; where that cannot be read, as if it said nothing.
+
+    Not `ImageOps.exif_transpose`: it writes the other tags back, and fails on those that it cannot.
+    """
     try:
-        return _as_rgb(ImageOps.exif_transpose(image), what)
-    except ImageError:
-        raise
-    except _NOT_DECODABLE as error:
-        raise ImageError(f"{what} cannot be decoded: {error}") from error
+        value = int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
 
 
 def _as_rgb(image: Image.Image, what: str) -> Image.Image:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from perpo.data.record import read_records
+from perpo.data.read import read_records
 from perpo.demo.steps import Job, run
 from perpo.demo.tasks import TASKS
 from perpo.evaluation.metrics import AP_THRESHOLD

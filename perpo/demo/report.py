@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from perpo.data.record import ListRecord, read_records
+from perpo.data.read import read_records
+from perpo.data.record import ListRecord
 from perpo.demo.compare import BEST_OF_K, Result, answers
 from perpo.demo.steps import SFT, Job, Recipe
 from perpo.demo.tasks import TASKS

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
+from perpo.data.read import ReadSettings
+from perpo.model.settings import LoadSettings
 from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import find_task
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(LoadSettings, ReadSettings):
     """Which models, on which records, and what is measured."""
 
     models: list[str] = field(
@@ -42,25 +42,14 @@ class EvaluationConfig:
     top_p: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
     seed: int = field(default=0, metadata={"help": "Of sampling, of the bootstrap and of the examples shown."})
     limit: int | None = field(default=None, metadata={"help": "Take only the first so many records."})
-    skip_bad: bool = field(default=False, metadata={"help": "Leave out bad records and count them."})
     resamples: int = field(default=2000, metadata={"help": "Draws of the bootstrap."})
     confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
     examples: int = field(default=12, metadata={"help": "Example pictures a task in the report."})
     bleu_tokenize: str = field(default="13a", metadata={"help": "sacrebleu's tokenizer: 13a, zh, char, intl, …"})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Type of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention; default: the model's."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with a model. Only for sources that you trust."}
-    )
-    processor_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'Passed to the processors, as JSON or YAML mapping: {"max_pixels": 401408}.'}
-    )
     device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, cpu, …; default: a GPU if there is one."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least = {"n": 0, "batch_size": 1, "max_new_tokens": 1, "resamples": 1, "examples": 0, "limit": 1, "seed": 0}
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -76,20 +65,6 @@ class EvaluationConfig:
             find_task(self.reward)
         if isinstance(self.box_formats, str):
             self.box_formats = [self.box_formats]
-        if not isinstance(self.processor_options, str):  # from YAML, or none
-            self.processor_options = json.dumps(self.processor_options or {})
-        _ = self.processor_settings
-
-    @property
-    def processor_settings(self) -> dict[str, Any]:
-        """`processor_options`, read."""
-        try:
-            found = json.loads(str(self.processor_options))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"processor_options must be a JSON mapping: {error}") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"processor_options must be a JSON mapping, got {self.processor_options!r:.100}")
-        return found
 
     def box_format_of(self, model: str) -> str | None:
         """The box format that this model writes, or None for that of the task.

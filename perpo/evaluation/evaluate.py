@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ import torch
 from tqdm import tqdm
 
 from perpo.data.files import atomic_file
-from perpo.data.images import ImageError, open_image, resolve_image
-from perpo.data.record import ListRecord, read_records
+from perpo.data.images import resolve_image
+from perpo.data.read import usable_records
+from perpo.data.record import ListRecord
+from perpo.encoding.prompt_check import PromptCheck
 from perpo.evaluation.answer_store import Answers, AnswerStore, Key
 from perpo.evaluation.answers import Answerer
 from perpo.evaluation.config import EvaluationConfig
@@ -77,17 +80,20 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     """
     sources = parse_models(config.models)
     _check_formats(config, sources)
-    records, report = read_records(
+    for source in sources:
+        source.check()
+    records, report = usable_records(
         config.records,
+        config,
         require=("answer",),
-        skip_bad=config.skip_bad,
-        check_images=True,
         root=config.image_root,
+        limit=config.limit,
+        prepare=partial(_with_task, config),
+        bad_truths=partial(bad_truths, reward=config.reward),
+        checks=[PromptCheck(source.load_processor(config)) for source in sources],
     )
-    bad = [str(error) for error in report.errors]
-    records, unusable = _usable(records[: config.limit], config)
-    n_bad = report.n_bad + len(unusable)
-    notices = [f"{n_bad} bad records were skipped; the first: {[*bad, *unusable][0]}"] if n_bad else []
+    n_bad = report.n_bad
+    notices = [f"{n_bad} bad records were skipped; the first: {report.errors[0]}"] if n_bad else []
     tasks = _by_task(records, config)
     for task in tasks:
         if task in ("ocr", "ocr-words"):
@@ -151,13 +157,7 @@ def _ask(
     left = {kind: [r for r in members if key(kind, r) not in store] for kind, members in kinds.items()}
     total, n_left = sum(map(len, kinds.values())), sum(map(len, left.values()))
     if n_left:
-        model, encoder = source.load(
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-            processor_options=config.processor_settings,
-            device=config.device,
-        )
+        model, encoder = source.load(config, config.device)
         ask = Answerer(model, encoder, image_root=config.image_root, max_new_tokens=config.max_new_tokens)
         with tqdm(total=total, initial=total - n_left, desc=source.name, unit="question") as bar:
             for kind in ("greedy", "blank"):
@@ -216,28 +216,10 @@ def _check_formats(config: EvaluationConfig, sources: Sequence[ModelSource]) -> 
         config.box_format_of(source.name)
 
 
-def _usable(records: Sequence[ListRecord], config: EvaluationConfig) -> tuple[list[ListRecord], list[str]]:
-    """The records whose true answer can be judged and whose picture can be opened, and what is wrong with the others.
-
-    Looked at now: neither must end the run after hours of asking, and all models must be asked the same.
-
-    Raises:
-        ValueError: there is such another, and skip_bad is not set; or there are only such.
-    """
-    if unnamed := next((record for record in records if not (config.reward or record.task)), None):
-        raise ValueError(f"record {unnamed.id!r} names no task: give its task, or a reward for all records")
-    bad = bad_truths(records, config.reward)
-    for record in records:
-        try:
-            if record.id not in bad and record.image is not None:
-                open_image(record.image, config.image_root)
-        except ImageError as error:
-            bad[record.id] = f"record {record.id!r}: {error}"
-    usable = [record for record in records if record.id not in bad]
-    if bad and not (config.skip_bad and usable):
-        first = next(iter(bad.values()))
-        raise ValueError(first if usable else f"no usable record; the first: {first}")
-    return usable, list(bad.values())
+def _with_task(config: EvaluationConfig, record: ListRecord) -> ListRecord:
+    if not (config.reward or record.task):
+        raise ValueError(f"record {record.id!r} names no task: give its task, or a reward for all records")
+    return record
 
 
 def _judged(

@@ -21,11 +21,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from perpo.encoding.encoder import Encoder
-from perpo.model.load import load_model, load_processor
+from perpo.model.settings import LoadSettings, check_place
 
 _ADAPTER = "adapter_config.json"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What lies beside a model without changing its answers.
 _NO_PART = re.compile(r".*\.(md|png|jpg)|\..*|(optimizer|scheduler|scaler|rng_state|training_args|trainer_state).*")
 
@@ -43,37 +42,31 @@ class ModelSource:
         return self.base if self.adapter is None else f"{self.base} + {self.adapter}"
 
     def identity(self, options: Mapping[str, Any]) -> str:
-        """Hash of all files of the model and of `options`. A name on the hub stands for the commit it means today.
-
-        Raises:
-            ValueError: no such folder.
-        """
+        """Hash of all files of the model and of `options`. A name on the hub stands for the commit it means today."""
+        self.check()
         digest = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=str).encode())
         for place in (self.base, self.adapter):
             digest.update(b"\0" if place is None else _content(place, bool(options.get("trust_remote_code"))))
         return digest.hexdigest()[:16]
 
-    def load(
-        self,
-        *,
-        dtype: str = "auto",
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        processor_options: Mapping[str, Any] | None = None,
-        device: str | None = None,
-    ) -> tuple[nn.Module, Encoder]:
+    def check(self) -> None:
+        """Raises as `check_place`."""
+        for place in (self.base, self.adapter):
+            if place is not None:
+                check_place(place)
+
+    def load(self, settings: LoadSettings, device: str | None = None) -> tuple[nn.Module, Encoder]:
         """The model on its device, in evaluation mode, and its encoder. The adapter's own processor goes first."""
-        model = load_model(
-            self.base, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
-        holder = self.base
+        model: nn.Module = settings.load_model(self.base)
         if self.adapter is not None:
             model = PeftModel.from_pretrained(model, self.adapter)
-            if any((Path(self.adapter) / name).is_file() for name in _PROCESSORS):
-                holder = self.adapter
-        processor = load_processor(holder, trust_remote_code=trust_remote_code, **(processor_options or {}))
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return model.to(place).eval(), Encoder.for_model(processor, model)
+        return model.to(place).eval(), Encoder.for_model(self.load_processor(settings), model)
+
+    def load_processor(self, settings: LoadSettings) -> Any:
+        """The adapter's own, if it has one, otherwise the base model's."""
+        of_adapter = self.adapter is not None and any((Path(self.adapter) / name).is_file() for name in _PROCESSORS)
+        return settings.load_processor(self.adapter if of_adapter and self.adapter else self.base)
 
 
 def parse_models(given: Sequence[str] | Mapping[str, str]) -> list[ModelSource]:
@@ -115,8 +108,6 @@ def _base_of(adapter: str) -> str:
 def _content(place: str, trust_remote_code: bool) -> bytes:
     folder = Path(place)
     if not folder.is_dir():
-        if not _HUB_NAME.fullmatch(place):
-            raise ValueError(f"models: {place!r} is no folder, and no name of a model on the hub either")
         commit = getattr(AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code), "_commit_hash", None)
         return f"{place}@{commit}".encode()
     digest = hashlib.sha256()

@@ -14,12 +14,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from perpo.data.images import ImageError, open_image
+from perpo.data.read import SKIP_HINT, reason_of
 from perpo.data.record import ListRecord, write_records
+from perpo.data.summary import summary
 from perpo.rewards.scoring import Tally, Task, score_record, task_of
 from perpo.sampling.sampler import Answer, Question, Sampler, distinct_answers
 from perpo.sampling.shards import Finished, Shards, check_sources, source_of
 
 SHOWN_ERRORS = 20  # of skipped records; all are counted
+# What tokenizers, processors and rewards raise where they stumble over a record; not what a device or a disk does.
+RECORD_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -89,27 +93,27 @@ class Totals:
     def short(self) -> str:
         """For a progress bar."""
         lists, answers = max(self.n_lists, 1), max(self.n_answers, 1)
-        parts = [
+        return summary(
             f"reward {self.reward_sum / answers:.3f}",
             f"best {self.best_sum / lists:.3f}",
             f"active {self.n_active / lists:.0%}",
             f"unreadable {self.n_unreadable / answers:.0%}",
-            f"skipped {self.n_failed}" if self.n_failed else "",
-        ]
-        return ", ".join(part for part in parts if part)
+            (self.n_failed, "skipped"),
+            separator=", ",
+        )
 
     def summary(self) -> str:
         """A few lines for people."""
         lists, answers = max(self.n_lists, 1), max(self.n_answers, 1)
-        parts = [
+        return summary(
             f"{self.n_lists} lists, {self.n_answers} answers; mean reward {self.reward_sum / answers:.3f}, of the best "
             f"in a list {self.best_sum / lists:.3f}; {self.n_active / lists:.1%} of the lists hold a preference",
             f"{self.n_repeats / answers:.1%} of the answers repeat another of their list" if self.n_repeats else "",
             f"{self.n_cut / answers:.1%} of the answers were cut by max_new_tokens" if self.n_cut else "",
             f"{self.n_unreadable / answers:.1%} of the answers could not be read" if self.n_unreadable else "",
-            f"{self.n_failed} bad records skipped" if self.n_failed else "",
-        ]
-        return "\n".join(part for part in parts if part)
+            (self.n_failed, "bad records skipped"),
+            separator="\n",
+        )
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ class _Worker:
             return
         try:
             lists = self.config.answers(self.sampler, [question for _, question in asked])
-        except ValueError as error:
+        except RECORD_ERRORS as error:
             if len(asked) == 1:
                 yield self._failed(asked[0][0], error)
             else:  # one of them
@@ -269,7 +273,7 @@ class _Worker:
         for (record, question), answers in zip(asked, lists, strict=True):
             try:
                 yield self._scored(record, question, answers)
-            except ValueError as error:
+            except RECORD_ERRORS as error:
                 yield self._failed(record, error)
 
     def _scored(self, record: ListRecord, question: Question, answers: Sequence[Answer]) -> Finished:
@@ -290,8 +294,9 @@ class _Worker:
             self.tally.unreadable - unreadable,
         )
 
-    def _failed(self, record: ListRecord, error: ValueError) -> Finished:
-        shown = str(error) if repr(record.id) in str(error) else f"record {record.id!r}: {error}"
+    def _failed(self, record: ListRecord, error: Exception) -> Finished:
+        said = reason_of(error)
+        shown = said if repr(record.id) in said else f"record {record.id!r}: {said}"
         if not self.config.skip_bad:
-            raise ValueError(f"{shown}\nskip_bad leaves out such records and counts them") from error
+            raise ValueError(f"{shown}\n{SKIP_HINT}") from error
         return Finished(record.id, source_of(record, self.config.image_root), error=shown)

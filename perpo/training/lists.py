@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from perpo.data.record import ListRecord, read_records
+from perpo.data.read import read_records
+from perpo.data.record import ListRecord
 from perpo.encoding.collator import Sample
 from perpo.encoding.corruption import with_corrupted_image
 from perpo.training.config import PerPOConfig
@@ -21,7 +22,7 @@ def training_lists(name: str, source: Any, args: PerPOConfig) -> list[Sample]:
 
     Args:
         name: of the argument that `source` is, for errors.
-        source: records, or what `perpo.data.record.read_records` reads.
+        source: records, or what `perpo.data.read.read_records` reads.
 
     Raises:
         ValueError: no list is left; a record lacks what the settings need, by name.

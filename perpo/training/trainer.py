@@ -43,7 +43,7 @@ class PerPOTrainer(Trainer):
     Args:
         model: with its language head; a PeftModel or full. What requires gradients is trained.
         args: `PerPOConfig`.
-        train_dataset, eval_dataset: records, or what `perpo.data.record.read_records` reads: a file, a
+        train_dataset, eval_dataset: records, or what `perpo.data.read.read_records` reads: a file, a
             `datasets.Dataset`. processing_class: the processor (a tokenizer for a text model). peft_config: adapters to
             put on the model (`perpo.model.trainable.language_lora` gives the published ones). ref_model: the second
             model of reference="model". callbacks, optimizers: as `transformers.Trainer`.

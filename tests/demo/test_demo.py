@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
 from perpo.cli import main as cli
-from perpo.data.record import read_records
+from perpo.data.read import read_records
 from perpo.demo.__main__ import QUICK, main, parse
 from perpo.demo.compare import BEST_OF_K, Result
 from perpo.demo.model import SHIPPED, WEIGHTS, build_model

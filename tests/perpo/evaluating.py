@@ -13,8 +13,18 @@ from perpo.data.record import ListRecord, write_records
 from perpo.evaluation.answer_store import Answers
 from perpo.evaluation.config import EvaluationConfig
 from perpo.evaluation.evaluate import Evaluation, evaluate
+from perpo.evaluation.models import ModelSource
 
 from . import tiny_models
+
+
+class AnyPrompt:
+    """A processor that takes everything."""
+
+    sees_images = True
+
+    def __call__(self, *record: Any) -> None:
+        pass
 
 
 def save_models(folder: Path, *names: str) -> None:
@@ -71,4 +81,6 @@ def evaluate_made_up(
         }
 
     monkeypatch.setattr(perpo.evaluation.evaluate, "_ask", ask)
+    monkeypatch.setattr(perpo.evaluation.evaluate, "PromptCheck", lambda _: AnyPrompt())
+    monkeypatch.setattr(ModelSource, "load_processor", lambda *_: None)
     return evaluate(settings(folder, *answers, **options))

@@ -10,10 +10,14 @@ import pytest
 from PIL import Image
 
 from perpo.cli import main as cli
-from perpo.cli.coco import AnnotationError, CocoFile, divide, prompts
-from perpo.data.record import ListRecord, read_records
+from perpo.cli.coco import prompts
+from perpo.data.coco import AnnotationError, CocoFile, divide
+from perpo.data.read import read_records
+from perpo.data.record import ListRecord
 from perpo.rewards.formats import FORMATS, write_boxes
 from perpo.rewards.scoring import find_task
+
+from ..data.test_images import png_of_size
 
 CONTENT: dict[str, Any] = {
     "images": [{"id": 7, "file_name": "a.png", "width": 40, "height": 20}, {"id": 8, "file_name": "b.png"}],
@@ -28,18 +32,25 @@ CONTENT: dict[str, Any] = {
 }
 
 
-def file(folder: Path, change: Callable[[Any], object] = lambda content: None, **options: Any) -> CocoFile:
+ALL = prompts("llava")[1]
+
+
+def file(
+    folder: Path, change: Callable[[Any], object] = lambda content: None, form: str = "llava", **options: Any
+) -> CocoFile:
     Image.new("RGB", (40, 20)).save(folder / "a.png")
     Image.new("RGB", (10, 10)).save(folder / "b.png")
+    (folder / "bomb.png").write_bytes(png_of_size(20_000, 20_000))
+    (folder / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 2\n%%EndComments\n%%EOF")
     content = copy.deepcopy(CONTENT)
     change(content)
     (folder / "instances.json").write_text(json.dumps(content))
-    return CocoFile(folder / "instances.json", folder, **options)
+    return CocoFile(folder / "instances.json", folder, f"grounding/{form}", **options)
 
 
 def test_a_record_asks_for_all_objects_of_a_category(tmp_path: Path) -> None:
-    coco = file(tmp_path)
-    dogs, table = coco.detection("qwen2.5-vl", 8)
+    coco = file(tmp_path, form="qwen2.5-vl")
+    dogs, table = coco.detection(prompts("qwen2.5-vl")[1], 8)
     assert (dogs.id, dogs.image, dogs.task) == ("7-1", "a.png", "grounding/qwen2.5-vl")
     assert dogs.prompt == "Locate every dog in the image, output all bbox coordinates in JSON format."
     assert dogs.answer == [[0.25, 0.25, 0.75, 0.75], [0, 0, 0.1, 0.2]]
@@ -50,7 +61,7 @@ def test_a_record_asks_for_all_objects_of_a_category(tmp_path: Path) -> None:
 
 def test_questions_with_too_many_boxes_are_left_out_and_counted(tmp_path: Path) -> None:
     coco = file(tmp_path)
-    assert [record.id for record in coco.detection("llava", 1)] == ["7-2"]
+    assert [record.id for record in coco.detection(ALL, 1)] == ["7-2"]
     assert coco.counts.crowded == 1
 
 
@@ -58,7 +69,7 @@ def test_questions_with_too_many_boxes_are_left_out_and_counted(tmp_path: Path) 
 def test_the_true_boxes_as_any_family_writes_them_score_one(form: str, tmp_path: Path) -> None:
     """The size of the resized image is what counts, not that of the file."""
     seen = (1400, 700)
-    for record in file(tmp_path).detection(form, 8):
+    for record in file(tmp_path, form=form).detection(ALL, 8):
         text = write_boxes(record.answer, form, seen)
         (reward,) = find_task(record.task).reward([""], [text], answer=[record.answer], image_size=[seen])
         assert reward == pytest.approx(1, abs=0.06)  # llava writes two decimals
@@ -78,14 +89,57 @@ def test_a_sentence_asks_for_its_one_object(tmp_path: Path) -> None:
         },
         {"ref_id": 4, "ann_id": 1, "split": "val", "sentences": [{"raw": "a {curly} one"}]},
     ]
-    train = list(file(tmp_path).referring(refs, "llava", "train", None))
+    train = list(file(tmp_path).referring(refs, prompts("llava")[0], "train"))
     assert [record.id for record in train] == ["ref-3-0", "ref-3-1"]
     assert [record.answer for record in train] == [
         [0, 0, 0.1, 0.2]
     ] * 2  # one box: compared with the first of an answer
     assert str(train[1].prompt).endswith("this sentence describes: the dog")
-    both = list(file(tmp_path).referring(refs, "qwen2.5-vl", None, 'Where is {label}? As {"bbox_2d": …}'))
+    both = list(file(tmp_path).referring(refs, 'Where is {label}? As {"bbox_2d": …}'))
     assert both[-1].prompt == 'Where is a {curly} one? As {"bbox_2d": …}'
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ({"sentences": {"sent": "x"}}, r"ref 1: sentences must be a list .* got {'sent': 'x'} \(ref_id 3, ann_id 2\)"),
+        ({"sentences": "abc"}, r"ref 1: sentences must be a list .* got 'abc' \(ref_id 3, ann_id 2\)"),
+        ({}, "ref 1: sentences must be a list .* got None"),
+        ({"sentences": [" "]}, "ref 1: a sentence must be a text"),
+        ({"sentences": ["x"], "ann_id": 9}, "ref 1: no annotation has its ann_id 9"),
+        ({"sentences": ["x"], "ann_id": 4}, "ref 1: two annotations have its ann_id 4"),
+    ],
+)
+def test_bad_refs_are_named_with_their_ids_or_counted(ref: dict[str, Any], message: str, tmp_path: Path) -> None:
+    refs = [{"ref_id": 3, "ann_id": 2} | ref, {"ann_id": 1, "sentences": ["good"]}]
+    twice: Callable[[Any], object] = lambda content: content["annotations"][4].update(id=4)  # noqa: E731
+    with pytest.raises(AnnotationError, match=message):
+        list(file(tmp_path, twice).referring(refs, ALL))
+    coco = file(tmp_path, twice, skip_bad=True)
+    assert [record.id for record in coco.referring(refs, ALL)] == ["ref-2-0"]
+    assert len(coco.counts.errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--split", "val"], "split is given, but not refs"),
+        (["--held_out_share", "0.5"], "held_out_share is given, but not held_out"),
+        (["--held_out", "h.jsonl", "--held_out_share", "2"], "held_out_share must be in [0, 1], got 2.0"),
+        (["--refs", "r.json", "--max_boxes", "3"], "max_boxes is given with refs"),
+        (["--max_boxes", "0"], "max_boxes must be ≥ 1, got 0"),
+        (["--held_out", "o.jsonl"], "output and held_out must be two files"),
+        (["--fromat", "llava"], "--fromat is no setting; did you mean 'format'?"),
+    ],
+)
+def test_settings_that_would_have_no_effect_are_refused(
+    extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["coco", "--annotations", "a.json", "--images", ".", "--format", "llava", "--output", "o.jsonl"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, *extra])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def set_box(index: int, box: Any) -> Callable[[Any], object]:
@@ -106,18 +160,21 @@ def set_box(index: int, box: Any) -> Callable[[Any], object]:
         (lambda c: c["annotations"][2].pop("category_id"), "annotation 3: no category has its category_id None"),
         (lambda c: c["annotations"].append("x"), "an annotation must be an object, got 'x'"),
         (lambda c: c["images"][0].update(width=20, height=40), "image 7: a.png has 40 × 20 pixels .* as 20 × 40"),
+        (set_box(1, [0, 0, 10**400, 4]), "annotation 2: bbox must be"),
         (lambda c: c["images"][1].update(file_name="gone.png"), "image 8: image '.*gone.png' does not exist"),
         (lambda c: c["images"][1].update(file_name="../b.png"), "image 8: .* without '..'"),
-        (lambda c: c["images"][1].update(file_name="instances.json"), "image 8: cannot identify image file"),
+        (lambda c: c["images"][1].update(file_name="bomb.png"), "image 8: image .*bomb.png' is too large"),
+        (lambda c: c["images"][1].update(file_name="page.eps"), "image 8: image .*page.eps' cannot be opened"),
+        (lambda c: c["images"][1].update(file_name="instances.json"), "image 8: .* cannot identify image file"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_with_file_and_annotation_or_counted(
     change: Callable[[Any], object], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(AnnotationError, match=rf"instances.json: ({message})(.|\n)*--skip-bad leaves out"):
-        list(file(tmp_path, change).detection("llava", 8))
+    with pytest.raises(AnnotationError, match=rf"instances.json: ({message})(.|\n)*--skip_bad leaves out"):
+        list(file(tmp_path, change).detection(ALL, 8))
     coco = file(tmp_path, change, skip_bad=True)
-    left = [record.id for record in coco.detection("llava", 8)]
+    left = [record.id for record in coco.detection(ALL, 8)]
     assert len(left) == coco.counts.records < 3  # never with a part of the boxes alone
     assert coco.counts.errors
     assert "bad annotations or images skipped" in coco.counts.summary()
@@ -131,12 +188,22 @@ def test_bad_input_is_named_with_file_and_annotation_or_counted(
         ('{"annotations": [], "images": {}}', "expected a list 'images'"),
         ('{"annotations": [], "images": [{"id": 1}]}', "images 1 needs id and file_name"),
         ('{"annotations": [], "images": [], "categories": [{"name": "x"}]}', "categories 1 needs id and name"),
+        ('{"annotations": [], "images": [{"id": true, "file_name": "a"}]}', "images 1 needs id and file_name"),
+        (
+            '{"annotations": [], "images": [{"id": 7, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}]}',
+            "two images have the id 7: 'a.png' and 'b.png'",
+        ),
+        (
+            '{"annotations": [], "images": [], "categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}',
+            "two categories have the id 1: 'cat' and 'dog'",
+        ),
+        ("[" * 100_000, "not valid JSON: it is nested too deeply"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(AnnotationError, match=f"x.json: {message}"):
-        CocoFile(tmp_path / "x.json", tmp_path)
+    with pytest.raises(ValueError, match=f"x.json: {message}"):
+        CocoFile(tmp_path / "x.json", tmp_path, "grounding/llava")
 
 
 def test_an_image_that_its_exif_turns_is_measured_upright(tmp_path: Path) -> None:
@@ -146,7 +213,7 @@ def test_an_image_that_its_exif_turns_is_measured_upright(tmp_path: Path) -> Non
         Image.new("RGB", (20, 40)).save(tmp_path / "turned.jpg", exif=exif)
         content["images"][0]["file_name"] = "turned.jpg"
 
-    assert next(file(tmp_path, turned).detection("llava", 8)).answer[0] == [0.25, 0.25, 0.75, 0.75]
+    assert next(file(tmp_path, turned).detection(ALL, 8)).answer[0] == [0.25, 0.25, 0.75, 0.75]
 
 
 def test_all_records_of_an_image_are_on_one_side(tmp_path: Path) -> None:
@@ -183,7 +250,8 @@ def test_the_command_writes_records_that_can_be_read(tmp_path: Path, capsys: pyt
     assert "skipped: " in shown.err
     records, _ = read_records(tmp_path / "out.jsonl", require=("answer",), check_images=True, root=tmp_path)
     assert [record.id for record in records] == ["7-2"]
-    assert cli.main([*command, *output, "--skip-bad", "--prompt", "Where?"]) == 1
+    with pytest.raises(SystemExit):
+        cli.main([*command, *output, "--skip-bad", "--prompt", "Where?"])
     assert "--prompt must hold {label}" in capsys.readouterr().err
     assert (
         cli.main([*command, *output, "--skip_bad", "--held_out", str(tmp_path / "h.jsonl"), "--held_out_share", "1"])

@@ -166,14 +166,14 @@ def test_a_killed_run_loses_no_answer(project: Path) -> None:
         (["--top_p", "1.5"], "top_p must be in (0, 1], got 1.5"),
         (["--reward", "nothing"], "reward 'nothing' is not known"),
         (["--models", "a=x", "a=y"], "'a' is the name of two models"),
-        (["--models", "a=no/such/folder"], "'no/such/folder' is no folder"),
+        (["--models", "a=no/such/folder"], "there is no folder 'no/such/folder'"),
         (["--box_formats", "latin"], "box format 'latin' is not known"),
         (["--box_formats", "other=llava"], "is for a model 'other'"),
         (["--records", "none.jsonl"], "none.jsonl"),
         (["--reward", "grounding"], "reward 'grounding' failed on record 'r0'"),
         (["--image_root", "/nowhere"], "does not exist"),
         (["--bleu_tokenize", "elvish"], "bleu_tokenize: sacrebleu has no tokenizer 'elvish'"),
-        (["--processor_options", "{"], "processor_options must be a JSON mapping"),
+        (["--processor_options", "{"], "processor_options must be a JSON or YAML mapping"),
     ],
 )
 def test_bad_input_is_named_before_any_model_is_loaded(

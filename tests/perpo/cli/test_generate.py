@@ -17,7 +17,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from perpo.cli import main as cli
-from perpo.data.record import read_records
+from perpo.data.read import read_records
 from perpo.model.load import load_model, load_processor
 from perpo.rewards.scoring import UnreadableAnswers
 
@@ -246,10 +246,11 @@ def test_bad_truths_and_missing_images_are_known_before_the_model_is_loaded(
     rows = [json.loads(line) for line in (project / "records.jsonl").read_text().splitlines()]
     rows[4] |= {"task": "grounding", "answer": [10, 20, 300, 400]}  # pixels
     rows[5] |= {"image": "gone.png"}
-    monkeypatch.setattr("perpo.cli.generate.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("perpo.model.settings.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     for bad, message in (
-        (rows[:5], "record 'r4': ValueError: answer must be a box"),
-        (rows, "gone.png' does not exist"),
+        (rows[:5], "records.jsonl:5: reward 'grounding' failed on record 'r4': ValueError: answer must be a box"),
+        ([*rows[:4], rows[5]], "gone.png' does not exist"),
+        (rows, "(2 such records)"),
     ):
         (project / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
         assert run(project) == 1
@@ -257,7 +258,7 @@ def test_bad_truths_and_missing_images_are_known_before_the_model_is_loaded(
     monkeypatch.undo()
     assert run(project, "--skip_bad") == 0
     shown = capsys.readouterr()
-    assert "1 bad records skipped; 1 with an answer that their reward cannot take skipped" in shown.out
+    assert "4 lists of 0 answers; 2 bad records skipped" in shown.out
     assert shown.err.count("skipped: ") == 2
     assert [record.id for record in read_records(project / "lists.jsonl")[0]] == ["r0", "r1", "r2", "r3"]
 
@@ -273,7 +274,7 @@ def test_bad_truths_and_missing_images_are_known_before_the_model_is_loaded(
         (["--reward", "no.such:thing"], "reward 'no.such:thing' cannot be imported"),
         (["--engine", "vllm"], "vllm cannot be imported"),
         (["--engine", "slow"], "invalid choice: 'slow'"),
-        (["--engine_options", "{}}"], "engine_options must be a JSON mapping"),
+        (["--engine_options", "{}}"], "engine_options must be a JSON or YAML mapping"),
         (["--engine_options", '{"a": 1}'], "set engine='vllm'"),
         (["--task", ""], "record 'r0' names no task: set task or reward"),
         (["--output", "/nowhere/lists.jsonl"], "there is no folder '/nowhere'"),

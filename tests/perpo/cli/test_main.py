@@ -1,6 +1,7 @@
 """`perpo` and `perpo train`: from files to a saved model, and errors that say what to do."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -131,6 +132,75 @@ def test_a_misspelt_setting_in_the_file_is_named(project: Path, capsys: pytest.C
     assert "sets 'betaa', which is no setting; did you mean 'beta'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--modle", "x"], "perpo train: --modle is no setting; did you mean 'model'?"),
+        (["--learning_rte=1"], "--learning_rte is no setting; did you mean 'learning_rate'?"),
+        (["--learn", "1"], "--learn is no setting"),  # no abbreviations: a new setting would change what they mean
+        (["--qqqq"], "--qqqq is no setting; perpo train --help lists them"),
+        (["run.yaml"], "'run.yaml' belongs to no setting; write --name value"),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_what_is_no_setting_is_named_with_what_is_near(
+    arguments: list[str], message: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--config", str(project / "run.yaml"), *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: \xff", "run.yaml: not valid YAML: 'utf-8' codec can't decode"),
+        (b"seed: " + b"9" * 5000, "run.yaml: not valid YAML: Exceeds the limit"),
+        (b"fsdp: " + b"[" * 5000, "run.yaml: not valid YAML: it is nested too deeply"),
+        (b"seed: [1", "run.yaml: not valid YAML: while parsing a flow sequence"),
+        (b"seed: 1\nseed: 2", "run.yaml: not valid YAML: 'seed' is set twice"),
+        (b"model: a\nmodel_name_or_path: b", "run.yaml sets 'model_name_or_path' twice"),
+        (b"- seed", "run.yaml must hold lines `name: value`"),
+        (b"no_lora: true", "sets 'no_lora', which is no setting"),
+        (b"config: x.yaml", "sets 'config', which only the command line can"),
+        (None, "run.yaml' is not a regular file but a folder, a pipe or a device"),
+        (..., "No such file or directory: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_message(
+    content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is None:
+        os.mkfifo(tmp_path / "run.yaml")
+    elif content is not ...:
+        (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--config", str(tmp_path / "run.yaml")])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert "perpo train: config: " in shown
+    assert message in shown
+
+
+def test_every_command_shows_where_an_error_comes_from_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*settings: Any) -> None:
+        raise ValueError("no such luck")
+
+    (tmp_path / "run.yaml").write_text("")
+    for name, command in cli.COMMANDS.items():
+        monkeypatch.setattr(f"{command.module}.run", fail)
+        monkeypatch.setattr("perpo.cli.settings.parse", lambda *_: ())
+        monkeypatch.delenv("PERPO_TRACEBACK", raising=False)
+        assert cli.main([name]) == 1
+        assert f"perpo {name}: no such luck\n(PERPO_TRACEBACK=1 shows" in capsys.readouterr().err
+        monkeypatch.setenv("PERPO_TRACEBACK", "1")
+        with pytest.raises(ValueError, match="no such luck"):
+            cli.main([name])
+
+
 @dataclass
 class Settings:
     names: list[str] = field(default_factory=list)
@@ -202,11 +272,11 @@ def test_help_is_quick_and_lists_the_commands() -> None:
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_the_usage_says_which_commands_take_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--config FILE.yaml holds those of any but coco" in cli.usage()
+def test_every_command_takes_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config FILE.yaml holds them" in cli.usage()
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
-    assert ("--config" in capsys.readouterr().out) == (command != "coco")
+    assert "--config" in capsys.readouterr().out
 
 
 def test_an_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +299,15 @@ def test_processor_options_are_a_mapping_on_the_command_line() -> None:
         [ModelConfig], ["--model_name_or_path", "m", "--processor_options", '{"max_pixels": 401408}'], "perpo"
     )
     assert model.processor_options == {"max_pixels": 401408}
+
+
+@pytest.mark.parametrize("value", ['{"size": 1e-3, "a": {}}', "{size: 0.001, a: {}}", "size: 0.001\na: {}"])
+def test_json_and_yaml_mappings_are_taken_alike(value: str, tmp_path: Path) -> None:
+    given = ["--model", "m", f"--processor_options={value}"]
+    assert parse([ModelConfig], given, "perpo")[0].processor_options == {"size": 0.001, "a": {}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": "m", "processor_options": value}))
+    given = ["--config", str(tmp_path / "run.yaml")]
+    assert parse([ModelConfig], given, "perpo")[0].processor_options == {"size": 0.001, "a": {}}
 
 
 @pytest.mark.parametrize("value", ["[1]", "{"])

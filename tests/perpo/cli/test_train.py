@@ -12,6 +12,7 @@ import torch
 from perpo.cli import main as cli
 from perpo.cli import train as train_command
 from perpo.data.record import ListRecord
+from perpo.model import settings as loading
 from perpo.training.trainer import PerPOTrainer
 
 from .. import tiny_runs
@@ -43,13 +44,13 @@ def no_model(*args: Any, **kwargs: Any) -> None:
 
 
 def test_a_damaged_image_is_named_before_the_model_is_loaded(project: Path, capsys: Shown, monkeypatch: Any) -> None:
-    monkeypatch.setattr(train_command, "load_model", no_model)
+    monkeypatch.setattr(loading, "load_model", no_model)
     damage(project / "r2.png")
     assert cli.main(command(project, "--reference", "adapter_off")) == 1
     error = capsys.readouterr().err
-    assert "lists.jsonl: record 'r2': image '" in error
+    assert "lists.jsonl:3: record 'r2': image '" in error
     assert "r2.png' cannot be" in error
-    assert "1 such records; --skip_bad true leaves them out" in error
+    assert "skip_bad leaves out such records and counts them" in error
     assert "Traceback" not in error
 
 
@@ -58,7 +59,7 @@ def test_damaged_images_are_left_out_and_counted(project: Path, capsys: Shown) -
     options = ["--skip_bad", "true", "--dataloader_num_workers", "1", "--num_train_epochs", "1", "--max_steps", "-1"]
     assert cli.main(command(project, *options)) == 0
     shown = capsys.readouterr()
-    assert "1 more left out, whose images cannot be read" in shown.out
+    assert "3 lists of 2–3 answers; 1 bad records skipped" in shown.out
     assert "skipped: " in shown.err
     assert "record 'r2'" in shown.err
     assert log(project)[-1]["step"] == 3
@@ -103,7 +104,7 @@ def test_a_folder_with_checkpoints_is_refused_before_anything_is_read(
     assert cli.main(command(project, *saving)) == 0
     capsys.readouterr()
     with monkeypatch.context() as patched:
-        patched.setattr(train_command, "read_records", no_model)
+        patched.setattr(train_command, "usable_records", no_model)
         assert cli.main(command(project, *saving)) == 1
         assert "out holds checkpoints; go on from them with resume_from_checkpoint=true" in capsys.readouterr().err
     resume = ["--resume_from_checkpoint", "true"]
@@ -120,8 +121,8 @@ def test_the_reference_model_is_loaded_as_the_model_is(project: Path, monkeypatc
         loaded.append((Path(name).name, {k: v for k, v in options.items() if k != "revision"}))
         return real(name, **options)
 
-    real = train_command.load_model
-    monkeypatch.setattr(train_command, "load_model", load)
+    real = loading.load_model
+    monkeypatch.setattr(loading, "load_model", load)
     (project / "other").symlink_to(project / "model")
     options = ["--reference", "model", "--ref_model_name_or_path", str(project / "other")]
     options += ["--attn_implementation", "eager", "--dtype", "float32", "--prefix_sharing", "off"]

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from perpo.data.images import RowImage, open_image
-from perpo.data.record import ListRecord, RecordError, read_records, write_records
+from perpo.data.read import RecordError, read_records
+from perpo.data.record import ListRecord, write_records
 
 pytest.importorskip("pyarrow", reason="Parquet is an extra: perpo[data]")
 
@@ -102,3 +103,24 @@ def test_a_dataset_is_read_without_loading_its_images() -> None:
     assert open_image(streamed[1].image).size == (4, 2)
     with pytest.raises(TypeError, match="pick one of its splits: train"):
         read_records(datasets.DatasetDict({"train": source}))
+
+
+def test_lists_of_one_image_are_taken_and_of_several_refused() -> None:
+    datasets = pytest.importorskip("datasets", reason="an extra: perpo[data]")
+    rows = {"prompt": ["?"] * 3, "responses": [["x", "y"]] * 3, "rewards": [[1.0, 0.0]] * 3}
+    blue = Image.new("RGB", (2, 4), (0, 0, 255))
+    source = datasets.Dataset.from_dict(rows | {"images": [[RED], [RED, blue], [blue]]})
+    source = source.cast_column("images", datasets.List(datasets.Image()))
+    for one in (source, source.to_iterable_dataset()):
+        with pytest.raises(RecordError, match="row 2: images: holds 2 images, and a record is about one"):
+            read_records(one)
+        records, report = read_records(one, skip_bad=True)
+        assert [open_image(record.image).size for record in records] == [(4, 2), (2, 4)]  # type: ignore[arg-type]
+        assert (report.n_bad, report.n_without_image) == (1, 0)
+    assert isinstance(read_records(source, skip_bad=True)[0][0].image, RowImage)
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(ValueError, match=r"a.parquet: cannot be read as Parquet beyond row 0"):
+        read_records(tmp_path / "a.parquet")

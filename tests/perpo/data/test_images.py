@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from perpo.data.images import ImageError, RowImage, open_image, resolve_image
+from perpo.data.images import ImageError, RowImage, image_size, open_image, resolve_image
 
 RED = Image.new("RGB", (4, 2), (255, 0, 0))
 
@@ -113,6 +113,43 @@ def test_a_photograph_is_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     assert open_image(encoded(RED, "JPEG", exif=exif)).size == (2, 4)
+
+
+def exif_with(tag: int, kind: int, value: bytes) -> bytes:
+    """EXIF with the orientation "turned by 90°" and one more tag, of any type."""
+    entries = [struct.pack("<HHII", 0x0112, 3, 1, 6), struct.pack("<HHI4s", tag, kind, len(value), value)]
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + b"".join(sorted(entries)) + b"\0\0\0\0"
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (exif_with(0x0128, 2, b"abc\0"), (2, 4)),  # ResolutionUnit as a text: PIL reads it and cannot write it back
+        (exif_with(0x011A, 2, b"abc\0"), (2, 4)),  # XResolution
+        (b"Exif\0\0II*\0garbage", (4, 2)),
+    ],
+)
+def test_exif_never_decides_whether_pixels_can_be_had(exif: bytes, size: tuple[int, int]) -> None:
+    opened = open_image(encoded(RED, "JPEG", exif=exif))
+    assert opened.size == image_size(encoded(RED, "JPEG", exif=exif)) == size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone(orientation: int) -> None:
+    """As Pillow's own, which fails on tags that it cannot write."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = encoded(Image.effect_noise((5, 3), 90).convert("RGB"), exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(turned)))
+    opened = open_image(turned)
+    assert opened.tobytes() == expected.tobytes()
+    assert image_size(turned) == opened.size == expected.size
+
+
+def test_a_data_set_that_fails_is_an_image_error() -> None:
+    with pytest.raises(ImageError, match="image of the data set cannot be loaded: list index out of range"):
+        open_image(RowImage([], 0, "image"))
 
 
 def test_without_a_root_any_path_opens(root: Path) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import datetime
 import json
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perpo.data.record import FieldError, ListRecord, RecordError, read_records, write_records
+from perpo.data.read import RecordError, read_records
+from perpo.data.record import FieldError, ListRecord, write_records
 
 GOOD: dict[str, Any] = {
     "id": "a",
@@ -77,8 +80,8 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path, records: list[List
 
 
 def test_strange_characters_survive_jsonl(tmp_path: Path) -> None:
-    texts = ["line\nbreak", "\u2028\u2029\x85", "\ud800", "字", "\0", '"', "\U0001f600"]
-    before = ListRecord("a", None, "?", responses=tuple(texts), rewards=(0.0,) * len(texts))
+    texts = ["line\nbreak", "\u2028\u2029\x85", "字", "\0", '"', "\U0001f600"]
+    before = ListRecord("a", None, "?", ["\ud800"], "", tuple(texts), (0.0,) * len(texts), columns={"c": "\udfff"})
     write_records([before], tmp_path / "a.jsonl")
     assert read_records(tmp_path / "a.jsonl")[0] == [before]
 
@@ -114,7 +117,7 @@ BAD = [
     ({"rewards": [10**400, 1]}, "rewards", "item 0"),
     ({"rewards": "high"}, "rewards", "must be a list of numbers, got 'high'"),
     ({"rewards": {"a": 1}}, "rewards", "must be a list of numbers"),
-    ({"rewards": ...}, "rewards", "is missing or empty"),
+    ({"rewards": ...}, "rewards", "is missing or empty: run `perpo generate` first"),
     ({"rewards": None}, "rewards", "is missing or empty"),
     ({"responses": []}, "responses", "is missing or empty"),
     ({"responses": "a text"}, "responses", "must be a list of texts"),
@@ -133,6 +136,16 @@ BAD = [
     ({"prompt": [{"role": "user"}]}, "prompt", "content of message 0"),
     ({"prompt": [{"role": "user", "content": [{"text": "no type"}]}]}, "prompt", "content of message 0"),
     ({"prompt": 5}, "prompt", "must be a text"),
+    ({"prompt": "what \ud83d"}, "prompt", r"half of a surrogate pair \('\\ud83d' after 'what '\)"),
+    ({"prompt": [{"role": "user", "content": "\udc00"}]}, "prompt", "half of a surrogate pair"),
+    ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "prompt", "a text part of message 0 must be"),
+    ({"prompt": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "prompt", "a text part of message 0"),
+    ({"responses": ["a", "b\ud800"]}, "responses", "half of a surrogate pair"),
+    ({"responses": ["a", None]}, "responses", "must be a list of texts"),
+    ({"image": ..., "images": ["a.jpg", "b.jpg"]}, "images", "holds 2 images, and a record is about one"),
+    ({"images": ["a.jpg", "b.jpg"]}, "images", "holds 2 images, and a record is about one"),
+    ({"image": ["a.jpg", "b.jpg"]}, "image", "holds 2 images, and a record is about one"),
+    ({"image": ..., "image_path": 5}, "image_path", "must be a path"),
     ({"image": 5}, "image", "must be a path"),
     ({"image": ""}, "image", "must be a path"),
     ({"id": 1.5}, "id", "must be a text"),
@@ -194,6 +207,8 @@ def test_bytes_that_are_not_utf8_spoil_one_line_only(tmp_path: Path) -> None:
         (json.dumps(GOOD), "expected a JSON array"),
         ("", "expected a JSON array"),
         ("[", "not valid JSON"),
+        (json.dumps([GOOD]) + "\n" + json.dumps([good(id="b")]), r"lists.json:2: the array of records ends before"),
+        (json.dumps([GOOD]) + "]", "lists.json:1: the array of records ends before this line"),
     ],
 )
 def test_a_broken_json_file_is_an_error_even_when_skipping(tmp_path: Path, text: str, reason: str) -> None:
@@ -307,6 +322,65 @@ def test_images_are_checked_where_asked(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r":2: image: .*must be a path relative to"):
         read_records(path, check_images=True, root=tmp_path)
     assert read_records(path, check_images=True, root=tmp_path, skip_bad=True)[1].n_bad == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        good(image="a.jpg"),
+        good(image=["a.jpg"]),
+        good(image=..., images=["a.jpg"]),
+        good(image=None, images="a.jpg"),
+        good(image=[], images=["a.jpg"]),
+        good(image=..., image_path="a.jpg"),
+        good(image=..., images=[], image_path="a.jpg"),
+    ],
+)
+def test_the_one_picture_is_found_under_the_names_that_others_give_it(row: dict[str, Any], tmp_path: Path) -> None:
+    (record,), report = read_records([row])
+    assert record.image == "a.jpg"
+    assert report.n_without_image == 0
+    assert "image" not in report.summary()
+    write_records([record], tmp_path / "a.jsonl")
+    assert read_records(tmp_path / "a.jsonl")[0] == [record]
+
+
+def test_records_without_a_picture_are_counted_and_a_misspelt_one_is_pointed_at() -> None:
+    rows = [good(), good(id="b", image=...), good(id="c", image=..., imgae="a.jpg", image_id=5)]
+    records, report = read_records(rows)
+    assert [record.image for record in records] == ["train/a.jpg", None, None]
+    assert "2 without an image (is 'imgae' one? name it 'image')" in report.summary()
+
+
+def test_reading_100_000_records_takes_less_than_ten_seconds(tmp_path: Path) -> None:
+    n = 5_000
+    many = {"responses": [f"[0.{i}, 0.17, 0.77, 0.53]" for i in range(20)], "rewards": [i / 7 for i in range(20)]}
+    path = jsonl(tmp_path / "lists.jsonl", *[good(id=f"r{i}", ref_log_probs=..., source="x", **many) for i in range(n)])
+    times = []
+    for _ in range(3):  # other processes on the machine cost time even of this one
+        start = time.process_time()
+        read_records(path)
+        times.append(time.process_time() - start)
+    assert min(times) * 100_000 / n < 10
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for suffix in (".jsonl", ".json", ".parquet"):
+        os.mkfifo(tmp_path / f"pipe{suffix}")
+        with pytest.raises(OSError, match=f"pipe{suffix}' is not a regular file"):
+            read_records(tmp_path / f"pipe{suffix}")
+
+
+def test_whatever_goes_wrong_with_a_record_can_be_skipped() -> None:
+    class Odd(dict[str, Any]):
+        def get(self, *_: Any) -> Any:
+            raise KeyError("odd")
+
+    rows = [good(), Odd(good(id="b"))]
+    with pytest.raises(RecordError, match="list: row 2: KeyError: 'odd'"):
+        read_records(rows)
+    records, report = read_records(rows, skip_bad=True)
+    assert ([record.id for record in records], report.n_bad) == (["a"], 1)
 
 
 def test_records_cannot_be_made_bad_or_changed() -> None:

@@ -210,5 +210,5 @@ def test_the_identity_changes_with_weights_and_options_alone(tmp_path: Path) -> 
 
 
 def test_a_folder_that_is_not_there_is_named() -> None:
-    with pytest.raises(ValueError, match="'no/such/folder' is no folder"):
+    with pytest.raises(ValueError, match="there is no folder 'no/such/folder'"):
         ModelSource("a", "no/such/folder").identity({})

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from perpo.data.record import ListRecord, read_records
+from perpo.data.read import read_records
+from perpo.data.record import ListRecord
 from perpo.rewards.scoring import UnreadableAnswers
 from perpo.sampling.candidates import CandidateConfig, generate
 from perpo.sampling.sampler import Answer, Question

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perpo.data.record import read_records
+from perpo.data.read import read_records
 from perpo.sampling.candidates import Outcome
 from perpo.sampling.shards import Shards, StaleShardsError
 

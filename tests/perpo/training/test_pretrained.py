@@ -19,7 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from perpo.data.record import ListRecord, read_records
+from perpo.data.read import read_records
+from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
 from perpo.model.trainable import language_lora
 from perpo.sampling.candidates import CandidateConfig, generate
