@@ -134,7 +134,7 @@ def test_answers_that_cannot_be_read_are_loud_also_after_a_resume(tmp_path: Path
         (None, [ListRecord("r", tiny_models.picture(), "?", 1, "counting")], "out.jsonl", r"name a .parquet file"),
         (Path.touch, records(1), "out.jsonl", r"exists, and not by a run that could go on"),
         (None, records(1) * 2, "out.jsonl", r"ids must be distinct"),
-        (None, [ListRecord("r", None, "?", 1, "guessing")], "out.jsonl", r"reward 'guessing' is not known"),
+        (None, [ListRecord("r", None, "?", 1, "guessing")], "out.jsonl", r"record 'r': task 'guessing' is not known"),
     ],
 )
 def test_what_would_fail_at_the_end_fails_at_the_beginning(
