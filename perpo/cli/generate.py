@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,11 @@ def sample_lists(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if not Path(config.output).parent.is_dir():
         raise ValueError(f"output: there is no folder {str(Path(config.output).parent)!r}")
-    processor = model_config.load_processor(model_config.model_name_or_path, model_config.model_revision)
+
+    @cache
+    def processor() -> Any:
+        return model_config.load_processor(model_config.model_name_or_path, model_config.model_revision)
+
     records, _ = usable_records(
         config.records,
         config,
@@ -137,10 +141,10 @@ def sample_lists(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
         root=config.image_root,
         prepare=config.with_task,
         bad_truths=partial(bad_truths, reward=config.candidates.reward),
-        checks=[PromptCheck(processor, config.max_prompt_length)],
+        checks=lambda: [PromptCheck(processor(), config.max_prompt_length)],
         show=rank == 0,
     )
-    sampler = _sampler(model_config, config, processor)
+    sampler = _sampler(model_config, config, processor())
     return generate(records, sampler, config.output, config.candidates, rank=rank, world_size=world_size)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 from peft import LoraConfig
 from torch import nn
@@ -103,17 +106,20 @@ def run(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig,
     if not resume:
         check_free(str(args.output_dir))
     name, revision = model_config.model_name_or_path, model_config.model_revision
-    processor = model_config.load_processor(name, revision)
-    check = PromptCheck(processor, args.max_prompt_length)
-    train_lists = _read(data.train_file, data, args, check)
-    eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args, check)
+
+    @cache
+    def processor() -> Any:
+        return model_config.load_processor(name, revision)
+
+    train_lists = _read(data.train_file, data, args, processor)
+    eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args, processor)
     model = model_config.load_model(name, revision)
     reference = args.ref_model_name_or_path
     trainer = PerPOTrainer(
         model,
         args,
         train_lists,
-        processor,
+        processor(),
         eval_dataset=eval_lists,
         peft_config=trainable.apply(model),
         ref_model=None if reference is None else model_config.load_model(reference),
@@ -125,7 +131,7 @@ def run(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig,
         trainer.save_state()
 
 
-def _read(file: str, data: DataConfig, args: PerPOConfig, check: PromptCheck) -> list[ListRecord]:
+def _read(file: str, data: DataConfig, args: PerPOConfig, processor: Callable[[], Any]) -> list[ListRecord]:
     shown = args.process_index == 0  # joins the processes, if there are several
     records, report = usable_records(
         file,
@@ -133,7 +139,7 @@ def _read(file: str, data: DataConfig, args: PerPOConfig, check: PromptCheck) ->
         require=SCORED,
         root=args.image_root,
         drop_inactive=data.drop_inactive,
-        checks=[check],
+        checks=lambda: [PromptCheck(processor(), args.max_prompt_length)],
         show=shown and not args.disable_tqdm,
     )
     if shown and args.disable_tqdm:

@@ -178,7 +178,7 @@ def usable_records(
     limit: int | None = None,
     prepare: Callable[[ListRecord], ListRecord] = lambda record: record,
     bad_truths: Callable[[Sequence[ListRecord]], Mapping[str, str]] = lambda records: {},
-    checks: Sequence[PromptCheck] = (),
+    checks: Callable[[], Sequence[PromptCheck]] = tuple,
     show: bool = True,
 ) -> tuple[list[ListRecord], ReadReport]:
     """The records that a run can use, every image opened and every prompt looked at; says what was left out.
@@ -190,7 +190,7 @@ def usable_records(
         limit: take only the first so many.
         prepare: what becomes of a record; a ValueError makes it a bad one.
         bad_truths: id -> what is wrong with a record's true answer.
-        checks: of the processors that will encode the records.
+        checks: gives those of the processors that will encode the records; called once these are read.
         show: print what was found, and a progress bar.
 
     Raises:
@@ -205,22 +205,15 @@ def usable_records(
     except RecordError as error:
         raise ValueError(f"{error}\n{SKIP_HINT}") from error
     found = found[:limit]
-    records = [record for _, record in found]
-    truths = bad_truths(records)
-    reasons = {i: truths[record.id] for i, record in enumerate(records) if record.id in truths}
-    for i, reason in _problems(records, root, checks, show).items():
-        reasons.setdefault(i, f"record {records[i].id!r}: {reason}")
-    bad = [RecordError(report.source, found[i][0], None, reasons[i]) for i in sorted(reasons)]
-    if bad and not settings.skip_bad:
-        more = f" ({len(bad)} such records)" if len(bad) > 1 else ""
-        raise ValueError(f"{bad[0]}{more}\n{SKIP_HINT}")
-    report.skip(bad)
-    records = [record for i, record in enumerate(records) if i not in reasons]
-    report.n_records = len(records)
+    truths = bad_truths([record for _, record in found])
+    found = _without(found, {i: truths[r.id] for i, (_, r) in enumerate(found) if r.id in truths}, settings, report)
+    asked = checks()
+    problems = _problems([record for _, record in found], root, asked, show)
+    reasons = {i: f"record {found[i][1].id!r}: {problem}" for i, problem in problems.items()}
+    records = [record for _, record in _without(found, reasons, settings, report)]
     if show:
         report.show()
-    report.check_any()
-    if any(check.sees_images for check in checks) and all(record.image is None for record in records):
+    if any(check.sees_images for check in asked) and all(record.image is None for record in records):
         names = " or ".join(map(repr, report.like_picture))
         hint = f"the column {names} looks like one: name it 'image'" if names else "its field is 'image'"
         if not settings.text_only:
@@ -229,6 +222,25 @@ def usable_records(
                 "For records about text alone set text_only"
             )
     return records, report
+
+
+def _without(
+    found: Sequence[tuple[str, ListRecord]], reasons: Mapping[int, str], settings: ReadSettings, report: ReadReport
+) -> list[tuple[str, ListRecord]]:
+    """What is left without the bad ones, if these may be skipped.
+
+    Args:
+        reasons: number of each bad one -> why.
+    """
+    bad = [RecordError(report.source, found[i][0], None, reasons[i]) for i in sorted(reasons)]
+    if bad and not settings.skip_bad:
+        more = f" ({len(bad)} such records)" if len(bad) > 1 else ""
+        raise ValueError(f"{bad[0]}{more}\n{SKIP_HINT}")
+    report.skip(bad)
+    left = [one for i, one in enumerate(found) if i not in reasons]
+    report.n_records = len(left)
+    report.check_any()
+    return left
 
 
 def _problems(

@@ -250,7 +250,7 @@ def test_bad_truths_and_missing_images_are_known_before_the_model_is_loaded(
     for bad, message in (
         (rows[:5], "records.jsonl:5: reward 'grounding' failed on record 'r4': ValueError: answer must be a box"),
         ([*rows[:4], rows[5]], "gone.png' does not exist"),
-        (rows, "(2 such records)"),
+        ([*rows[:5], rows[4] | {"id": "r9"}], "(2 such records)"),
     ):
         (project / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
         assert run(project) == 1
