@@ -18,7 +18,7 @@ from perpo.data.documents import load_json
 from perpo.data.record import write_records
 from perpo.rewards.formats import FORMATS, box_format
 
-# What a family was taught to answer with boxes: asked for one object, and for all of a kind.
+# The questions that a family was trained to answer with boxes: for one object, and for all of a kind.
 _JSON = (
     "Locate {label}, output its bbox coordinates using JSON format.",
     "Locate every {label} in the image, output all bbox coordinates in JSON format.",
@@ -54,7 +54,8 @@ class CocoConfig:
     )
     split: str | None = field(default=None, metadata={"help": "Take refs of this split only; default: all."})
     prompt: str | None = field(
-        default=None, metadata={"help": "The question, with {label} in it; default: what the format's models know."}
+        default=None,
+        metadata={"help": "The question, with {label} in it; default: one that these models know."},
     )
     max_boxes: int | None = field(
         default=None, metadata={"help": f"Leave out questions with more boxes; default: {MAX_BOXES}."}
@@ -69,11 +70,11 @@ class CocoConfig:
             ("split", self.split, "refs"),
         ):
             if value is not None and getattr(self, needed) is None:
-                raise ValueError(f"{name} is given, but not {needed}, without which it has no effect")
+                raise ValueError(f"{name} has no effect without {needed}: give {needed} too, or leave {name} out")
         if self.held_out_share is not None and not 0 <= self.held_out_share <= 1:
             raise ValueError(f"held_out_share must be in [0, 1], got {self.held_out_share}")
         if self.max_boxes is not None and self.refs is not None:
-            raise ValueError("max_boxes is given with refs, each of which has one box; leave one of them out")
+            raise ValueError("max_boxes has no effect with refs, each of which has one box: leave it out")
         if self.max_boxes is not None and self.max_boxes < 1:
             raise ValueError(f"max_boxes must be ≥ 1, got {self.max_boxes}")
         if self.held_out == self.output:
@@ -84,7 +85,7 @@ SETTINGS = (CocoConfig,)
 
 
 def prompts(form: str) -> tuple[str, str]:
-    """How models of a box format are asked for one object, and for all of a kind; {label} stands for what."""
+    """The questions for one object and for all of a kind, as models of a box format expect them, with {label}."""
     box = f"{{label}}? Answer with boxes only, written as {box_format(form).example}"
     return PROMPTS.get(form, (f"Where is {box}", f"Where is every {box}"))
 

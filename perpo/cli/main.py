@@ -3,7 +3,7 @@
 A sub-command is a line in COMMANDS and a module with
 
     SETTINGS         dataclasses that `perpo.cli.settings.parse` reads
-    run(*settings)   does the work and prints what came of it; what the user can mend is one of EXPECTED
+    run(*settings)   does the work and prints the result; raises one of EXPECTED for what the user can correct
     OUT_OF_MEMORY    what takes less memory; only for commands that load a model
 """
 
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-EXPECTED = (ValueError, OSError, ImportError)  # one line for the user; anything else is a fault of ours
+EXPECTED = (ValueError, OSError, ImportError)  # shown as one line; any other error is a bug
 
 
 class Command(NamedTuple):
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"perpo: no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    sys.path.append(os.getcwd())  # for rewards by import path: a console script has not the folder that it runs in
+    sys.path.append(os.getcwd())  # for rewards by import path: a console script does not search the current folder
     command = importlib.import_module(COMMANDS[name].module)
     import torch  # the usage above needs none
 

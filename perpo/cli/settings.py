@@ -2,9 +2,9 @@
 
     perpo train --config run.yaml --learning_rate 1e-5
 
-`transformers.HfArgumentParser` makes the options of dataclasses. A file's settings become words in front of those of
-the command line, so that both are read and checked alike. (jsonargparse reads files by itself, but knows neither the
-aliases, choices and help in a field's metadata nor the hundred fields of TrainingArguments as users know them.)
+`transformers.HfArgumentParser` makes options from dataclasses. The settings of a file become arguments before those of
+the command line, so both are parsed and checked in the same way. (jsonargparse would read files by itself, but it
+ignores the aliases, choices and help texts that TrainingArguments and our dataclasses keep in the metadata of fields.)
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ModelConfig(LoadSettings):
 def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[Any, ...]:
     """One object of each dataclass, from `--config FILE` and `--name value`.
 
-    Ends the program with a message on stderr for what is misspelt, missing or of the wrong type.
+    A setting that is misspelt, missing or of the wrong type ends the program with a message on stderr.
     """
     parser = _Parser(kinds, prog)
     words = parser.words_of_file(arguments)
@@ -67,7 +67,7 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[A
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     if rest:
-        parser.error(f"{rest[0]!r} belongs to no setting; write --name value")
+        parser.error(f"{rest[0]!r} does not belong to a setting; write --name value")
     return tuple(objects)
 
 
@@ -86,9 +86,9 @@ class _Parser(HfArgumentParser):
         )
         self.add_argument("--config", metavar="FILE", help="YAML file of these settings; the command line wins.")
         self.config_file = ""
-        self.from_file: set[str] = set()  # names of the settings whose words are the file's
+        self.from_file: set[str] = set()  # names of the settings that the file alone gives
         self.hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-        self.names = {"help": "help", "config": "config"}  # as users may write it -> of the field
+        self.names = {"help": "help", "config": "config"}  # name or alias, as users write it -> name of the field
         inherited = {one.name for one in dataclasses.fields(TrainingArguments)} if inherits else set()
         own = {"help", "config"} | OFTEN_SET
         for kind in kinds:
@@ -102,16 +102,16 @@ class _Parser(HfArgumentParser):
                 action.help = argparse.SUPPRESS
 
     def error(self, message: str) -> NoReturn:
-        """argparse calls it for values of the file and of the command line alike; of no setting it has both."""
+        """Called by argparse. A setting is either of the file or of the command line, never of both."""
         name = re.match(r"argument --(\w+)", message)
         source = f"config: {self.config_file}: " if name and name[1] in self.from_file else ""
         self.exit(2, f"{self.prog}: {source}{message}\n")
         raise AssertionError("exit does not return")
 
     def words_of_file(self, arguments: Sequence[str]) -> list[str]:
-        """The file's settings, but for those that the command line has too, as the words of a command line."""
+        """The settings of the file as arguments, without those that the command line gives too."""
         options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-        given = {self._field_of(option[2:], f"{option} is no setting", negated=True) for option in options}
+        given = {self._field_of(option[2:], f"{option} is not a setting", negated=True) for option in options}
         if "config" not in given:
             return []
         first = argparse.ArgumentParser(self.prog, add_help=False, allow_abbrev=False)
@@ -125,7 +125,7 @@ class _Parser(HfArgumentParser):
             self.error(f"config: {self.config_file} must hold lines `name: value`")
         words: list[str] = []
         for key, value in (settings or {}).items():
-            name = self._field_of(str(key), f"config: {self.config_file} sets {key!r}, which is no setting")
+            name = self._field_of(str(key), f"config: {self.config_file} sets {key!r}, which is not a setting")
             if name in ("help", "config"):
                 self.error(f"config: {self.config_file} sets {key!r}, which only the command line can")
             if name in self.from_file:
@@ -136,10 +136,10 @@ class _Parser(HfArgumentParser):
         return words
 
     def _field_of(self, written: str, problem: str, negated: bool = False) -> str:
-        """Name of the field that is meant; ends the program with the problem, and what is near, if there is none.
+        """The name of the field. If there is none, the program ends with the problem and the closest name.
 
         Args:
-            negated: it may be --no_NAME, the switch that turns a setting off.
+            negated: accept no_NAME too, the switch that turns a setting off.
         """
         plain = written.replace("-", "_")
         for name in (plain, plain.removeprefix("no_") if negated else plain):
@@ -151,10 +151,10 @@ class _Parser(HfArgumentParser):
     def _words(self, name: str, value: Any) -> list[str]:
         hint = self.hints[name]
         kinds = {get_origin(k) or k for k in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))}
-        several = list in kinds and kinds <= {list, NoneType}  # an option that takes several words
+        several = list in kinds and kinds <= {list, NoneType}  # the option takes several arguments
         whole = isinstance(value, list) and list in kinds and not (several and value)
         if whole or type(value) in kinds & {dict, NoneType}:
-            self.set_defaults(**{name: value})  # what no word of a command line can be
+            self.set_defaults(**{name: value})  # the command line has no way to write it
             return []
         if not several:
             return [f"--{name}={self._word(name, value)}"]

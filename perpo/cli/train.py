@@ -48,7 +48,7 @@ class DataConfig(ReadSettings):
 
 @dataclass
 class TrainableConfig:
-    """What is trained: adapters on the language model, unless told otherwise."""
+    """What is trained; by default, adapters on the language model."""
 
     lora: bool = field(
         default=True,

@@ -1,4 +1,4 @@
-"""Grounding records of a COCO-style file: of its boxes (detection), or of sentences about them (referring expressions).
+"""Grounding records from a COCO-style file: of its boxes (detection) or of sentences about them (referring).
 
     annotations   {"images": [{"id", "file_name", …}], "annotations": [{"id", "image_id", "category_id",
                    "bbox": [x, y, width, height] in pixels, "iscrowd"}], "categories": [{"id", "name"}]}
@@ -27,17 +27,17 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in fractions of the im
 
 
 class AnnotationError(ValueError):
-    """Something in the file that cannot be used; says where."""
+    """Something in the file cannot be used; says where."""
 
 
 @dataclass
 class Counts:
-    """What became of a file."""
+    """What was made of a file, and what was left out."""
 
     records: int = 0
     boxes: int = 0
-    crowds: int = 0  # annotations of a crowd: an outline of many objects, no box of one
-    incomplete: int = 0  # questions that not every object has a box for: a crowd, or a bad annotation
+    crowds: int = 0  # annotations of a crowd: an outline of many objects, not a box of one
+    incomplete: int = 0  # questions with an object that has no box: a crowd, or a bad annotation
     crowded: int = 0  # questions with more than max_boxes boxes
     errors: list[str] = field(default_factory=list)
 
@@ -82,7 +82,7 @@ class CocoFile:
             prompt: with {label} where the category's name goes.
         """
         boxes: dict[tuple[Any, Any], list[Box]] = defaultdict(list)
-        incomplete: set[tuple[Any, Any] | None] = set()  # an object without a box: whoever finds it would be wrong
+        incomplete: set[tuple[Any, Any] | None] = set()  # with an object that has no box: finding it would be wrong
         for annotation in self.annotations:
             key = None
             try:
@@ -166,7 +166,7 @@ class CocoFile:
             if row["id"] in found:
                 raise AnnotationError(
                     f"{self.path}: two {name} have the id {row['id']!r}: {found[row['id']][required]!r} and "
-                    f"{row[required]!r}; which of them an annotation means cannot be told. Give them ids of their own"
+                    f"{row[required]!r}; an annotation could mean either. Give each its own id"
                 )
             found[row["id"]] = row
         return found
@@ -186,7 +186,7 @@ class CocoFile:
         return category
 
     def _size(self, image: Mapping[str, Any]) -> tuple[int, int]:
-        """(width, height) of the image as training will see it. The file must say the same, if it says any."""
+        """(width, height) of the image as training will see it. It must equal the size in the file, if there is one."""
         if image["id"] not in self._sizes:
             try:
                 self._sizes[image["id"]] = image_size(image["file_name"], self.folder)
@@ -210,7 +210,7 @@ class CocoFile:
 
 
 def divide(records: Sequence[ListRecord], share: float) -> tuple[list[ListRecord], list[ListRecord]]:
-    """Records to train on and to hold out; all of one image on one side, whatever else is in the file."""
+    """Records for training and held-out records; the side of an image does not depend on the other images."""
 
     def held_out(record: ListRecord) -> bool:
         digest = hashlib.sha256(str(record.image).encode("utf-8", "surrogatepass")).digest()
@@ -239,7 +239,7 @@ def _sentences(ref: Mapping[str, Any], number: int) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    """Finite; an integer beyond any float is not."""
+    """A finite number; an integer beyond the range of floats is not."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:

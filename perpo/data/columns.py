@@ -1,8 +1,8 @@
-"""What the columns of a row mean: whose names they are, which of them is the picture, and what else is kept.
+"""How the columns of a row map to the fields of a record, which column is the image, and what else is kept.
 
-The records of PerPO's authors (image_id, image_path, question, answer, answers_gen, iou_scores) read as they are. The
-picture may stand in `image`, or as the one picture in `images` (as TRL, EasyR1 and LLaMA-Factory name it), or in
-`image_path`.
+The records of PerPO's authors (image_id, image_path, question, answer, answers_gen, iou_scores) are read as they are.
+The image is taken from `image`, from a list of one image in `images` (the column of TRL, EasyR1 and LLaMA-Factory), or
+from `image_path`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ LIKE_PICTURE = ("image", "images", "image_path", "img", "picture", "photo")
 
 @dataclass
 class Seen:
-    """Columns that are no field of a record, in how many rows."""
+    """Columns that are not fields of a record, with the number of rows that have them."""
 
-    further: Counter[str] = field(default_factory=Counter)  # of use to a reward of one's own
-    ignored: Counter[str] = field(default_factory=Counter)  # left out, since JSON cannot hold them
-    like_picture: Counter[str] = field(default_factory=Counter)  # in rows without a picture: is it one, misspelt?
+    further: Counter[str] = field(default_factory=Counter)  # kept: custom rewards can use them
+    ignored: Counter[str] = field(default_factory=Counter)  # dropped: JSON cannot hold them
+    like_picture: Counter[str] = field(default_factory=Counter)  # in rows without an image: perhaps it is one, misspelt
 
 
 def names_of(row: Mapping[str, Any]) -> dict[str, str]:
@@ -52,18 +52,17 @@ def names_of(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def picture(row: Mapping[str, Any], column: str) -> Any:
-    """The picture that stands in this column.
+    """The image in this column.
 
     Raises:
-        FieldError: one of the columns for pictures holds several.
+        FieldError: one of the image columns holds several images.
     """
     for name in PICTURE:
         value = row.get(name)
         if isinstance(value, list | tuple) and len(value) > 1:
             raise FieldError(
                 name,
-                f"holds {len(value)} images, and a record is about one: join them into one picture, or make a record "
-                "of each",
+                f"holds {len(value)} images, but a record has one: join them into one image, or make a record of each",
             )
     value = row.get(column)
     if isinstance(value, list | tuple):
@@ -72,7 +71,7 @@ def picture(row: Mapping[str, Any], column: str) -> Any:
 
 
 def further(row: Mapping[str, Any], names: Collection[str], seen: Seen) -> dict[str, Any]:
-    """Columns of a row that are no field of a record: side by side with the fields, or gathered in `columns`."""
+    """The columns of a row that are not fields of a record: beside the fields, or gathered in `columns`."""
     gathered = row.get("columns") or {}
     if not isinstance(gathered, Mapping):
         raise FieldError("columns", f"must be a mapping by name, got {shown(gathered)}")
@@ -91,7 +90,7 @@ def further(row: Mapping[str, Any], names: Collection[str], seen: Seen) -> dict[
 
 
 def note_picture_like(row: Mapping[str, Any], names: Collection[str], seen: Seen) -> None:
-    """Of a row without a picture."""
+    """Count the columns of a row without an image whose names resemble those of images."""
     for name, value in row.items():
         if name not in names and isinstance(value, str | bytes | Mapping | list | RowImage) and _like_picture(name):
             seen.like_picture[name] += 1

@@ -1,4 +1,4 @@
-"""JSON and YAML as users write them: whole files, and mappings among the settings. An error names file or setting."""
+"""Read JSON and YAML: whole files, and mappings in settings. Errors name the file or the setting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNREADABLE = (ValueError, RecursionError)  # bad syntax, bad UTF-8, a number too
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:
-    """The path, if it is that of a regular file: reading a pipe would wait for its writer, perhaps for ever.
+    """The path, if it is that of a regular file: reading from a pipe can block for ever.
 
     Raises:
         OSError: there is no such file, or it is a folder, a pipe or a device.
@@ -51,7 +51,7 @@ def load_yaml(path: str | os.PathLike[str]) -> Any:
 
 
 class _EachOnce(yaml.SafeLoader):
-    """YAML that sets no name twice; PyYAML would take the last value and say nothing."""
+    """Refuses a name that is set twice; PyYAML takes the last value without a warning."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -63,7 +63,7 @@ class _EachOnce(yaml.SafeLoader):
 
 
 def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """The value of a setting that takes a mapping, or its JSON or YAML text; None is the empty mapping.
+    """The value of a setting that takes a mapping, given as one or as JSON or YAML text; None is the empty mapping.
 
     Args:
         name: of the setting, for errors.
@@ -86,7 +86,7 @@ def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
 
 def _json_or_yaml(text: str) -> Any:
     try:
-        return json.loads(text)  # first, since YAML takes 1e-3 for a text
+        return json.loads(text)  # first: PyYAML reads 1e-3 as a string
     except ValueError:
         return yaml.safe_load(text)
 

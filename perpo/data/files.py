@@ -1,7 +1,7 @@
-"""Rows in and out of files: JSONL, JSON arrays, Parquet and `datasets`. What a row means is for `perpo.data.record`.
+"""Rows in and out of files: JSONL, JSON arrays, Parquet and `datasets`. `perpo.data.read` makes records of rows.
 
-Reading yields every row with its place, the unreadable ones too, so that a caller can report or skip them. Writing is
-atomic: a file appears whole or not at all, and what stood there before stays until the new one is on the disk.
+Reading yields every row with its place, unreadable rows too, so that a caller can report or skip them. Writing is
+atomic: a file appears whole or not at all, and an old file stays until the new one is on the disk.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def read_rows(source: Any) -> Iterator[Row]:
 
     Raises:
         OSError: no such file, or a folder or pipe.
-        ValueError: another suffix; a JSON file that is no array or breaks off (what follows cannot be told apart).
+        ValueError: another suffix; a JSON file that is not one array or breaks off (the rest cannot be split).
         TypeError: not a source.
         ImportError: Parquet without pyarrow.
     """
@@ -68,7 +68,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """One element at a time, to know the line of each (which no JSON parser tells, ijson neither)."""
+    """One element at a time, to know the line of each. (JSON parsers do not report it, ijson included.)"""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -129,7 +129,7 @@ def _from_parquet(values: dict[str, Any], place: str) -> Row:
 
 
 def _read_dataset(source: Any) -> Iterator[Row]:
-    """Images are not decoded, and those of a data set on disk are left in it."""
+    """Images are not decoded; those of a data set on disk are not loaded."""
     datasets = _optional("datasets")
     undecoded = datasets.Image(decode=False)
     lists: dict[str, bool] = {}  # column with images -> whether it holds lists of them
@@ -147,7 +147,7 @@ def _read_dataset(source: Any) -> Iterator[Row]:
                 else None
             )
             source = source.cast_column(name, wanted)
-    if not isinstance(source, datasets.Dataset):  # a stream: what is not kept now is gone
+    if not isinstance(source, datasets.Dataset):  # a stream, which can be read only once
         yield from (Row(f"row {i}", values) for i, values in enumerate(source, 1))
         return
     source = source.with_format(None)
@@ -164,12 +164,12 @@ def _read_dataset(source: Any) -> Iterator[Row]:
 
 
 def _with(inner: Any, feature: Any) -> Any:
-    """A feature of lists, of others: datasets before 4 write it as a list of Python too."""
+    """The list feature with another element type; datasets before 4 also write it as a Python list."""
     return [inner] if isinstance(feature, list) else type(feature)(inner)
 
 
 def _lengths(column: Any, name: str) -> list[int]:
-    """Of the lists in a data set's column, without reading what is in them."""
+    """Lengths of the lists in a column, without reading their contents."""
     found: list[int] = []
     for batch in column.with_format("arrow").iter(1024):
         found += [length or 0 for length in _optional("pyarrow.compute").list_value_length(batch[name]).to_pylist()]

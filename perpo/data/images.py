@@ -1,4 +1,4 @@
-"""Open the image of a record, wherever it is kept, without trusting it.
+"""Open the image of a record, wherever it is stored, without trusting it.
 
 An image is a path, encoded bytes, a PIL image, `{"bytes": …, "path": …}` as `datasets` stores it, or a `RowImage`.
 Paths stay under a root; the number of pixels is looked at before any is decoded; only common raster formats are tried
@@ -19,7 +19,7 @@ from PIL import Image
 MAX_PIXELS = 89_478_485  # PIL's own default: a quarter of a gigabyte as RGB
 WHITE_16 = 65535
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_ORIENTATION = 0x0112  # the EXIF tag; its values beside 1, "as it is":
+_ORIENTATION = 0x0112  # the EXIF tag; its values other than 1 (upright):
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,7 +32,7 @@ _UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """An image cannot be had: where it was looked for, and why not."""
+    """An image cannot be opened; says which and why."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def open_image(
             return _as_rgb(_upright(opened), what)
         except ImageError:
             raise
-        except Exception as error:  # decoders raise whatever they stumble over
+        except Exception as error:  # decoders raise errors of any type
             raise ImageError(f"{what} cannot be decoded: {error}") from error
 
 
@@ -115,7 +115,7 @@ def image_size(
 def _opened(
     image: ImageSource, root: str | os.PathLike[str] | None, max_pixels: int
 ) -> Iterator[tuple[Image.Image, str]]:
-    """The image before its pixels are decoded, and what to call it in an error."""
+    """The image, not decoded yet, and its name for errors."""
     source, what = _source(image, root)
     if isinstance(source, Image.Image):
         _check_size(source, what, max_pixels)
@@ -162,9 +162,9 @@ def _check_size(image: Image.Image, what: str, max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """What its EXIF says of how the camera was held; where that cannot be read, as if it said nothing.
+    """The EXIF orientation; 1 (upright) where it cannot be read.
 
-    Not `ImageOps.exif_transpose`: it writes the other tags back, and fails on those that it cannot.
+    `ImageOps.exif_transpose` is not used: it writes all tags back and fails on those that it cannot write.
     """
     try:
         value = int(image.getexif().get(_ORIENTATION, 1))

@@ -1,7 +1,7 @@
-"""Records from files, data sets and iterables; and before a run, which of them it can use.
+"""Read records from files, data sets and iterables, and find those that a run can use.
 
-Files are JSONL (one record a line), JSON (an array) or Parquet; a `datasets.Dataset` or any iterable of mappings does
-too. Records without responses or rewards are what there is before sampling and scoring; `require` says what a reader
+Files are JSONL (one record per line), JSON (an array) or Parquet; a `datasets.Dataset` and any iterable of mappings
+work too. Before sampling and scoring, records have no responses or rewards; `require` names the fields that a reader
 needs.
 """
 
@@ -25,14 +25,14 @@ from perpo.data.images import ImageError, open_image, resolve_image
 from perpo.data.record import FieldError, ListRecord, Where, plain, shown, without_nulls
 from perpo.data.summary import summary
 
-FILLED = ("prompt", "responses", "rewards")  # where required, not empty; an empty answer is one
+FILLED = ("prompt", "responses", "rewards")  # must not be empty where required; an answer may be empty
 SCORED = ("responses", "rewards")  # what `perpo generate` makes
 KEPT_ERRORS = 20  # of skipped records, to show; all are counted
 SKIP_HINT = "skip_bad leaves out such records and counts them"
 
 
 class RecordError(ValueError):
-    """A record that cannot be used: in which file, where in it, which field, why."""
+    """A record that cannot be used: the file, the line or row, the field, the reason."""
 
     def __init__(self, source: str, place: str, field: str | None, reason: str) -> None:
         gap = ": " if place.startswith("row") else ":"
@@ -42,7 +42,7 @@ class RecordError(ValueError):
 
 @dataclass
 class ReadReport(Seen):
-    """What reading found. Everything but bad records, and inactive lists where asked, is kept."""
+    """What was read. Only bad records, and inactive lists on request, are left out."""
 
     source: str = ""
     n_records: int = 0  # returned
@@ -142,20 +142,20 @@ def read_records(
 
 @dataclass(kw_only=True)
 class ReadSettings:
-    """What a command does with records that it cannot use."""
+    """What a command does with bad records."""
 
     skip_bad: bool = field(
         default=False,
-        metadata={"help": "Leave out bad records, those with a damaged image among them, and count them."},
+        metadata={"help": "Leave out bad records (a damaged image makes one too) and count them."},
     )
     text_only: bool = field(
         default=False,
-        metadata={"help": "The records are about text alone: no error if none has an image and the model takes some."},
+        metadata={"help": "Accept records of which none has an image, although the model takes images."},
     )
 
 
 class PromptCheck(Protocol):
-    """Whether a model's processor takes a record's prompt with its image (None: it has none).
+    """Whether a processor accepts the prompt of a record and its image (None: no image).
 
     Attributes:
         sees_images: the model takes images.
@@ -181,21 +181,21 @@ def usable_records(
     checks: Callable[[], Sequence[PromptCheck]] = tuple,
     show: bool = True,
 ) -> tuple[list[ListRecord], ReadReport]:
-    """The records that a run can use, every image opened and every prompt looked at; says what was left out.
+    """The records that a run can use; opens every image, checks every prompt and prints what was left out.
 
-    Now, rather than after hours of work. Where processes are joined (torch.distributed), they share the images, and
-    all must call this with the same arguments.
+    This comes first, so that no run fails on them after hours. The processes of a torch.distributed group share the
+    images; all of them must call this with the same arguments.
 
     Args:
-        limit: take only the first so many.
-        prepare: what becomes of a record; a ValueError makes it a bad one.
+        limit: take only this many records, the first ones.
+        prepare: applied to every record; a ValueError marks the record as bad.
         bad_truths: id -> what is wrong with a record's true answer.
-        checks: gives those of the processors that will encode the records; called once these are read.
+        checks: called after reading; returns a check for each processor that will encode the records.
         show: print what was found, and a progress bar.
 
     Raises:
-        ValueError: a bad record, unless skip_bad; no usable record; no record has an image, though the model takes
-            some, unless text_only.
+        ValueError: a bad record, unless skip_bad; no usable record; no record has an image although the model takes
+            images, unless text_only.
     """
     report = ReadReport(source=_label(source))
     found: list[tuple[str, ListRecord]] = []
@@ -227,7 +227,7 @@ def usable_records(
 def _without(
     found: Sequence[tuple[str, ListRecord]], reasons: Mapping[int, str], settings: ReadSettings, report: ReadReport
 ) -> list[tuple[str, ListRecord]]:
-    """What is left without the bad ones, if these may be skipped.
+    """The records without the bad ones; raises for these unless they may be skipped.
 
     Args:
         reasons: number of each bad one -> why.
@@ -268,13 +268,13 @@ def _problem(root: Where | None, checks: Sequence[PromptCheck], record: ListReco
         image = None if record.image is None else open_image(record.image, root)
         for check in checks:
             check(record, image)
-    except Exception as error:  # whatever goes wrong with a record makes it a bad one
+    except Exception as error:  # processors and decoders raise errors of any type
         return reason_of(error)
     return None
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says, for people; of one that was not meant for them also its kind."""
+    """The message of an error; with its type, unless its messages are meant for users."""
     return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
 
 
@@ -299,7 +299,7 @@ def _read(
     drop_inactive: bool,
     prepare: Callable[[ListRecord], ListRecord],
 ) -> Iterator[tuple[str, ListRecord]]:
-    """Every good record, with its place; what is noticed goes into the report."""
+    """Every good record with its place; counts go into the report."""
     if unknown := set(require) - set(FIELDS):
         raise ValueError(f"require must name fields of a record ({', '.join(sorted(FIELDS))}), got {sorted(unknown)}")
     for place, parsed in _parse(read_rows(source), report, require):
@@ -325,7 +325,7 @@ def _read(
 def _parse(
     rows: Iterator[Row], report: ReadReport, require: Collection[str]
 ) -> Iterator[tuple[str, ListRecord | FieldError]]:
-    """Every row as a record, or as what is wrong with it, in the field names of its file."""
+    """Every row as a record or as an error that uses the field names of the file."""
     places: dict[str, str] = {}  # id -> where it was first
     seen: Counter[str] = Counter()  # image_id of the authors' records
     for number, (place, row, problem) in enumerate(rows, 1):

@@ -1,9 +1,9 @@
-"""The list record: one image, one question, k answers with their rewards. What it holds, checked; and writing it.
+"""The list record: one image, one question, k answers with their rewards. Its fields and their checks; writing it.
 
     {"id": "glass-1", "image": "train/0001.jpg", "prompt": "Where is …?", "answer": "[0.61, 0.1, 0.77, 0.54]",
      "task": "grounding", "responses": ["[0.6, 0.1, 0.8, 0.5]", …], "rewards": [0.8, …], "ref_log_probs": [-3.1, …]}
 
-Whatever else a record holds is kept in its `columns`, for a reward of one's own. `perpo.data.read` reads records.
+All other columns are kept in `columns`, for custom rewards. `perpo.data.read` reads records.
 """
 
 import math
@@ -31,7 +31,7 @@ _LARGEST_FP32 = float(np.finfo(np.float32).max)
 
 
 class FieldError(ValueError):
-    """A field of a record is not what it must be."""
+    """A field of a record has a wrong value."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
@@ -40,21 +40,21 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class ListRecord:
-    """One list. Checked when it is made: a record that exists is a good one.
+    """One list. It is checked on construction, so every instance is valid.
 
     Attributes:
         id: distinct in its file.
-        image: a path, encoded bytes, a PIL image or what `datasets` holds for one; None for a list about text alone.
+        image: a path, encoded bytes, a PIL image or an image of `datasets`; None for a text-only list.
         prompt: the question, or chat messages `{"role", "content"}`.
         answer: the ground truth, whatever the task's reward takes; for boxes in fractions of the image.
         task: names the reward, see `perpo.rewards.scoring`.
-        responses: [k] candidates, in any order. None is the ground truth, unless it was put among them.
+        responses: [k] candidates, in any order. The ground truth is not among them unless it was added.
         rewards: [k] finite numbers, or None before scoring. They are trained on in fp32: see `_apart_in_fp32`.
         ref_log_probs: [k] log-probabilities of the responses under the reference model, or None.
         flip_probs: [k] probabilities in [0, 1) that a preference over this response is wrong, or None.
-        complete: [k] whether a response ended by itself; one that was cut is trained without an end of turn. None:
-            all did.
-        columns: further columns of the record, which rewards are given by their names. What JSON can hold.
+        complete: [k] whether a response ended by itself; a response that was cut is trained without an end of turn.
+            None: all of them did.
+        columns: further columns, passed to reward functions by name. Their values must be JSON.
 
     NumPy's arrays and numbers become lists and numbers of Python.
 
@@ -111,12 +111,12 @@ class ListRecord:
     def answered(
         self, responses: Sequence[str], rewards: Sequence[float] | None = None, complete: Sequence[bool] | None = None
     ) -> Self:
-        """The record with other responses, and nothing of what was known of those it had."""
+        """The record with other responses; rewards, log-probs etc. of the old ones are dropped."""
         known = {"rewards": rewards, "complete": None if complete is None or all(complete) else complete}
         return replace(self, responses=tuple(responses), **(dict.fromkeys(_PER_RESPONSE) | known))  # type: ignore[arg-type]
 
     def picked(self, places: Sequence[int]) -> Self:
-        """The record with the responses at these places alone, and what is known of them."""
+        """The record with only the responses at these indices, and their rewards, log-probs etc."""
         values: dict[str, Any] = {name: getattr(self, name) for name in ("responses", *_PER_RESPONSE)}
         kept: dict[str, Any] = {n: None if v is None else tuple(v[i] for i in places) for n, v in values.items()}
         return replace(self, **kept)
@@ -128,7 +128,7 @@ class ListRecord:
 
 
 def write_records(records: Iterable[ListRecord], path: Where) -> int:
-    """Write records to a .jsonl or .parquet file, whole or not at all, and return how many there were."""
+    """Write records to a .jsonl or .parquet file atomically; returns how many."""
     return write_rows(({f.name: getattr(record, f.name) for f in fields(ListRecord)} for record in records), path)
 
 
@@ -173,7 +173,7 @@ def _numbers(name: str, values: Any, k: int) -> tuple[float, ...]:
         raise FieldError(name, f"must be a list of numbers, got {shown(values)}")
     if len(values) != k:
         raise FieldError(name, f"must hold one number a response: {k} responses, {len(values)} {name}")
-    if _NUMBER.issuperset(map(type, values)) and all(map(math.isfinite, values)):  # nearly always, and quick
+    if _NUMBER.issuperset(map(type, values)) and all(map(math.isfinite, values)):  # the common case, fast
         return tuple(values)
     for i, value in enumerate(values):
         finite = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= _LARGEST  # type: ignore[operator]
@@ -220,7 +220,7 @@ def _booleans(name: str, values: Any, k: int) -> tuple[bool, ...]:
 
 
 def plain(value: Any) -> Any:
-    """Arrays, and numbers of NumPy, wherever they are in the value, as lists and numbers of Python."""
+    """The value with NumPy arrays and numbers, at any depth, as lists and numbers of Python."""
     kind = type(value)
     if kind in _SCALARS:
         return value
@@ -234,7 +234,7 @@ def plain(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Columnar files give every part of a message the keys of all parts, as nulls: leave those out."""
+    """The value without null entries: columnar files give every part of a message the keys of all parts, as nulls."""
     if isinstance(value, Mapping):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Whether a processor takes a record's prompt and image, without encoding all of them twice."""
+"""Whether a processor accepts the prompt and image of a record, without encoding every record."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from PIL import Image
 from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
 
-SMALL = 64  # pixels of a shorter side, and
-NARROW = 8  # longer sides to a shorter one, beyond which processors are known to fail
+SMALL = 64  # pixels of the shorter side; below it,
+NARROW = 8  # and beyond this ratio of the sides, an image is encoded to see whether the processor accepts it
 
 
 class PromptCheck:
-    """See `perpo.data.read.PromptCheck`. Every prompt is rendered; encoded are only those that are likely to fail.
+    """See `perpo.data.read.PromptCheck`. Every prompt is rendered; only those that may fail are encoded.
 
-    What a processor refuses are pictures that are very narrow or small, and prompts that hold special tokens (those
-    of a video, say) or are too long.
+    Processors refuse very narrow or small images, and prompts with special tokens (those of a video, say) or too many
+    tokens.
 
     Args:
         processor: as for `Encoder`.
@@ -27,9 +27,9 @@ class PromptCheck:
     """
 
     def __init__(self, processor: Any, max_prompt_length: int | None = None) -> None:
-        self.encoder = Encoder(processor, [0], max_prompt_length=max_prompt_length)  # no answer here, so no end of one
+        self.encoder = Encoder(processor, [0], max_prompt_length=max_prompt_length)  # answers are not encoded
         self.sees_images = self.encoder.sees_images
-        self._lock = threading.Lock()  # images are decoded in threads, and tokenizers cannot be shared by them
+        self._lock = threading.Lock()  # callers use threads, and tokenizers are not thread-safe
 
     def __call__(self, record: ListRecord, image: Image.Image | None) -> None:
         with self._lock:
@@ -41,7 +41,7 @@ class PromptCheck:
         written = str(record.prompt)
         for token in self._video:
             if token in written:
-                raise ValueError(f"prompt: {token!r} is the place of a video, and a record has none; leave it out")
+                raise ValueError(f"prompt: {token!r} stands for a video, and records have none; remove it")
         if odd or self.encoder.max_prompt_length is not None or any(token in written for token in self._special):
             self.encoder.prompt(record.prompt, image)  # type: ignore[arg-type]
         else:

@@ -1,4 +1,4 @@
-"""How models and their processors are loaded: the settings that every command which loads one shares."""
+"""Settings of loading a model and its processor, shared by all commands."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def check_place(name_or_path: str) -> None:
     """
     Raises:
-        ValueError: there is no such folder, and no model on the hub can have such a name. (To ask the hub for it would
-            take minutes where there is no network.)
+        ValueError: there is no such folder, and no model on the hub can have such a name. (Without a
+            network, asking the hub takes minutes.)
     """
     path = Path(name_or_path)
     if path.is_dir() or HUB_NAME.fullmatch(name_or_path):

@@ -66,7 +66,7 @@ def run(command: str, model: Path, folder: Path, rows: list[dict[str, Any]], *ex
 BAD = [
     ({"prompt": "what \ud83d"}, ":2: prompt: holds half of a surrogate pair"),
     ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, ":2: prompt: a text part of message 0 must be"),
-    ({"prompt": "What is in <video>?"}, ":2: record 'bad': prompt: '<video>' is the place of a video"),
+    ({"prompt": "What is in <video>?"}, ":2: record 'bad': prompt: '<video>' stands for a video"),
     ({"prompt": "<image> and <image>"}, ":2: record 'bad': prompt: 2 places for a picture"),
     ({"prompt": [{"role": "system", "content": "x"}]}, ":2: record 'bad': prompt: no message of role 'user'"),
     ({"prompt": [{"role": "user", "content": [{"type": "audio"}]}]}, ":2: record 'bad': prompt: a message part must"),

@@ -123,13 +123,13 @@ def test_bad_refs_are_named_with_their_ids_or_counted(ref: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--split", "val"], "split is given, but not refs"),
-        (["--held_out_share", "0.5"], "held_out_share is given, but not held_out"),
+        (["--split", "val"], "split has no effect without refs"),
+        (["--held_out_share", "0.5"], "held_out_share has no effect without held_out"),
         (["--held_out", "h.jsonl", "--held_out_share", "2"], "held_out_share must be in [0, 1], got 2.0"),
-        (["--refs", "r.json", "--max_boxes", "3"], "max_boxes is given with refs"),
+        (["--refs", "r.json", "--max_boxes", "3"], "max_boxes has no effect with refs"),
         (["--max_boxes", "0"], "max_boxes must be ≥ 1, got 0"),
         (["--held_out", "o.jsonl"], "output and held_out must be two files"),
-        (["--fromat", "llava"], "--fromat is no setting; did you mean 'format'?"),
+        (["--fromat", "llava"], "--fromat is not a setting; did you mean 'format'?"),
     ],
 )
 def test_settings_that_would_have_no_effect_are_refused(

@@ -129,17 +129,17 @@ def test_a_misspelt_setting_in_the_file_is_named(project: Path, capsys: pytest.C
     file.write_text(file.read_text() + "\nbetaa: 0.2\n")
     with pytest.raises(SystemExit):
         cli.main(["train", "--config", str(file)])
-    assert "sets 'betaa', which is no setting; did you mean 'beta'?" in capsys.readouterr().err
+    assert "sets 'betaa', which is not a setting; did you mean 'beta'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--modle", "x"], "perpo train: --modle is no setting; did you mean 'model'?"),
-        (["--learning_rte=1"], "--learning_rte is no setting; did you mean 'learning_rate'?"),
-        (["--learn", "1"], "--learn is no setting"),  # no abbreviations: a new setting would change what they mean
-        (["--qqqq"], "--qqqq is no setting; perpo train --help lists them"),
-        (["run.yaml"], "'run.yaml' belongs to no setting; write --name value"),
+        (["--modle", "x"], "perpo train: --modle is not a setting; did you mean 'model'?"),
+        (["--learning_rte=1"], "--learning_rte is not a setting; did you mean 'learning_rate'?"),
+        (["--learn", "1"], "--learn is not a setting"),  # no abbreviations: a new setting would change what they mean
+        (["--qqqq"], "--qqqq is not a setting; perpo train --help lists them"),
+        (["run.yaml"], "'run.yaml' does not belong to a setting; write --name value"),
         (["--config"], "argument --config: expected one argument"),
     ],
 )
@@ -162,7 +162,7 @@ def test_what_is_no_setting_is_named_with_what_is_near(
         (b"seed: 1\nseed: 2", "run.yaml: not valid YAML: 'seed' is set twice"),
         (b"model: a\nmodel_name_or_path: b", "run.yaml sets 'model_name_or_path' twice"),
         (b"- seed", "run.yaml must hold lines `name: value`"),
-        (b"no_lora: true", "sets 'no_lora', which is no setting"),
+        (b"no_lora: true", "sets 'no_lora', which is not a setting"),
         (b"config: x.yaml", "sets 'config', which only the command line can"),
         (None, "run.yaml' is not a regular file but a folder, a pipe or a device"),
         (..., "No such file or directory: "),

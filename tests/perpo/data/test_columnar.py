@@ -112,7 +112,7 @@ def test_lists_of_one_image_are_taken_and_of_several_refused() -> None:
     source = datasets.Dataset.from_dict(rows | {"images": [[RED], [RED, blue], [blue]]})
     source = source.cast_column("images", datasets.List(datasets.Image()))
     for one in (source, source.to_iterable_dataset()):
-        with pytest.raises(RecordError, match="row 2: images: holds 2 images, and a record is about one"):
+        with pytest.raises(RecordError, match="row 2: images: holds 2 images, but a record has one"):
             read_records(one)
         records, report = read_records(one, skip_bad=True)
         assert [open_image(record.image).size for record in records] == [(4, 2), (2, 4)]  # type: ignore[arg-type]
