@@ -2,7 +2,7 @@
 
 A line is one record's answers under one condition of one model:
 
-    {"model": hash, "condition": "greedy/32", "record": "r7", "content": hash, "texts": [...], "image_size": [w, h]}
+    {"model": hash, "condition": "greedy/temperature=0.0/…", "record": "r7", "content": hash, "texts": […], …}
 
 `model` hashes weights, processor and what else decides its answers, `content` hashes picture and question; so whatever
 changed is simply asked again, and a changed ground truth is not.

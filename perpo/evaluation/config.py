@@ -9,6 +9,7 @@ from perpo.data.read import ReadSettings
 from perpo.model.settings import LoadSettings
 from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import find_task
+from perpo.sampling.sampler import Sampling
 
 
 @dataclass
@@ -82,9 +83,15 @@ class EvaluationConfig(LoadSettings, ReadSettings):
                 found = form
         return found
 
+    def sampling(self, kind: str) -> Sampling:
+        """How answers of a kind ("greedy", "blank", "sampled") are drawn."""
+        if kind == "sampled":
+            return Sampling(self.temperature, self.top_p, self.max_new_tokens, self.seed)
+        return Sampling(temperature=0, max_new_tokens=self.max_new_tokens)
+
     def condition(self, kind: str) -> str:
-        """What, beside model and record, the answers of a kind ("greedy", "blank", "sampled") depend on."""
-        if kind != "sampled":
-            return f"{kind}/{self.max_new_tokens}"
-        rest = f"n{self.n}/t{self.temperature}/p{self.top_p}/seed{self.seed}/b{min(self.batch_size, self.n)}"
-        return f"{kind}/{self.max_new_tokens}/{rest}"
+        """What, beside model and record, the answers of a kind depend on."""
+        shaped = self.sampling(kind).identity()
+        if kind == "sampled":
+            shaped |= {"n": str(self.n), "answers_at_once": str(min(self.batch_size, self.n))}
+        return "/".join([kind, *(f"{name}={value}" for name, value in shaped.items())])

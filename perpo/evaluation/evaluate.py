@@ -2,7 +2,7 @@
 
     evaluation = evaluate(EvaluationConfig(["base=…", "aligned=…"], records="held_out.jsonl", output="out"))
 
-Answers are kept in `out/answers.jsonl` as they are given (a killed run goes on from there), the figures go to
+Answers are saved to `out/answers.jsonl` as they are made, so a killed run resumes from there. The figures go to
 `out/evaluation.json`; `perpo.evaluation.report` makes a page of them.
 """
 
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,14 @@ from perpo.data.read import usable_records
 from perpo.data.record import ListRecord
 from perpo.encoding.prompt_check import PromptCheck
 from perpo.evaluation.answer_store import Answers, AnswerStore, Key
-from perpo.evaluation.answers import Answerer
+from perpo.evaluation.answers import ask
 from perpo.evaluation.config import EvaluationConfig
 from perpo.evaluation.figures import Figures, ModelAnswers, figures
 from perpo.evaluation.metrics import Metric, judge, metrics_of, task_in_format
 from perpo.evaluation.models import ModelSource, parse_models
 from perpo.evaluation.text_scores import check_tokenizer
 from perpo.rewards.scoring import Tally, Task, UnreadableAnswers, bad_truths, find_task
+from perpo.sampling.with_transformers import TransformersSampler
 from perpo.training.reference_cache import record_key
 
 ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
@@ -43,7 +44,7 @@ ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """One task's records, answers of every model and figures."""
+    """One task: its records, the answers of every model, the figures."""
 
     task: str
     records: list[ListRecord]
@@ -62,7 +63,7 @@ class Evaluation:
     notices: list[str] = field(default_factory=list)  # what a reader of the figures must know
 
     def as_json(self) -> dict[str, Any]:
-        """The figures with the settings that made them; what cannot be computed is null."""
+        """The figures with their settings; what cannot be computed is null."""
         return {
             "settings": dataclasses.asdict(self.config),
             "models": [{**dataclasses.asdict(m), "identity": self.identities[m.name]} for m in self.models],
@@ -112,8 +113,8 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         for source in sources:
             name = task_in_format(task, config.box_format_of(source.name))
             judged_by = find_task(name, of_record=None if config.reward else members[0].id)
-            answers[source.name], told = _judged(source.name, judged_by, members, asked[source.name])
-            notices += told
+            answers[source.name], remarks = _judged(source.name, judged_by, members, asked[source.name])
+            notices += remarks
         metrics, left_out = metrics_of(task, config.bleu_tokenize)
         options = {"draws": config.resamples, "confidence": config.confidence, "seed": config.seed}
         found = figures(answers, metrics, **options)  # type: ignore[arg-type]
@@ -126,7 +127,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
 
 
 def record_content(record: ListRecord, image_root: str | None) -> str:
-    """Hash of a record's question and of what is in its picture."""
+    """Hash of a record's question and of the content of its picture."""
     image = record.image
     if isinstance(image, str | os.PathLike):
         image = resolve_image(image, image_root).read_bytes()
@@ -144,7 +145,7 @@ def _ask(
     config: EvaluationConfig,
     store: AnswerStore,
 ) -> dict[str, dict[str, Answers]]:
-    """kind -> record id -> answers, from the store where they are, otherwise from the model."""
+    """kind -> record id -> answers, from the store if they are there, otherwise from the model."""
     kinds = {
         "greedy": list(records),
         "blank": [record for record in records if record.image is not None] if config.blank_test else [],
@@ -158,40 +159,26 @@ def _ask(
     total, n_left = sum(map(len, kinds.values())), sum(map(len, left.values()))
     if n_left:
         model, encoder = source.load(config, config.device)
-        ask = Answerer(model, encoder, image_root=config.image_root, max_new_tokens=config.max_new_tokens)
         with tqdm(total=total, initial=total - n_left, desc=source.name, unit="question") as bar:
-            for kind in ("greedy", "blank"):
-                for batch in _batches(left[kind], config.batch_size):
-                    answers = ask.greedy(batch, blank=kind == "blank")
+            for kind, members in left.items():
+                sampler = TransformersSampler(model, encoder, config.sampling(kind), answers_at_once=config.batch_size)
+                n = config.n if kind == "sampled" else 1
+                members.sort(key=lambda record: record.image is None)  # the sampler splits a batch that mixes them
+                for start in range(0, len(members), sampler.batch_size):
+                    batch = members[start : start + sampler.batch_size]
+                    answers = ask(sampler, batch, n, config.image_root, blank=kind == "blank")
                     store.add((key(kind, r), a) for r, a in zip(batch, answers, strict=True))
                     bar.update(len(batch))
-            for record in left["sampled"]:
-                sampled = ask.sample(
-                    record,
-                    config.n,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    seed=config.seed,
-                    batch_size=config.batch_size,
-                )
-                store.add([(key("sampled", record), sampled)])
-                bar.update()
-        del model, encoder, ask
+                del sampler
+        del model, encoder
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return {kind: {r.id: store[key(kind, r)] for r in members} for kind, members in kinds.items()}
 
 
-def _batches(records: Sequence[ListRecord], size: int) -> Iterator[list[ListRecord]]:
-    """Questions with and without a picture cannot share a batch."""
-    for with_image in (True, False):
-        group = [record for record in records if (record.image is not None) == with_image]
-        yield from (group[start : start + size] for start in range(0, len(group), size))
-
-
 def _answer_options(config: EvaluationConfig) -> dict[str, Any]:
-    """Settings that change what every model answers."""
+    """Settings that change the answers of every model."""
     names = ("dtype", "attn_implementation", "trust_remote_code", "processor_options")
     return {name: getattr(config, name) for name in names}
 
@@ -225,7 +212,7 @@ def _with_task(config: EvaluationConfig, record: ListRecord) -> ListRecord:
 def _judged(
     model: str, task: Task, records: Sequence[ListRecord], asked: dict[str, dict[str, Answers]]
 ) -> tuple[ModelAnswers, list[str]]:
-    """The answers of a model to a task's records with their rewards, and what its reader must be told."""
+    """The answers of a model to a task's records with their rewards, and notices for the report."""
     tally, others = Tally(), Tally()
     greedy = [judge(r, (a := asked["greedy"][r.id]).texts, task, a.image_size, tally)[0] for r in records]
     blank = [
@@ -249,9 +236,7 @@ def _judged(
             f"{model}, {task.name}: {tally.summary()}. Expected: {tally.expected}. Found, for example: {examples}"
         )
     if 2 * n_cut > len(records):
-        notices.append(
-            f"{model}, {task.name}: {n_cut} of {len(records)} answers were cut after max_new_tokens; raise it"
-        )
+        notices.append(f"{model}, {task.name}: {n_cut} of {len(records)} answers were cut by max_new_tokens; raise it")
     return ModelAnswers(greedy, blank if any(blank) else None, sampled, n_cut), notices
 
 

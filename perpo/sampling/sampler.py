@@ -1,14 +1,15 @@
-"""Answers of a model to questions about pictures: what every sampler offers, whatever runs the model.
+"""What every sampler offers: answers of a model to questions about images.
 
-`with_transformers` runs any Hugging Face model in this process and encodes image and prompt once for all answers;
-`with_vllm` hands whole batches of questions to vLLM.
+`with_transformers` runs any Hugging Face model in this process, one greedy answer each for a batch of questions or k
+sampled answers from one prefill; `with_vllm` hands batches of questions to vLLM. Both draw from the distribution that
+training computes: softmax(logits / temperature) cut to top_p, and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from PIL import Image
@@ -18,16 +19,17 @@ from perpo.encoding.encoder import Encoder, Prompt
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: from softmax(logits / temperature), cut to its top_p, with nothing else in between.
+    """The distribution that answers are drawn from.
 
-    Penalties, top-k and the like in a model's generation config are left aside: training computes the probabilities
-    of the answers without them.
+    A model's generation config takes no part in it: training computes the probabilities of answers without penalties,
+    top-k, suppressed tokens and the like.
 
     Attributes:
-        temperature: 0 takes the likeliest token.
-        max_new_tokens: after which an answer is cut.
-        seed: of all records; a record's own random numbers come from this, its id and the attempt, and from nothing
-            else, so that order, batches and processes do not matter.
+        temperature: 0 takes the most likely token at every step.
+        top_p: the smallest set of most likely tokens with at least this probability.
+        max_new_tokens: an answer is cut after this many tokens.
+        seed: of all records. A record's random numbers come from this, its id and the attempt alone, so order, batches
+            and processes do not matter.
     """
 
     temperature: float = 1.0
@@ -49,7 +51,9 @@ class Sampling:
         return int.from_bytes(digest[:7], "big")
 
     def identity(self) -> dict[str, str]:
-        return {name: str(value) for name, value in asdict(self).items()}
+        """Name -> value of what shapes the answers; greedy ones depend on no top_p and no seed."""
+        drawn = {"top_p": str(float(self.top_p)), "seed": str(self.seed)} if self.temperature > 0 else {}
+        return {"temperature": str(float(self.temperature)), "max_new_tokens": str(self.max_new_tokens), **drawn}
 
 
 class Question(NamedTuple):
@@ -72,17 +76,19 @@ class Sampler(Protocol):
 
     Attributes:
         encoder: of the model that answers.
-        batch_size: questions that are best given at once.
+        batch_size: how many questions are best given at once.
     """
 
     encoder: Encoder
-    batch_size: int
+
+    @property
+    def batch_size(self) -> int: ...
 
     def sample(self, questions: Sequence[Question], n: int, attempt: int = 0) -> list[list[Answer]]:
-        """n answers to each question; another attempt draws others.
+        """n answers to each question; another attempt draws other answers.
 
         Raises:
-            ValueError: a question that cannot be asked. Which one is only clear where a single one was given.
+            ValueError: a question that cannot be asked. Give the questions one by one to learn which.
         """
         ...
 
@@ -94,9 +100,9 @@ class Sampler(Protocol):
 def distinct_answers(
     sampler: Sampler, questions: Sequence[Question], k: int, max_samples: int
 ) -> list[list[Answer]]:  # k for each question
-    """k answers to each question, different ones as far as max_samples drawn answers go, then repeats of them.
+    """k answers to each question: distinct ones as far as max_samples drawn answers reach, then repeats of them.
 
-    Up to k are drawn at a time: on an accelerator a few answers take as long as many.
+    Up to k answers are drawn at a time, since on an accelerator a few take as long as many.
     """
     different: list[dict[str, Answer]] = [{} for _ in questions]
     repeats: list[list[Answer]] = [[] for _ in questions]

@@ -23,10 +23,12 @@ from perpo.demo.tasks import SEEDS, TASKS, make_records
 from perpo.demo.train_sft import TURN, _continuations, normalised, page_turns, scene_turns, train_sft
 from perpo.demo.vocabulary import IMAGE, PATCHES, TOKENS, build_processor
 from perpo.encoding.encoder import Encoder
-from perpo.evaluation.answers import Answerer
+from perpo.evaluation.answers import ask
 from perpo.model.load import load_model, load_processor
 from perpo.rewards import parse_box
 from perpo.rewards.scoring import Tally, score_record
+from perpo.sampling.sampler import Sampling
+from perpo.sampling.with_transformers import TransformersSampler
 
 TINY = Recipe(objectives=("perpo",), lists=6, k=4, held_out=8, batch=3, resamples=10, examples=2)
 
@@ -96,10 +98,11 @@ def test_the_shipped_model_answers_far_above_chance_with_room_above_it(name: str
     task = TASKS[name]
     records, _ = read_records(make_records(task, 100, "validation", 0, tmp_path, "held_out"), require=("answer",))
     model, processor = load_model(str(SHIPPED)).eval(), load_processor(str(SHIPPED))
-    ask = Answerer(model, Encoder.for_model(processor, model), image_root=tmp_path, max_new_tokens=task.max_new_tokens)
+    greedy = Sampling(temperature=0, max_new_tokens=task.max_new_tokens)
+    sampler = TransformersSampler(model, Encoder.for_model(processor, model), greedy)
     mean = {}
     for blank in (False, True):
-        answers, tally = ask.greedy(records, blank=blank), Tally()
+        answers, tally = ask(sampler, records, 1, tmp_path, blank=blank), Tally()
         scored = [
             score_record(type(r)(r.id, r.image, r.prompt, r.answer, r.task, answer.texts), None, tally).rewards
             for r, answer in zip(records, answers, strict=True)

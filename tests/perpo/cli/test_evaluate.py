@@ -17,11 +17,11 @@ from peft import get_peft_model
 from perpo.cli import main as cli
 from perpo.data.record import ListRecord, write_records
 from perpo.evaluation.answer_store import AnswerStore
-from perpo.evaluation.answers import Answerer
 from perpo.evaluation.config import EvaluationConfig
 from perpo.evaluation.evaluate import evaluate
 from perpo.evaluation.models import ModelSource
 from perpo.model.trainable import language_lora
+from perpo.sampling.with_transformers import TransformersSampler
 
 from .. import tiny_models
 from ..evaluating import ocr_records, save_models, save_records
@@ -101,15 +101,15 @@ def test_a_run_that_broke_off_goes_on_without_asking_twice(project: Path, monkey
     evaluate(EvaluationConfig(**settings | {"output": str(project / "whole")}))
     whole = (project / "whole" / "evaluation.json").read_text()
 
-    asked, answer = [], Answerer._generate
+    asked, sample = [], TransformersSampler.sample
 
-    def generate(self: Answerer, prompts: Any, **options: Any) -> Any:
-        asked.append(len(prompts))
+    def generate(self: TransformersSampler, questions: Any, *options: Any) -> Any:
+        asked.append(len(questions))
         if len(asked) == 9:
             raise KeyboardInterrupt
-        return answer(self, prompts, **options)
+        return sample(self, questions, *options)
 
-    monkeypatch.setattr(Answerer, "_generate", generate)
+    monkeypatch.setattr(TransformersSampler, "sample", generate)
     with pytest.raises(KeyboardInterrupt):
         evaluate(EvaluationConfig(**settings))
     assert not (project / "out" / "evaluation.json").exists()
@@ -229,7 +229,7 @@ def test_too_little_memory_is_said_with_what_to_set(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(Answerer, "greedy", full)
+    monkeypatch.setattr(TransformersSampler, "sample", full)
     assert run(project) == 1
     assert "out of memory\nset batch_size to fewer answers" in capfd.readouterr().err
 

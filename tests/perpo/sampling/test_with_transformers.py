@@ -1,31 +1,25 @@
-"""Samplers: forked answers are those of plain generation, from the model's own distribution, by record and seed."""
+"""Forked and greedy answers are those of plain generation, whatever the batch; their identity."""
 
-import sys
+import copy
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import DynamicCache
 
 from perpo.encoding.encoder import Encoder
-from perpo.sampling.sampler import Answer, Question, Sampling, distinct_answers
-from perpo.sampling.with_transformers import ForkingNotExact, TransformersSampler
-from perpo.sampling.with_vllm import VllmSampler
+from perpo.sampling.sampler import Answer, Question, Sampling
+from perpo.sampling.with_transformers import ForkingNotExact, TransformersSampler, left_padded
 
-from .. import tiny_models
-
-ALMOST_GREEDY = Sampling(temperature=1e-5, max_new_tokens=8)  # still runs through the sampling of k rows
-PICTURE = tiny_models.picture((60, 44))
-ASKED = Question("a", "Where is the glass?", PICTURE)
-
-
-def sampler(family: str = "llava", sampling: Sampling = ALMOST_GREEDY, **options: Any) -> TransformersSampler:
-    model, processor = tiny_models.build(family)
-    return TransformersSampler(model, Encoder.for_model(processor, model), sampling, **options)
+from .. import tiny_models, tiny_runs
+from ..tiny_samplers import ALMOST_GREEDY, ASKED, PICTURE, ids_of, sampler
 
 
 def plain(made: TransformersSampler, question: Question) -> str:
@@ -111,154 +105,128 @@ def test_what_cannot_be_forked_exactly_is_not_forked_and_says_what_that_costs(
     assert [answer.text for answer in answers] == [plain(made, ASKED)] * 3
 
 
-def test_answers_follow_the_models_own_distribution() -> None:
-    """Whatever its generation config says: training computes log-probs without penalties and without top-k."""
-    made = sampler(sampling=Sampling(temperature=2.0, max_new_tokens=1))
-    for name, value in {"temperature": 0.01, "top_k": 1, "repetition_penalty": 9.0, "min_p": 0.5, "top_p": 0.1}.items():
-        setattr(made.model.generation_config, name, value)
-    prefix = made._prefix(ASKED)
-    inputs = made.encoder.prompt(ASKED.prompt, ASKED.image)
-    with torch.no_grad():
-        p = (made.model(**inputs).logits[0, -1] / 2.0).softmax(-1)
-    torch.manual_seed(0)
-    n = 20_000
-    drawn = made._generate(prefix, n, **made._options).sequences[:, -1]
-    counts = torch.bincount(drawn, minlength=p.numel())
-    likely = p > 5e-4
-    chi2 = ((counts - n * p).square() / (n * p))[likely].sum()
-    dof = int(likely.sum())
-    assert chi2 < dof + 5 * (2 * dof) ** 0.5
-
-
-def test_top_p_draws_only_from_the_nucleus() -> None:
-    made = sampler(sampling=Sampling(top_p=0.3, max_new_tokens=1))
-    inputs = made.encoder.prompt(ASKED.prompt, ASKED.image)
-    with torch.no_grad():
-        p, order = made.model(**inputs).logits[0, -1].softmax(-1).sort(descending=True)
-    nucleus = set(order[: int((p.cumsum(0) < 0.3).sum()) + 1].tolist())
-    drawn = made._generate(made._prefix(ASKED), 500, **made._options).sequences[:, -1]
-    assert set(drawn.tolist()) == nucleus
-
-
-def test_answers_depend_on_record_seed_and_attempt_and_on_nothing_else() -> None:
-    hot = Sampling(temperature=1.5, max_new_tokens=8)
-    made, questions = sampler(sampling=hot), [ASKED, Question("b", "Where is the glass?", PICTURE)]
-    state = torch.random.get_rng_state()
-    first = made.sample(questions, 3)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.rand(7)
-    again = sampler(sampling=hot).sample(questions[::-1], 3)[::-1]
-    assert first == again
-    others = [first[1], made.sample([ASKED], 3, attempt=1)[0]]
-    others.append(sampler(sampling=Sampling(temperature=1.5, max_new_tokens=8, seed=1)).sample([ASKED], 3)[0])
-    assert all(first[0] != other for other in others)
-    assert len(set(first[0])) == 3
-    in_parts = sampler(sampling=hot, answers_at_once=2)
-    assert len(in_parts.sample([ASKED], 3)[0]) == 3
-
-
 def test_without_temperature_the_likeliest_answer_is_given() -> None:
     made = sampler(sampling=Sampling(temperature=0, max_new_tokens=8))
     assert {answer.text for answer in made.sample([ASKED], 3)[0]} == {plain(made, ASKED)}
 
 
-def test_an_answer_without_an_end_is_marked() -> None:
-    made = sampler(sampling=Sampling(max_new_tokens=3))
-    cut = [7, 8, 9]
-    assert made._answer(cut).complete is False
-    assert made._answer([7, made.encoder.end_ids[-1], made.encoder.pad_id]).complete
+# ---------------------------------------------------------------------------------------------------------- greedy
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -1.0}, "temperature must be ≥ 0"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0.0}, "top_p must be in"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be ≥ 1"),
-    ],
-)
-def test_bad_settings_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Sampling(**options)
+def questions_of_several_sizes() -> list[Question]:
+    sizes = ((40, 28), (70, 30), (28, 56))
+    asked = [
+        Question(f"r{i}", "Where is " + "it? " * (i + 1), tiny_models.picture(size, i)) for i, size in enumerate(sizes)
+    ]
+    return [asked[0], Question("no image", "Why?", None), *asked[1:], Question("nor here", "And why is that?", None)]
 
 
-class Scripted:
-    """Gives prepared answers, and notes what it was asked."""
-
-    encoder: Any = None
-    batch_size = 2
-
-    def __init__(self, **texts: list[list[str]]) -> None:
-        self.texts = texts
-        self.asked: list[tuple[str, int, int]] = []
-
-    def sample(self, questions: Any, n: int, attempt: int = 0) -> list[list[Answer]]:
-        self.asked += [(question.id, n, attempt) for question in questions]
-        return [[Answer(text, True) for text in self.texts[question.id][attempt][:n]] for question in questions]
-
-    def identity(self) -> dict[str, str]:
-        return {}
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, *tiny_models.MORE_FAMILIES])
+def test_a_greedy_answer_does_not_depend_on_its_batch(family: str) -> None:
+    greedy, questions = Sampling(0, max_new_tokens=5), questions_of_several_sizes()
+    if family == "paligemma":  # takes no question without an image
+        questions = [question for question in questions if question.image is not None]
+    options = {"seed": 1}  # the weights of seed 0 make Gemma 3 say the same to everything
+    together = ids_of(sampler(family, greedy, **options), questions, 1)
+    assert together == [ids_of(sampler(family, greedy, **options), [question], 1)[0] for question in questions]
+    assert together == ids_of(sampler(family, greedy, **options, answers_at_once=2), questions, 1)
+    assert len({str(ids) for ids in together}) > 1
 
 
-def test_different_answers_are_looked_for_up_to_a_limit() -> None:
-    made = Scripted(
-        a=[["x", "x", "y"], ["x", "z", "w"], ["?", "?", "?"]],
-        b=[["1", "2", "3"]],
-        c=[["o", "o", "o"], ["o", "o", "o"], ["p"]],
-    )
-    questions = [Question(name, "?", None) for name in "abc"]
-    texts = [[answer.text for answer in answers] for answers in distinct_answers(made, questions, 3, 7)]
-    assert texts == [["x", "y", "z"], ["1", "2", "3"], ["o", "p", "o"]]
-    assert made.asked == [("a", 3, 0), ("b", 3, 0), ("c", 3, 0), ("a", 3, 1), ("c", 3, 1), ("c", 1, 2)]
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_greedy_is_the_most_probable_token_again_and_again(family: str) -> None:
+    made = sampler(family, Sampling(0, max_new_tokens=5))
+    made.model.generation_config.update(repetition_penalty=9.0, do_sample=True, temperature=9.0, min_new_tokens=4)
+    ids = made.encoder.prompt(ASKED.prompt, ASKED.image)
+    said: list[int] = []
+    for _ in range(5):
+        with torch.no_grad():
+            token = int(made.model(**ids).logits[0, -1].argmax())
+        said.append(token)
+        if token in made.encoder.end_ids:
+            break
+        for key, value in (("input_ids", token), ("attention_mask", 1), ("mm_token_type_ids", 0)):
+            if key in ids:
+                ids[key] = torch.cat([ids[key], torch.tensor([[value]])], 1)
+    expected = Answer(made.encoder.decode(said), said[-1] in made.encoder.end_ids)
+    assert made.sample([ASKED], 2) == [[expected] * 2]
 
 
-def test_vllm_is_asked_with_unexpanded_tokens_and_a_seed_for_each_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
+def test_rows_are_padded_on_the_left() -> None:
+    prompts = [{"input_ids": torch.tensor([[5, 6, 7]])}, {"input_ids": torch.tensor([[8]])}]
+    inputs = left_padded(prompts, pad_id=0)
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
-    class LLM:
-        def __init__(self, **settings: Any) -> None:
-            calls.append(settings)
 
-        def generate(self, prompts: list[Any], settings: list[Any], use_tqdm: bool) -> list[Any]:
-            calls.append((prompts, settings))
-            end = encoder.end_ids[0]
-            one = SimpleNamespace(token_ids=[*encoder.tokenizer("yes")["input_ids"], end], finish_reason="stop")
-            cut = SimpleNamespace(token_ids=encoder.tokenizer("no")["input_ids"], finish_reason="length")
-            return [SimpleNamespace(outputs=[one, cut])] * len(prompts)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompt_that_cannot_be_encoded_names_its_record(temperature: float) -> None:
+    with pytest.raises(ValueError, match="record 'two': prompt: 2 places for a picture"):
+        sampler(sampling=Sampling(temperature)).sample([Question("two", "<image><image>", PICTURE)], 1)
 
-    fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **settings: SimpleNamespace(**settings))
-    monkeypatch.setitem(sys.modules, "vllm", fake)  # type: ignore[arg-type]
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_ends_at_any_of_several_end_tokens(temperature: float) -> None:
+    sampling = Sampling(temperature, max_new_tokens=6)
+    ids = ids_of(sampler(sampling=sampling), [ASKED], 1)[0][0]
+    assert len(set(ids)) > 2
     model, processor = tiny_models.build("llava")
-    encoder = Encoder.for_model(processor, model)
-    made = VllmSampler("some/model", encoder, Sampling(0.7, 0.9, 5, seed=3), {"dtype": "bfloat16"})
-    assert calls[0] == {
-        "model": "some/model",
-        "dtype": "bfloat16",
-        "enable_prefix_caching": True,
-        "limit_mm_per_prompt": {"image": 1},
-    }
-    answers = made.sample([ASKED, Question("b", "Why?", None)], 2, attempt=1)
-    assert answers == [[Answer("yes", True), Answer("no", False)]] * 2
-    prompts, settings = calls[1]
-    ids = prompts[0]["prompt_token_ids"]
-    assert ids.count(processor.image_token_id) == 1
-    assert ids.count(processor.tokenizer.bos_token_id) == 1
-    assert prompts[0]["multi_modal_data"] == {"image": PICTURE}
-    assert "multi_modal_data" not in prompts[1]
-    assert [s.seed for s in settings] == [made.sampling.seed_of("a", 1), made.sampling.seed_of("b", 1)]
-    assert vars(settings[0]) | {"seed": 0} == {
-        "n": 2,
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "max_tokens": 5,
-        "seed": 0,
-        "stop_token_ids": list(encoder.end_ids),
-    }
-    assert made.identity()["model"] == "some/model"
+    model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, ids[2]]
+    made = TransformersSampler(model, Encoder.for_model(processor, model), sampling)
+    made.encoder.decode = lambda row: json.dumps(list(row))  # type: ignore[method-assign]
+    (answer,) = made.sample([ASKED], 1)[0]
+    assert json.loads(answer.text) == ids[: ids.index(ids[2]) + 1]  # and nothing was generated after it
+    assert answer.complete
 
 
-def test_without_vllm_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"pip install 'perpo\[vllm\]'"):
-        VllmSampler("some/model", sampler().encoder, ALMOST_GREEDY)
+# -------------------------------------------------------------------------------------------------------- identity
+
+
+def test_the_identity_holds_what_the_answers_depend_on() -> None:
+    def identity(change: Callable[[Any], Any] = lambda made: None, **options: Any) -> dict[str, str]:
+        made = sampler(sampling=Sampling(**options))
+        made.model = get_peft_model(made.model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        for i, parameter in enumerate(made.model.parameters()):
+            parameter.data = torch.linspace(-1, 1, parameter.numel()).roll(i).reshape(parameter.shape)
+        change(made)
+        return made.identity()
+
+    def different(*given: Any, **options: Any) -> set[str]:
+        plain, other = identity(), identity(*given, **options)
+        assert plain.keys() == other.keys()
+        return {name for name in plain if plain[name] != other[name]}
+
+    def end_elsewhere(made: Any) -> None:
+        made.encoder.end_ids = (7,)
+
+    def scaled(made: Any) -> None:
+        for module in made.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.scale_layer(2.0)
+
+    assert identity()["engine"] == "transformers"
+    assert different() == set()
+    for option in ({"temperature": 0.5}, {"top_p": 0.5}, {"seed": 1}, {"max_new_tokens": 3}):
+        assert different(**option) == set(option)
+    assert different(end_elsewhere) == {"end tokens", "response format"}
+    assert different(scaled) == {"adapters"}
+    assert different(lambda made: made.model.base_model.disable_adapter_layers()) == {"adapters"}
+    assert different(lambda made: made.model.lm_head.weight.data.add_(1)) == {"weights"}
+    assert different(lambda made: setattr(made, "answers_at_once", 1)) == {"answers_at_once"}
+    assert "answers_at_once" not in identity(temperature=0)
+    assert different(lambda made: setattr(made.model.get_base_model().generation_config, "top_k", 1)) == set()
+
+
+def test_a_model_in_training_answers_as_in_evaluation(tmp_path: Path) -> None:
+    trainer = tiny_runs.trainer("llava", tmp_path, dropout=0.5)
+    trainer.train()
+    model, encoder = trainer.model.train(), trainer.encoder
+    for temperature in (0.0, 1.0):
+        made = TransformersSampler(model, encoder, Sampling(temperature, max_new_tokens=6))
+        answers = made.sample([ASKED], 3)
+        modes = [module.training for module in model.modules()]
+        assert any(modes)
+        assert made.sample([ASKED], 3) == answers
+        assert [module.training for module in model.modules()] == modes
+        still = TransformersSampler(copy.deepcopy(model).eval(), encoder, made.sampling)
+        assert still.sample([ASKED], 3) == answers
