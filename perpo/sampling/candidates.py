@@ -1,7 +1,7 @@
 """Sample and score k candidates for every record: from labelled images to the lists that training takes.
 
-A process takes every world_size-th record, and keeps each as soon as it is scored (`perpo.sampling.shards`). Whichever
-process is last finds all records there and writes the output, whole or not at all, in the order of the records.
+Each process takes every world_size-th record and saves it as soon as it is scored (`perpo.sampling.shards`). The last
+process to finish writes the output atomically, in the order of the records.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ RECORD_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeE
 
 @dataclass(frozen=True)
 class CandidateConfig:
-    """What is asked of the sampler, and what becomes of the answers.
+    """How many answers are sampled for each record, and how they are scored.
 
     Attributes:
-        k: answers to a record.
-        max_samples: answers drawn at most in search of k different ones; then repeats are kept. None: 2 k.
-        reward: name, or import path, of the reward for all records; None: the one that each record's task names.
-        skip_bad: leave out records whose image cannot be opened, whose prompt does not fit, whose answer the reward
-            cannot take, and count them.
-        image_root: folder that image paths are under; None allows any path.
+        k: answers to each record.
+        max_samples: at most this many answers are drawn to find k distinct ones; then repeats are kept. None: 2 k.
+        reward: name or import path of the reward for all records. None: each record's task names its own.
+        skip_bad: skip and count the records whose image cannot be opened, whose prompt is too long, or whose answer
+            the reward cannot read.
+        image_root: the folder that image paths must lie in; None allows any path.
     """
 
     k: int = 20
@@ -64,7 +64,7 @@ class CandidateConfig:
 
 @dataclass
 class Totals:
-    """What lists came out."""
+    """Counts over finished lists."""
 
     n_lists: int = 0
     n_failed: int = 0
@@ -103,7 +103,7 @@ class Totals:
         )
 
     def summary(self) -> str:
-        """A few lines for people."""
+        """A few lines to print."""
         lists, answers = max(self.n_lists, 1), max(self.n_answers, 1)
         return summary(
             f"{self.n_lists} lists, {self.n_answers} answers; mean reward {self.reward_sum / answers:.3f}, of the best "
@@ -118,11 +118,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far `generate` came.
+    """The result of `generate`.
 
     Attributes:
-        totals: of all records where the output was written, otherwise of this process' share.
-        n_missing: records that other processes have not finished yet; the output is written once there are none.
+        totals: of all records if the output was written, otherwise of this process' share.
+        n_missing: records that other processes have not finished yet; the output is written once this is 0.
     """
 
     totals: Totals
@@ -141,14 +141,14 @@ def generate(
     """Answer and score the records that are not in `{output}.parts` yet; write `output` when all of them are.
 
     Args:
-        records: with an answer, and a task unless config.reward is given. Responses they have are replaced.
+        records: with an answer, and a task unless config.reward is given. Their responses are replaced.
         output: a .jsonl or .parquet file.
-        rank, world_size: of how many processes this is the which.
+        rank, world_size: this process' number, and how many processes there are.
 
     Raises:
         ValueError: a bad record, unless skip_bad; an unknown reward; an output that cannot hold the records.
         StaleShardsError: `{output}.parts` holds answers made with another model, setting or record.
-        OSError: no space left; what was finished before is kept.
+        OSError: no space left; finished records are kept.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1} (world_size - 1), got {rank}")
@@ -187,7 +187,7 @@ def generate(
 
 
 def merge(records: Sequence[ListRecord], finished: Mapping[str, Finished], path: Path) -> Totals:
-    """Write the records with their answers, without those that failed."""
+    """Write the records that did not fail, with their answers."""
     totals = Totals()
     for record in records:
         totals.add(finished[record.id])
@@ -200,35 +200,37 @@ def merge(records: Sequence[ListRecord], finished: Mapping[str, Finished], path:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{error.strerror or error}: {path} was not written, but all answers are in {path.name}.parts: see to that "
+            f"{error.strerror or error}: {path} was not written, but all answers are in {path.name}.parts: fix this "
             "and run the same command again",
         ) from error
     return totals
 
 
 def check_output(records: Sequence[ListRecord], path: Path, folder: Path) -> None:
-    """What would go wrong at the end goes wrong at the beginning."""
+    """Raise at the start what would otherwise fail at the end."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"output must be a .jsonl or .parquet file, got {str(path)!r}")
     held = next((r for r in records if not isinstance(r.image, str | os.PathLike | None)), None)
     if path.suffix == ".jsonl" and held is not None:
         raise ValueError(
-            f"output: record {held.id!r} holds its image itself, and {path.name!r} can hold only paths: name a "
-            ".parquet file"
+            f"output: record {held.id!r} contains its image, and {path.name!r} can store only paths; name a .parquet "
+            "file"
         )
     if path.exists() and not folder.exists():
-        raise ValueError(f"output: {path} exists, and not by a run that could go on; move it away or name another file")
+        raise ValueError(
+            f"output: {path} exists, and there is no {folder.name} to resume from; move it away or name another file"
+        )
     if len({record.id for record in records}) < len(records):
-        raise ValueError("records: ids must be distinct, since finished records are known by them")
+        raise ValueError("records: ids must be distinct, since finished records are found by their id")
 
 
 def parts_folder(output: str | os.PathLike[str]) -> Path:
-    """Where finished records are kept until the output is written, and after it."""
+    """Where finished records are kept, before and after the output is written."""
     return Path(f"{os.fspath(output)}.parts")
 
 
 class _Worker:
-    """Answers and scores records, and keeps count."""
+    """Answers and scores records, and counts the results."""
 
     def __init__(self, sampler: Sampler, config: CandidateConfig, tasks: Mapping[str, Task]) -> None:
         self.sampler = sampler
@@ -238,7 +240,7 @@ class _Worker:
         self.totals = Totals()
 
     def recall(self, one: Finished) -> None:
-        """Count what was finished before a resume."""
+        """Count a record that was finished before this run resumed."""
         self.totals.add(one)
         self.tally.total += len(one.responses)
         self.tally.unreadable += one.unreadable
@@ -266,7 +268,7 @@ class _Worker:
         except RECORD_ERRORS as error:
             if len(asked) == 1:
                 yield self._failed(asked[0][0], error)
-            else:  # one of them
+            else:  # one of them is bad
                 for one in asked:
                     yield from self._answered([one])
             return

@@ -132,7 +132,7 @@ def test_answers_that_cannot_be_read_are_loud_also_after_a_resume(tmp_path: Path
     [
         (None, records(1), "out.txt", r"must be a .jsonl or .parquet file"),
         (None, [ListRecord("r", tiny_models.picture(), "?", 1, "counting")], "out.jsonl", r"name a .parquet file"),
-        (Path.touch, records(1), "out.jsonl", r"exists, and not by a run that could go on"),
+        (Path.touch, records(1), "out.jsonl", r"exists, and there is no out.jsonl.parts to resume from"),
         (None, records(1) * 2, "out.jsonl", r"ids must be distinct"),
         (None, [ListRecord("r", None, "?", 1, "guessing")], "out.jsonl", r"record 'r': task 'guessing' is not known"),
     ],
