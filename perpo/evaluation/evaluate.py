@@ -12,10 +12,9 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from perpo.data.files import atomic_file
-from perpo.data.images import resolve_image
+from perpo.data.fingerprints import record_fingerprint
 from perpo.data.read import usable_records
 from perpo.data.record import ListRecord
 from perpo.encoding.prompt_check import PromptCheck
@@ -36,9 +34,10 @@ from perpo.evaluation.metrics import Metric, judge, metrics_of, task_in_format
 from perpo.evaluation.models import ModelSource, parse_models
 from perpo.evaluation.text_scores import check_tokenizer
 from perpo.rewards.scoring import Tally, Task, UnreadableAnswers, bad_truths, find_task
-from perpo.training.reference_cache import record_key
+from perpo.storage.atomic import atomic_file
 
 ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
+QUESTION = ("image", "prompt")  # fields of a record that its answers depend on
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     identities: dict[str, str] = {}
     asked: dict[str, dict[str, dict[str, Answers]]] = {}  # model -> kind -> record id -> answers
     with AnswerStore(output / ANSWERS) as store:
-        contents = {record.id: record_content(record, config.image_root) for record in records}
+        contents = {record.id: record_fingerprint(record, QUESTION, config.image_root) for record in records}
         for source in sources:
             identities[source.name] = source.identity(_answer_options(config))
             asked[source.name] = _ask(source, identities[source.name], records, contents, config, store)
@@ -123,14 +122,6 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         text = json.dumps(_without_nan(evaluation.as_json()), indent=1, ensure_ascii=False, allow_nan=False)
         file.write(text.encode(errors="replace") + b"\n")
     return evaluation
-
-
-def record_content(record: ListRecord, image_root: str | None) -> str:
-    """Hash of a record's question and of what is in its picture."""
-    image = record.image
-    if isinstance(image, str | os.PathLike):
-        image = resolve_image(image, image_root).read_bytes()
-    return record_key(replace(record.answered([]), image=image))[:16]
 
 
 # ----------------------------------------------------------------------------------------------------------- asking
