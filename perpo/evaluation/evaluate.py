@@ -8,6 +8,7 @@ Answers are kept in `out/answers.jsonl` as they are given (a killed run goes on 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -35,6 +36,7 @@ from perpo.evaluation.models import ModelSource, parse_models
 from perpo.evaluation.text_scores import check_tokenizer
 from perpo.rewards.scoring import Tally, Task, UnreadableAnswers, bad_truths, find_task
 from perpo.storage.atomic import atomic_file
+from perpo.storage.lock import held
 
 ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
 QUESTION = ("image", "prompt")  # fields of a record that its answers depend on
@@ -76,7 +78,18 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     Raises:
         ValueError: a setting, model, record or ground truth that cannot be used; the message names it.
         OSError: a file or folder that cannot be read or written.
+        BlockingIOError: another process is evaluating into `config.output`.
     """
+    with only_evaluation(config):
+        return _evaluate(config)
+
+
+def only_evaluation(config: EvaluationConfig) -> contextlib.AbstractContextManager[None]:
+    """A block in which no other process evaluates into `config.output`, so that its files belong together."""
+    return held(Path(config.output) / ".lock", f"output: {config.output}")
+
+
+def _evaluate(config: EvaluationConfig) -> Evaluation:
     sources = parse_models(config.models)
     _check_formats(config, sources)
     for source in sources:

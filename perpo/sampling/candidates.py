@@ -147,7 +147,7 @@ def generate(
 
     Raises:
         ValueError: a bad record, unless skip_bad; an unknown reward; an output that cannot hold the records.
-        StaleShardsError: `{output}.parts` holds answers made with another model, setting or record.
+        StaleError: `{output}.parts` holds answers made with another model, setting or record.
         OSError: no space left; what was finished before is kept.
     """
     if not 0 <= rank < world_size:

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,14 @@ def weights_of(folder: Path) -> list[Path]:
     return [file for pattern in WEIGHTS for file in folder.glob(pattern) if file.is_file()]
 
 
-def damage(folder: Path) -> list[str] | None:
-    """What is wrong with a folder's files, each by name; None if it has no `checksums.json`."""
+def damage(folder: Path, patterns: Sequence[str] = ("*",)) -> list[str] | None:
+    """What is wrong with the files of these names in a folder, each by name; None without `checksums.json`."""
     manifest = folder / CHECKSUMS
     if not manifest.exists():
         return None
     try:
-        known = {
-            name: (int(kept["bytes"]), str(kept["sha256"])) for name, kept in json.loads(manifest.read_bytes()).items()
-        }
+        listed = json.loads(manifest.read_bytes()).items()
+        known = {name: (int(kept["bytes"]), str(kept["sha256"])) for name, kept in listed if _fits(name, patterns)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{manifest} is damaged ({type(error).__name__}: {error})"]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -59,13 +59,13 @@ def damage(folder: Path) -> list[str] | None:
 
 
 def check_weights(folder: str | os.PathLike[str]) -> None:
-    """That the weights in a folder of a model or adapter are whole, as far as can be seen.
+    """That the weights in a folder of a model or adapter are whole, as far as can be seen; a name on the hub is passed.
 
     Raises:
         DamagedError: a file is cut off, or not what `write_checksums` has seen; the message names it.
     """
     folder = Path(folder)
-    problems = damage(folder)
+    problems = damage(folder, WEIGHTS)
     if problems is None:
         problems = [problem for file in weights_of(folder) if (problem := cut_off(file))]
     if problems:
@@ -89,6 +89,10 @@ def cut_off(file: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return f"{file} is damaged: its header cannot be read"
     return None if size == expected else f"{file} is damaged: {size} bytes, and its header says {expected}"
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _kept(file: Path) -> dict[str, Any]:

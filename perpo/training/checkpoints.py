@@ -102,13 +102,15 @@ def _of_list(record: ListRecord, args: PerPOConfig) -> list[object]:
     return [record.image is None, record_fingerprint(record, names)]
 
 
-def only_run(folder: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
-    """A block in which no other process trains into a folder; blocks of one process may lie in each other.
+def only_run(args: PerPOConfig) -> contextlib.AbstractContextManager[None]:
+    """A block in which no other run trains into `args.output_dir`, whose first process holds the lock of them all.
 
     Raises:
-        BlockingIOError: another process is training into it.
+        BlockingIOError: another run is training into it.
     """
-    return held(Path(folder) / ".lock", f"output_dir: {folder}")
+    if args.process_index > 0:
+        return contextlib.nullcontext()
+    return held(Path(str(args.output_dir)) / ".lock", f"output_dir: {args.output_dir}")
 
 
 def check_free(folder: str | os.PathLike[str]) -> None:

@@ -170,7 +170,7 @@ class PerPOTrainer(Trainer):
         found: list[Any] = [None, None]
         if self.is_world_process_zero():
             try:
-                block.enter_context(only_run(str(self.args.output_dir)))
+                block.enter_context(only_run(self.args))
                 found[0] = claim_run(str(self.args.output_dir), self._identity, resume)
             except (ValueError, OSError) as error:
                 found[1] = error

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from perpo.evaluation.answer_store import Answers, AnswerStore, Key
+from perpo.evaluation.config import EvaluationConfig
+from perpo.evaluation.evaluate import evaluate
 from perpo.storage.journal import Journal
+from perpo.storage.lock import Lock
 
 
 def test_answers_are_found_again_after_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
@@ -70,3 +73,11 @@ def test_an_answer_with_a_flipped_bit_is_not_taken(place: int, tmp_path: Path) -
     with store:
         assert all(store[key] == answers for key, answers in kept if key in store)
         assert len(store) in (1, 2)  # one, or two where a line's end was hit
+
+
+def test_two_evaluations_do_not_share_a_folder(tmp_path: Path) -> None:
+    """Else figures of one might stand beside the report of the other."""
+    config = EvaluationConfig(models=["base=nowhere"], records="none.jsonl", output=str(tmp_path / "out"))
+    lock = tmp_path / "out" / ".lock"
+    with Lock(lock, "other"), pytest.raises(BlockingIOError, match=f"output: {tmp_path / 'out'} is in use by process"):
+        evaluate(config)

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from perpo.storage.checksums import CHECKSUMS, check_weights
+from perpo.evaluation.models import ModelSource
+from perpo.model.load import load_model
+from perpo.model.settings import LoadSettings
+from perpo.storage.checksums import CHECKSUMS
 from perpo.storage.identity import IDENTITY, DamagedError
 from perpo.training.checkpoints import last_whole_checkpoint
 from perpo.training.trainer import PerPOTrainer
 
-from .. import tiny_runs
+from .. import tiny_models, tiny_runs
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -133,10 +136,24 @@ def test_a_checkpoint_that_is_written_over_is_not_whole_until_it_is_written(
     assert last_whole_checkpoint(run) == run / "checkpoint-4"
 
 
-def test_a_saved_model_knows_its_weights(tmp_path: Path) -> None:
-    runner = trainer(tmp_path / "run")
-    runner.save_model(str(tmp_path / "model"))
-    check_weights(tmp_path / "model")
-    flip(tmp_path / "model" / ADAPTER)
-    with pytest.raises(DamagedError, match=f"{ADAPTER} is damaged: its checksum differs"):
-        check_weights(tmp_path / "model")
+def test_a_saved_adapter_that_is_damaged_is_not_evaluated(tmp_path: Path) -> None:
+    model, processor = tiny_models.build("llava")
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    trainer(tmp_path / "run").save_model(str(tmp_path / "adapter"))
+    source = ModelSource("aligned", str(tmp_path / "base"), str(tmp_path / "adapter"))
+    source.load(LoadSettings(), "cpu")
+    before = source.identity({})
+    (tmp_path / "adapter" / CHECKSUMS).touch()  # not a part of the model
+    assert source.identity({}) == before
+    flip(tmp_path / "adapter" / ADAPTER)
+    with pytest.raises(DamagedError, match=f"{tmp_path}/adapter/{ADAPTER} is damaged: its checksum differs"):
+        source.load(LoadSettings(), "cpu")
+
+
+def test_a_model_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    """What the library says is "incomplete metadata, file not fully covered"."""
+    tiny_models.build("llava")[0].save_pretrained(tmp_path)
+    cut(tmp_path / "model.safetensors")
+    with pytest.raises(DamagedError, match=rf"{tmp_path}/model.safetensors is damaged: \d+ bytes, and its header says"):
+        load_model(str(tmp_path))
