@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from perpo.evaluation.config import EvaluationConfig
-from perpo.evaluation.evaluate import ANSWERS, FIGURES, Evaluation, evaluate
+from perpo.evaluation.evaluate import ANSWERS, FIGURES, Evaluation, evaluate, only_evaluation
 from perpo.evaluation.report import write_report
 
 SETTINGS = (EvaluationConfig,)
@@ -11,8 +11,9 @@ OUT_OF_MEMORY = "set batch_size to fewer answers\n"
 
 
 def run(config: EvaluationConfig) -> None:
-    evaluation = evaluate(config)
-    report = write_report(evaluation)
+    with only_evaluation(config):
+        evaluation = evaluate(config)
+        report = write_report(evaluation)
     print(summary(evaluation))
     print(f"\nfigures: {report.with_name(FIGURES)}\nanswers: {report.with_name(ANSWERS)}\nreport:  {report}")
 

@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = getattr(command, "OUT_OF_MEMORY", "") if isinstance(error, torch.OutOfMemoryError) else ""
         print(f"perpo {name}: {error}\n{hint}(PERPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"perpo {name}: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -19,7 +19,7 @@ from perpo.encoding.prompt_check import PromptCheck
 from perpo.model.trainable import freeze, language_lora
 from perpo.sampling.candidates import parts_folder
 from perpo.storage.identity import known_identity
-from perpo.training.checkpoints import check_free, clear_disk_errors
+from perpo.training.checkpoints import check_free, clear_disk_errors, only_run
 from perpo.training.config import PerPOConfig
 from perpo.training.trainer import PerPOTrainer
 
@@ -102,6 +102,11 @@ SETTINGS = (ModelConfig, DataConfig, TrainableConfig, PerPOConfig)
 
 def run(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig, args: PerPOConfig) -> None:
     """Load, train, save into output_dir."""
+    with only_run(args):
+        _train(model_config, data, trainable, args)
+
+
+def _train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConfig, args: PerPOConfig) -> None:
     resume = _resume(args.resume_from_checkpoint)
     if not resume:
         check_free(str(args.output_dir))

@@ -9,7 +9,6 @@ Boxes become fractions of the image as its file has it, turned upright.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections import defaultdict
@@ -22,6 +21,7 @@ from perpo.data.documents import load_json
 from perpo.data.images import ImageError, image_size
 from perpo.data.record import ListRecord
 from perpo.data.summary import summary
+from perpo.storage.fingerprints import seed_from
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in fractions of the image
 
@@ -213,8 +213,7 @@ def divide(records: Sequence[ListRecord], share: float) -> tuple[list[ListRecord
     """Records for training and held-out records; the side of an image does not depend on the other images."""
 
     def held_out(record: ListRecord) -> bool:
-        digest = hashlib.sha256(str(record.image).encode("utf-8", "surrogatepass")).digest()
-        return int.from_bytes(digest[:8], "big") < share * 2**64
+        return seed_from(str(record.image)) < share * 2**64
 
     parts: tuple[list[ListRecord], list[ListRecord]] = [], []
     for record in records:

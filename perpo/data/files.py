@@ -4,13 +4,10 @@ Reading yields every row with its place, unreadable rows too, so that a caller c
 atomic: a file appears whole or not at all, and an old file stays until the new one is on the disk.
 """
 
-import contextlib
-import errno
 import importlib
 import io
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -19,8 +16,8 @@ from PIL import Image
 
 from perpo.data.documents import UNREADABLE, regular_file
 from perpo.data.images import RowImage
+from perpo.storage.atomic import atomic_file
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _IN_JSON = ("prompt", "answer", "columns")  # fields of any type, which Parquet holds as JSON in NAME_json
 
 
@@ -200,30 +197,6 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) 
             file.write(_json(flat, row) + b"\n")
             n += 1
         return n
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when the block ends without an error and its bytes are on the disk."""
-    path = Path(os.path.realpath(path))  # a symbolic link keeps pointing at what is written
-    draft = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
-    try:
-        with draft.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException as error:
-        draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _DISK and error.filename is None:
-            raise OSError(error.errno, f"{error.strerror}: {path} was not written, and is as it was before") from error
-        raise
-    with contextlib.suppress(OSError):  # the new name itself; not every file system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _json(value: Any, row: Mapping[str, Any]) -> bytes:

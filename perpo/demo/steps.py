@@ -9,9 +9,7 @@ what is finished is not done again.
 """
 
 import contextlib
-import hashlib
 import inspect
-import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +18,8 @@ from pathlib import Path
 from perpo.cli import main as cli
 from perpo.demo.model import SHIPPED, WEIGHTS
 from perpo.demo.tasks import TASKS, make_records
+from perpo.storage import identity
+from perpo.storage.fingerprints import file_fingerprint
 from perpo_kernels.objectives import PRESETS
 
 SFT = "sft"
@@ -69,16 +69,11 @@ def claim(output: Path, recipe: Recipe) -> None:
     """Take a folder for runs with these settings; more objectives and seeds may be added to it later.
 
     Raises:
-        ValueError: it holds runs with other settings.
+        StaleError: it holds runs with other settings.
     """
-    shared = {name: value for name, value in asdict(recipe).items() if name not in FREE}
-    shared["model"] = hashlib.sha256((SHIPPED / WEIGHTS).read_bytes()).hexdigest()[:16]
-    file = output / "settings.json"
-    if file.exists() and (there := json.loads(file.read_text())) != shared:
-        different = ", ".join(sorted(name for name in shared if there.get(name) != shared[name]))
-        raise ValueError(f"output: {output} holds runs with another {different}; name another folder, or delete it")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(shared, indent=1) + "\n")
+    shared = {name: str(value) for name, value in asdict(recipe).items() if name not in FREE}
+    shared["model"] = file_fingerprint(SHIPPED / WEIGHTS)
+    identity.claim(output, shared, setting="output", contents="runs", pattern="*/seed*")
 
 
 def run(job: Job, done: Callable[[str], None] = lambda step: None) -> None:

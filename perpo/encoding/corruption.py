@@ -6,7 +6,6 @@ answer of a list under the corrupted image is a further candidate, in a record o
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from dataclasses import dataclass, fields
 from PIL import Image
 
 from perpo.data.record import ListRecord
+from perpo.storage.fingerprints import seed_from
 
 CROP_AREA = (0.01, 0.2)  # of the image; as published
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
@@ -81,8 +81,7 @@ def with_corrupted_image(record: ListRecord, corruption: str, seed: int) -> tupl
     values |= {"responses": record.responses[best : best + 1], "rewards": (min(record.rewards),), "ref_log_probs": None}
     for name in ("flip_probs", "complete"):
         values[name] = values[name] and values[name][best : best + 1]
-    digest = hashlib.sha256(f"{seed} {record.id}".encode()).digest()
-    return record, CorruptedRecord(**values, corruption=corruption, seed=int.from_bytes(digest[:8], "big"))
+    return record, CorruptedRecord(**values, corruption=corruption, seed=seed_from(f"{seed} {record.id}"))
 
 
 def image_pairs(rewards: tuple[float, ...]) -> list[list[float]]:  # [k + 1, k + 1]

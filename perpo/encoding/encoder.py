@@ -6,7 +6,6 @@ and evaluation all encode through it, so that a response is trained in exactly t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor, nn
+
+from perpo.storage.fingerprints import fingerprint
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
@@ -179,7 +180,7 @@ class Encoder:
         return Turn(gap if gap.isspace() and self._is_one_tokenization(open_turn, gap) else "", end_id)
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of all that turns records into token ids and pixels."""
+        """Fingerprints of all that turns records into token ids and pixels."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         pixels = self.processor.image_processor.to_json_string() if self.sees_images else ""
@@ -189,7 +190,7 @@ class Encoder:
             "image processor": pixels,
             "response format": f"with special tokens, {self.turn} {self.max_response_length}",
         }
-        return {name: hashlib.sha256(part.encode()).hexdigest()[:16] for name, part in parts.items()}
+        return {name: fingerprint(part) for name, part in parts.items()}
 
     # ------------------------------------------------------------------------------------------------------- details
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from perpo.storage.journal import LineFile, read_lines
+from perpo.storage.journal import Journal, read_journals
 
 
 class Key(NamedTuple):
@@ -30,18 +30,18 @@ class Answers(NamedTuple):
     n_cut: int = 0  # answers that had not ended after max_new_tokens
 
 
-class AnswerStore(LineFile):
+class AnswerStore(Journal):
     """The answers in a file, which is made if missing; use it as a context manager.
 
     Raises:
-        ValueError: a line is JSON, but no answer.
+        ValueError: a line is whole, but no answer.
         BlockingIOError: another run is writing to it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         try:
-            lines = read_lines(self.path, "that question is asked again")
+            lines = read_journals([self.path], "their questions are asked again")
             self._known = dict(_entry(place, row) for place, row in lines)
         except BaseException:
             self.close()

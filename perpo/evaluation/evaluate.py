@@ -8,14 +8,14 @@ Answers are saved to `out/answers.jsonl` as they are made, so a killed run resum
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
 import math
-import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from perpo.data.files import atomic_file
-from perpo.data.images import resolve_image
+from perpo.data.fingerprints import record_fingerprint
 from perpo.data.read import usable_records
 from perpo.data.record import ListRecord
 from perpo.encoding.prompt_check import PromptCheck
@@ -37,9 +36,11 @@ from perpo.evaluation.models import ModelSource, parse_models
 from perpo.evaluation.text_scores import check_tokenizer
 from perpo.rewards.scoring import Tally, Task, UnreadableAnswers, bad_truths, find_task
 from perpo.sampling.with_transformers import TransformersSampler
-from perpo.training.reference_cache import record_key
+from perpo.storage.atomic import atomic_file
+from perpo.storage.lock import held
 
 ANSWERS, FIGURES = "answers.jsonl", "evaluation.json"
+QUESTION = ("image", "prompt")  # fields of a record that its answers depend on
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,18 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     Raises:
         ValueError: a setting, model, record or ground truth that cannot be used; the message names it.
         OSError: a file or folder that cannot be read or written.
+        BlockingIOError: another process is evaluating into `config.output`.
     """
+    with only_evaluation(config):
+        return _evaluate(config)
+
+
+def only_evaluation(config: EvaluationConfig) -> contextlib.AbstractContextManager[None]:
+    """A block in which no other process evaluates into `config.output`, so that its files belong together."""
+    return held(Path(config.output) / ".lock", f"output: {config.output}")
+
+
+def _evaluate(config: EvaluationConfig) -> Evaluation:
     sources = parse_models(config.models)
     _check_formats(config, sources)
     for source in sources:
@@ -103,7 +115,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     identities: dict[str, str] = {}
     asked: dict[str, dict[str, dict[str, Answers]]] = {}  # model -> kind -> record id -> answers
     with AnswerStore(output / ANSWERS) as store:
-        contents = {record.id: record_content(record, config.image_root) for record in records}
+        contents = {record.id: record_fingerprint(record, QUESTION, config.image_root) for record in records}
         for source in sources:
             identities[source.name] = source.identity(_answer_options(config))
             asked[source.name] = _ask(source, identities[source.name], records, contents, config, store)
@@ -124,14 +136,6 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         text = json.dumps(_without_nan(evaluation.as_json()), indent=1, ensure_ascii=False, allow_nan=False)
         file.write(text.encode(errors="replace") + b"\n")
     return evaluation
-
-
-def record_content(record: ListRecord, image_root: str | None) -> str:
-    """Hash of a record's question and of the content of its picture."""
-    image = record.image
-    if isinstance(image, str | os.PathLike):
-        image = resolve_image(image, image_root).read_bytes()
-    return record_key(replace(record.answered([]), image=image))[:16]
 
 
 # ----------------------------------------------------------------------------------------------------------- asking

@@ -7,7 +7,6 @@ A folder with an adapter alone names its base model itself.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,15 @@ from transformers import AutoConfig
 
 from perpo.encoding.encoder import Encoder
 from perpo.model.settings import LoadSettings, check_place
+from perpo.storage.checksums import check_weights
+from perpo.storage.fingerprints import file_fingerprint, fingerprint
 
 _ADAPTER = "adapter_config.json"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 # What lies beside a model without changing its answers.
-_NO_PART = re.compile(r".*\.(md|png|jpg)|\..*|(optimizer|scheduler|scaler|rng_state|training_args|trainer_state).*")
+_NO_PART = re.compile(
+    r".*\.(md|png|jpg)|\..*|(checksums|optimizer|scheduler|scaler|rng_state|training_args|trainer_state).*"
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,9 @@ class ModelSource:
     def identity(self, options: Mapping[str, Any]) -> str:
         """Hash of all files of the model and of `options`. A name on the hub stands for the commit it means today."""
         self.check()
-        digest = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=str).encode())
-        for place in (self.base, self.adapter):
-            digest.update(b"\0" if place is None else _content(place, bool(options.get("trust_remote_code"))))
-        return digest.hexdigest()[:16]
+        trust = bool(options.get("trust_remote_code"))
+        contents = [place and _content(place, trust) for place in (self.base, self.adapter)]
+        return fingerprint([dict(options), contents])
 
     def check(self) -> None:
         """Raises as `check_place`."""
@@ -59,6 +61,7 @@ class ModelSource:
         """The model on its device, in evaluation mode, and its encoder. The adapter's own processor goes first."""
         model: nn.Module = settings.load_model(self.base)
         if self.adapter is not None:
+            check_weights(self.adapter)
             model = PeftModel.from_pretrained(model, self.adapter)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return model.to(place).eval(), Encoder.for_model(self.load_processor(settings), model)
@@ -105,15 +108,10 @@ def _base_of(adapter: str) -> str:
     return str(base)
 
 
-def _content(place: str, trust_remote_code: bool) -> bytes:
+def _content(place: str, trust_remote_code: bool) -> str | dict[str, str]:
     folder = Path(place)
     if not folder.is_dir():
         commit = getattr(AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code), "_commit_hash", None)
-        return f"{place}@{commit}".encode()
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and not _NO_PART.fullmatch(file.name):
-            digest.update(file.name.encode() + b"\0")
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.digest()
+        return f"{place}@{commit}"
+    files = [file for file in folder.iterdir() if file.is_file() and not _NO_PART.fullmatch(file.name)]
+    return {file.name: file_fingerprint(file) for file in files}

@@ -13,11 +13,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from perpo.data.files import atomic_file
 from perpo.evaluation.evaluate import Evaluation, TaskEvaluation
 from perpo.evaluation.examples import choose_examples, example_picture, question
 from perpo.evaluation.plots import TRUTH, best_of_k_plot, metrics_plot, model_colours, no_image_plot
 from perpo.rewards.completions import final_answer
+from perpo.storage.atomic import atomic_file
 
 REPORT = "report.html"
 _LONGEST = 400  # characters of a text shown

@@ -147,8 +147,8 @@ def generate(
 
     Raises:
         ValueError: a bad record, unless skip_bad; an unknown reward; an output that cannot hold the records.
-        StaleShardsError: `{output}.parts` holds answers made with another model, setting or record.
-        OSError: no space left; finished records are kept.
+        StaleError: `{output}.parts` holds answers made with another model, setting or record.
+        OSError: no space left; what was finished before is kept.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1} (world_size - 1), got {rank}")

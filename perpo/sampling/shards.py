@@ -1,28 +1,24 @@
-"""Finished records of several processes on disk, so that a killed run goes on where it was.
+"""Finished records of several processes on disk, so that a killed run resumes where it was.
 
-A folder holds `identity.json`, what the answers depend on except the records, and one `shard-*.jsonl` a process, to
-which whole lines are appended and synced. A line that a kill has cut off is dropped, and a record is known by its id,
-so any number of processes can go on. Each process reads all shards: none has to wait for another.
+A folder holds `identity.json`, what the answers depend on except the records, and one journal `shard-*.jsonl` a
+process. A record is known by its id, so any number of processes can resume. Each process reads all shards: none has to
+wait for another.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from perpo.data.fingerprints import field_fingerprints
 from perpo.data.record import ListRecord
-from perpo.storage.identity import difference, image_identity
-from perpo.storage.journal import LineFile, read_lines
+from perpo.storage.identity import claim, stale
+from perpo.storage.journal import Journal, read_journals
 
 SOURCE = ("image", "prompt", "answer", "task", "columns")  # fields that answers and rewards depend on
-
-
-class StaleShardsError(ValueError):
-    """The folder holds answers that were drawn or scored in another way."""
+_FILES = "shard-*.jsonl"
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Finished:
     """One line: a record's answers and rewards, or why it has none."""
 
     id: str
-    source: dict[str, str]  # hash of each field that they depend on
+    source: dict[str, str]  # fingerprint of each field that they depend on
     responses: list[str] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     complete: list[bool] = field(default_factory=list)  # whether each answer has an end, and was not cut
@@ -42,8 +38,8 @@ class Finished:
         return record.answered(self.responses, self.rewards, self.complete)
 
 
-class Shards(LineFile):
-    """The lines of all processes, and this one's file, locked until `close`.
+class Shards(Journal):
+    """The finished records of all processes, and this one's journal, locked until `close`.
 
     Args:
         folder: made if missing.
@@ -51,36 +47,29 @@ class Shards(LineFile):
         rank: this process' number.
 
     Raises:
-        StaleShardsError: the folder was begun with another identity; the message says in what it differs.
+        StaleError: the folder was begun with another identity; the message says in what it differs.
         BlockingIOError: a process of this rank is still at work on the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, str], rank: int = 0) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        different = difference(self.folder, identity)
-        if different:
-            raise StaleShardsError(
-                f"{self.folder} holds answers that were made in another way; different: {different}. Go on with the "
-                "same settings, name another output, or delete the folder to begin again"
-            )
+        claim(self.folder, identity, setting="output", contents="answers", pattern=_FILES)
         super().__init__(self.folder / f"shard-{rank:05d}.jsonl")
 
     def read(self) -> dict[str, Finished]:
         """What all processes have finished, by id. Answers come before an error; of two answers the first shard's.
 
         Raises:
-            ValueError: a line is JSON, but no finished record.
+            ValueError: a line is whole, but no finished record.
         """
         found: dict[str, Finished] = {}
-        for file in sorted(self.folder.glob("shard-*.jsonl")):
-            for place, row in read_lines(file, "its record is sampled again"):
-                try:
-                    one = Finished(**row)
-                except TypeError as error:
-                    raise ValueError(f"{place} is no finished record ({error}); delete that line") from error
-                if one.id not in found or (found[one.id].error is not None and one.error is None):
-                    found[one.id] = one
+        for place, row in read_journals(sorted(self.folder.glob(_FILES)), "their records are sampled again"):
+            try:
+                one = Finished(**row)
+            except TypeError as error:
+                raise ValueError(f"{place} is no finished record ({error}); delete that line") from error
+            if one.id not in found or (found[one.id].error is not None and one.error is None):
+                found[one.id] = one
         return found
 
     def add(self, finished: Finished) -> None:
@@ -89,13 +78,8 @@ class Shards(LineFile):
 
 
 def source_of(record: ListRecord, image_root: str | os.PathLike[str] | None = None) -> dict[str, str]:
-    """Short hashes of the fields that answers and rewards depend on; of an image, of what is in it."""
-    image = image_identity(record.image, image_root)
-    values = {name: getattr(record, name) for name in SOURCE} | {"image": image}
-    return {
-        name: hashlib.sha256(json.dumps(values[name], default=str, sort_keys=True).encode()).hexdigest()[:8]
-        for name in SOURCE
-    }
+    """Fingerprints of the fields that answers and rewards depend on."""
+    return field_fingerprints(record, SOURCE, image_root)
 
 
 def check_sources(
@@ -107,7 +91,7 @@ def check_sources(
     """That finished records were made of these.
 
     Raises:
-        StaleShardsError: one was not; the message says which, and in which fields it differs.
+        StaleError: one was not; the message says which, and in which fields it differs.
     """
     for record in records:
         known = finished.get(record.id)
@@ -116,7 +100,4 @@ def check_sources(
         now = source_of(record, image_root)
         different = [name for name in SOURCE if known.source.get(name) != now[name]]
         if different:
-            raise StaleShardsError(
-                f"record {record.id!r} has another {' and '.join(different)} than when its answers in {folder} were "
-                "made; go on with the same records, name another output, or delete the folder to begin again"
-            )
+            raise stale(folder, "output", "answers", f"record {record.id!r} has another {' and '.join(different)} now")

@@ -33,7 +33,7 @@ from transformers import (
 from perpo.encoding.batch import TOKEN_KEYS, collate_lists
 from perpo.encoding.encoder import Encoder
 from perpo.sampling.sampler import Answer, Question, Sampling
-from perpo.training.reference_cache import weights_fingerprint
+from perpo.storage.fingerprints import weights_fingerprint
 
 CHECKED_TOKENS = 3  # of the answers that forking is checked on: the fork itself and steps after it
 # Allowed rms difference of logits, in units of their spread. Rounding stays below it, a wrong position does not.

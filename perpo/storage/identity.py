@@ -1,78 +1,93 @@
-"""What numbers kept on disk depend on: the settings they were made with, and the pictures they were made of."""
+"""What a folder's contents were made from, kept beside them as `identity.json`: name -> value or fingerprint.
+
+A run takes a folder (`claim`) before it reads or writes there. A folder that was made from something else is refused
+with the names and values that differ.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
-from perpo.data.files import atomic_file
-from perpo.data.images import ImageError, RowImage, resolve_image
+from perpo.storage.atomic import atomic_file
+from perpo.storage.lock import Lock
 
 IDENTITY = "identity.json"
-WHOLE = 1 << 20  # bytes: larger pictures are known by their size and by as much from their two ends
+FORMAT = {"storage format": "2"}  # of journals and fingerprints; part of every identity
 
 
-def known_identity(folder: Path) -> dict[str, str]:
-    """What a folder's contents depend on; empty if there is no such folder."""
-    file = folder / IDENTITY
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+class StaleError(ValueError):
+    """What lies there was made from something else than this run would make it from."""
 
 
-def difference(folder: Path, identity: Mapping[str, str]) -> str:
-    """In what a folder's contents differ from what would be written into it now, for people; "" if in nothing.
+class DamagedError(ValueError):
+    """A file is not what was written."""
 
-    A new folder takes this identity, as `identity.json`.
+
+def claim(folder: Path, identity: Mapping[str, str], *, setting: str, contents: str, pattern: str) -> None:
+    """Take a folder for contents of this identity; a new one (made if missing) keeps it as `identity.json`.
 
     Args:
-        identity: name -> value or hash of what the contents depend on.
+        identity: name -> value or fingerprint of what the contents depend on.
+        setting: that names the folder, for an error.
+        contents: what the folder holds, for an error: "answers".
+        pattern: of the files that are its contents, for `Path.glob`.
+
+    Raises:
+        StaleError: it holds contents of another identity, or of none.
+        DamagedError: its `identity.json` cannot be read.
     """
-    file = folder / IDENTITY
-    if not file.exists():
-        with atomic_file(file) as out:
-            out.write(json.dumps(dict(identity), indent=1).encode())
-    there = known_identity(folder)  # of several processes, the last one's
-    return ", ".join(
-        f"{name} ({there.get(name, 'none')} there, {identity.get(name, 'none')} now)"
-        for name in sorted({*there, *identity})
-        if there.get(name) != identity.get(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / IDENTITY).exists():  # else no lock: a finished folder may be read-only
+        with Lock(folder / f".{IDENTITY}.lock", str(folder), wait=True):
+            if not (folder / IDENTITY).exists():
+                if any(folder.glob(pattern)):
+                    raise stale(folder, setting, contents, f"it has no {IDENTITY}, which says what they were made from")
+                write_identity(folder, identity)
+    check(folder, identity, setting=setting, contents=contents)
+
+
+def check(folder: Path, identity: Mapping[str, str], *, setting: str, contents: str) -> None:
+    """That a folder's contents are of this identity; raises as `claim`."""
+    there, now = known_identity(folder), {**FORMAT, **identity}
+    different = {name: there.get(name, "none") for name in sorted({*there, *now}) if there.get(name) != now.get(name)}
+    if old := different.keys() & FORMAT.keys():  # then all fingerprints differ
+        different = {name: different[name] for name in old}
+    if different:
+        named = (f"{name} ({value} there, {now.get(name, 'none')} now)" for name, value in different.items())
+        raise stale(folder, setting, contents, f"different: {', '.join(named)}")
+
+
+def stale(folder: Path, setting: str, contents: str, reason: str) -> StaleError:
+    """The one wording: what lies where, how it differs, what to do."""
+    return StaleError(
+        f"{setting}: {folder} holds {contents} that this run cannot take as its own; {reason}. Use the settings, model "
+        f"and data that they were made with, name another {setting}, or delete the folder to start again"
     )
 
 
-def image_identity(image: Any, root: str | os.PathLike[str] | None = None) -> list[Any]:
-    """What tells a picture from another without decoding it: its encoded bytes, wherever they are kept.
+def known_identity(folder: Path) -> dict[str, str]:
+    """What a folder's contents were made from; empty if it does not say.
 
-    Neither path nor time of change is part of it, so that a data set may be copied and moved; a picture that was
-    replaced by one of the same size is another. Of a file of more than a MiB only the two ends are read, half a MiB
-    each: a change between them that keeps the size goes unnoticed (uncompressed formats allow one).
-
-    Args:
-        root: the folder that paths are under, see `perpo.data.images.open_image`.
+    Raises:
+        DamagedError: its `identity.json` is no mapping of names to texts.
     """
-    if isinstance(image, RowImage):
-        image = image.load()
-    if isinstance(image, Mapping):
-        image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-    if image is None:
-        return []
-    if isinstance(image, bytes):
-        return _content(len(image), image[: WHOLE // 2], image[max(WHOLE // 2, len(image) - WHOLE // 2) :])
-    if isinstance(image, Image.Image):
-        return [image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+    file = folder / IDENTITY
+    if not file.exists():
+        return {}
     try:
-        with resolve_image(image, root).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(WHOLE // 2)
-            file.seek(max(WHOLE // 2, size - WHOLE // 2))
-            return _content(size, head, file.read())
-    except (ImageError, OSError):  # whoever opens it will say what is wrong
-        return ["unreadable", os.fspath(image)]
+        found = json.loads(file.read_bytes())
+        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+            raise ValueError("expected a mapping of names to texts")
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(
+            f"{file} is damaged ({error}), so nothing says what is in the folder. Delete the folder to start again, or "
+            "name another one"
+        ) from error
+    return found
 
 
-def _content(size: int, head: bytes, tail: bytes) -> list[Any]:
-    return [size, hashlib.sha256(head + tail).hexdigest()]
+def write_identity(folder: Path, identity: Mapping[str, str]) -> None:
+    with atomic_file(folder / IDENTITY) as out:
+        out.write(json.dumps({**FORMAT, **identity}, indent=1).encode())

@@ -1,6 +1,7 @@
-"""Lines of JSON that are on the disk as soon as they are written: what a killed run has finished is not lost.
+"""Append-only files, a JSON object a line, on the disk as soon as a line is written: a kill loses nothing finished.
 
-A line that a kill or a full disk has cut off is dropped by whoever writes to the file next, and never read.
+A line ends in a checksum of what stands before it, and is itself JSON: `{"id": "r1", …, "checksum": "5d41402a"}`. A
+line that a kill or a full disk has cut off is dropped by the next writer; a damaged one is reported, and never read.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ import errno
 import json
 import os
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock there
-    fcntl = None  # type: ignore[assignment]
+from perpo.storage.lock import Lock
+
+CHECKSUM = "checksum"
+_MARK = f', "{CHECKSUM}": "'.encode()
 
 
-class LineFile:
+class Journal:
     """A file that this process alone appends to until `close`; use it as a context manager.
 
     Args:
         path: made if missing, and its folder.
-        wait: for another process that has it, instead of an error.
+        wait: for another process that writes to it, instead of an error.
 
     Raises:
         BlockingIOError: another process is writing to it.
@@ -34,13 +36,12 @@ class LineFile:
 
     def __init__(self, path: str | os.PathLike[str], *, wait: bool = False) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = self.path.open("ab+", buffering=0)
+        self._lock = Lock(self.path.with_name(f".{self.path.name}.lock"), str(self.path), wait=wait)
         try:
-            self._lock(wait)
+            self._file: IO[bytes] = self.path.open("ab+", buffering=0)
             self._drop_torn_line()
         except BaseException:
-            self._file.close()
+            self._lock.release()
             raise
 
     def __enter__(self) -> Self:
@@ -53,17 +54,19 @@ class LineFile:
 
     def close(self) -> None:
         self._file.close()
+        self._lock.release()
 
-    def append(self, *values: Any, what: str) -> None:
+    def append(self, *values: Mapping[str, Any], what: str) -> None:
         """A line for each value, all or none, on the disk when this returns.
 
         Args:
+            values: not empty, and none with a "checksum".
             what: the values are, for an error.
 
         Raises:
             OSError: no space; the message says what to do. The file is as it was before.
         """
-        lines = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values).encode()
+        lines = b"".join(map(_line, values))
         before = os.fstat(self._file.fileno()).st_size
         try:
             written = 0
@@ -74,24 +77,12 @@ class LineFile:
             with contextlib.suppress(OSError):
                 self._file.truncate(before)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            hint = "free some space" if full else "see to that"
+            hint = "free some space" if full else "remove the cause"
             raise OSError(
                 error.errno,
                 f"{error.strerror or error}: {what} was not kept, all before is in {self.path}; {hint} and run the "
                 "same command again",
             ) from error
-
-    def _lock(self, wait: bool) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                error.errno, f"another process is writing {self.path}: is the same command still running?"
-            ) from error
-        except OSError:  # not every file system can
-            pass
 
     def _drop_torn_line(self) -> None:
         end = self._file.seek(0, os.SEEK_END)
@@ -102,16 +93,44 @@ class LineFile:
             self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
 
 
-def read_lines(path: Path, consequence: str) -> Iterator[tuple[str, Any]]:
-    """Every whole line with its place, "file:12". One that is damaged is left out, with a warning.
+def read_journals(paths: Iterable[Path], consequence: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every whole line of some journals with its place, "file:12". Damaged lines are left out, with one warning a file.
 
     Args:
-        consequence: what becomes of a damaged line, for the warning.
+        consequence: of the damage, for the warning: "their records are sampled again".
     """
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            warnings.warn(f"{path}:{number} is damaged ({error}); {consequence}", RuntimeWarning, stacklevel=2)
-        else:
-            yield f"{path}:{number}", value
+    for path in paths:
+        damaged: list[tuple[int, str]] = []
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                value = _value(line)
+            except (ValueError, RecursionError) as error:
+                damaged.append((number, str(error)))
+            else:
+                yield f"{path}:{number}", value
+        if damaged:
+            (first, why), more = damaged[0], len(damaged) - 1
+            lines = f" and {more} more line{'s' if more > 1 else ''} of it" if more else ""
+            warnings.warn(
+                f"{path}:{first}{lines} cannot be used, damaged or written by another version ({why}); {consequence}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    content = json.dumps(value, allow_nan=False).encode()[:-1]
+    return content + _MARK + _checksum(content) + b'"}\n'
+
+
+def _value(line: bytes) -> dict[str, Any]:
+    content, mark, end = line.rpartition(_MARK)
+    if not mark:
+        raise ValueError("no checksum")
+    if end != _checksum(content) + b'"}':
+        raise ValueError("its checksum differs")
+    return json.loads(content + b"}")
+
+
+def _checksum(content: bytes) -> bytes:
+    return f"{zlib.crc32(content):08x}".encode()

@@ -26,8 +26,9 @@ from perpo.encoding.collator import ListCollator, Sample, records_of
 from perpo.model import sharing
 from perpo.model.language_head import accept_rows, causal_lm, sequence_log_probs
 from perpo.model.load import load_model
+from perpo.storage.fingerprints import weights_fingerprint
 from perpo.training.config import PerPOConfig
-from perpo.training.reference_cache import ReferenceCache, weights_fingerprint
+from perpo.training.reference_cache import ReferenceCache
 
 
 def check_reference(model: nn.Module, args: PerPOConfig, ref_model: nn.Module | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import logging
 
 from perpo.data.record import ListRecord
 from perpo.encoding.batch import ListBatch
@@ -27,14 +29,25 @@ from perpo.model import sharing
 from perpo.model.language_head import accept_rows, causal_lm, check_language_head, perpo_output
 from perpo.model.trainable import keep_in_fp32, set_precision
 from perpo.training.batch_sampler import ListBatchSampler, batch_sampler
-from perpo.training.checkpoints import check_loaded, claim, last_complete_checkpoint, names_of_model
+from perpo.training.checkpoints import (
+    check_loaded,
+    claim_run,
+    names_of_model,
+    only_run,
+    run_identity,
+    seal,
+    seal_weights,
+    unseal,
+)
 from perpo.training.config import PerPOConfig
 from perpo.training.lists import training_lists
 from perpo.training.metrics import ListMetrics
 from perpo.training.reference import Precomputed, check_reference, second_model, with_reference
-from perpo.training.run_identity import run_identity
 from perpo.training.sharing_check import check_sharing
+from perpo.training.stopping import StopOnSignal, StoppedBySignal
 from perpo_kernels import LinearPerPOOutput
+
+logger = logging.get_logger(__name__)
 
 
 class PerPOTrainer(Trainer):
@@ -107,6 +120,8 @@ class PerPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the lists of the whole optimizer step
+        self._stop = StopOnSignal()
+        self.add_callback(self._stop)
         self._n_parameters = sum(p.numel() for p in model.parameters())
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not sharded:  # FSDP and DeepSpeed keep their own fp32 copies
@@ -132,27 +147,52 @@ class PerPOTrainer(Trainer):
             self.train_dataset, self.eval_dataset = precomputed.attach(self.train_dataset, self.eval_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
-        """As `Trainer.train`; True: from the last checkpoint that was written to its end, or from the start."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        self._claim_folder(resume_from_checkpoint or None)
-        self.metrics["train"].reset()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        """As `Trainer.train`; True: from the newest checkpoint that was written to its end, or from the start.
 
-    def _claim_folder(self, checkpoint: str | None) -> None:
-        problem: list[Exception | None] = [None]
+        Raises:
+            ValueError, BlockingIOError: see `perpo.training.checkpoints.claim_run` and `only_run`.
+            StoppedBySignal: SIGINT or SIGTERM, after the step that was running and a checkpoint of it.
+        """
+        with contextlib.ExitStack() as block:
+            checkpoint = self._claim_folder(block, resume_from_checkpoint)
+            self.metrics["train"].reset()
+            with self._stop:
+                output = super().train(resume_from_checkpoint=checkpoint, **options)
+        if number := self._stop.stopped:
+            stopped = StoppedBySignal(number, self.state.global_step, self.args)
+            if self.is_world_process_zero():
+                logger.warning(stopped.message)
+            raise stopped
+        return output
+
+    def _claim_folder(self, block: contextlib.ExitStack, resume: str | bool | None) -> str | None:
+        """The checkpoint to resume from. Until the end of the block no other run can have the folder."""
+        found: list[Any] = [None, None]
         if self.is_world_process_zero():
             try:
-                claim(str(self.args.output_dir), self._identity, checkpoint)
+                block.enter_context(only_run(self.args))
+                found[0] = claim_run(str(self.args.output_dir), self._identity, resume)
             except (ValueError, OSError) as error:
-                problem = [error]
-        broadcast_object_list(problem)  # all ranks stop, or none
-        if problem[0] is not None:
-            raise problem[0]
+                found[1] = error
+        broadcast_object_list(found)  # all ranks stop, or none
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with names_of_model(self.model) if _internal_call else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save:
+            seal_weights(Path(output_dir or str(self.args.output_dir)))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            unseal(folder)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each writes a part
+        if self.args.should_save:
+            seal(folder)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A checkpoint that holds other names would leave the model as it was, with a warning."""
@@ -226,7 +266,9 @@ class PerPOTrainer(Trainer):
         else:
             batch_samples[-1], n_last = self._without_filling(last)
         n_lists += n_last
-        return self.accelerator.gather(torch.tensor([n_lists], device=device)).sum()
+        gathered = self.accelerator.gather(torch.tensor([[n_lists, self._stop.vote]], device=device))  # [ranks, 2]
+        self._stop.count(gathered[:, 1])
+        return gathered[:, 0].sum()
 
     def _without_filling(self, batch: ListBatch) -> tuple[ListBatch, int]:
         """The batch that the data loader gave last, and how many of its lists are of this pass over the data."""

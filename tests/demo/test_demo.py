@@ -29,6 +29,7 @@ from perpo.rewards import parse_box
 from perpo.rewards.scoring import Tally, score_record
 from perpo.sampling.sampler import Sampling
 from perpo.sampling.with_transformers import TransformersSampler
+from perpo.storage.identity import StaleError
 
 TINY = Recipe(objectives=("perpo",), lists=6, k=4, held_out=8, batch=3, resamples=10, examples=2)
 
@@ -194,8 +195,15 @@ def test_a_finished_job_is_not_done_again_and_the_same_job_elsewhere_gives_the_s
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     claim(tmp_path, TINY)
     claim(tmp_path, Recipe(**{**vars(TINY), "objectives": ("dpo",)}))  # one more objective
-    with pytest.raises(ValueError, match="another learning_rate"):
+    with pytest.raises(StaleError, match=r"different: learning_rate \(0.0001 there, 1.0 now\)"):
         claim(tmp_path, Recipe(**{**vars(TINY), "learning_rate": 1.0}))
+
+
+def test_a_folder_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ocr" / "seed0").mkdir(parents=True)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(StaleError, match=r"holds runs .*has no identity"):
+        claim(tmp_path, TINY)
 
 
 def test_a_command_that_fails_says_where_its_log_is(tmp_path: Path) -> None:

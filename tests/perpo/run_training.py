@@ -1,8 +1,8 @@
-"""A training run in a process of its own: `python -m tests.perpo.run_training OUTPUT_DIR JSON [KILL_AT_STEP]`.
+"""A training run in a process of its own: `python -m tests.perpo.run_training OUTPUT_DIR JSON [KILL_AT [STOP_AT]]`.
 
 Saves the trained parameters and the log of rank 0; with "evaluate" it only evaluates, on the same lists. With
-KILL_AT_STEP the process kills itself after that step, and leaves a checkpoint behind that looks as if it was being
-written.
+KILL_AT (0: never) the process kills itself after that step, and leaves a checkpoint behind that looks as if it was
+being written; with STOP_AT the last rank sends itself SIGTERM in the middle of that step.
 """
 
 import json
@@ -32,14 +32,25 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(folder: Path, kill_at: int | None = None, **options: Any) -> None:
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1 and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(folder: Path, kill_at: int = 0, stop_at: int = 0, **options: Any) -> None:
     torch.set_num_threads(1)
     family, n_lists, lora = options.pop("family", "llava"), options.pop("n_lists", 4), options.pop("lora", True)
     resume, dropout = options.pop("resume", None), options.pop("dropout", 0.0)
     evaluate = options.pop("evaluate", False)
     runner = tiny_runs.trainer(family, folder, lora=lora, data=tiny_runs.records(n_lists), dropout=dropout, **options)
-    if kill_at is not None:
+    if kill_at:
         runner.add_callback(KillAt(kill_at))
+    if stop_at:
+        runner.add_callback(StopAt(stop_at))
     if evaluate:
         runner.evaluate(runner.train_dataset)
     else:

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from perpo.data.fingerprints import record_fingerprint
 from perpo.data.record import ListRecord
 from perpo.encoding.collator import ListCollator
 from perpo.encoding.corruption import CORRUPTIONS, CROP_AREA, blank, crop, noise, with_corrupted_image
 from perpo.encoding.encoder import Encoder
-from perpo.training.reference_cache import record_key
+from perpo.training.reference_cache import SOURCE
 
 from .. import tiny_models, tiny_runs
 
@@ -82,7 +83,7 @@ def test_a_corrupted_image_has_reference_log_probs_of_its_own() -> None:
     made = [with_corrupted_image(record, kind, seed)[1] for kind in CORRUPTIONS for seed in (0, 1)]
     made.append(with_corrupted_image(other, "crop", 0)[1])
     clean = ListRecord("clean", record.image, record.prompt, responses=made[0].responses, rewards=(1.0,))
-    assert len({record_key(each) for each in [*made, clean]}) == len(made) + 1
+    assert len({record_fingerprint(each, SOURCE) for each in [*made, clean]}) == len(made) + 1
 
 
 def test_only_the_best_answer_sees_the_corrupted_image() -> None:

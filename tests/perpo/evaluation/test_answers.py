@@ -13,7 +13,6 @@ from PIL import Image
 
 from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
-from perpo.evaluation.answer_store import Answers, AnswerStore, Key
 from perpo.evaluation.answers import ask, blanked
 from perpo.evaluation.config import EvaluationConfig
 from perpo.evaluation.models import ModelSource, parse_models
@@ -84,40 +83,6 @@ def test_what_shapes_the_answers_is_in_the_condition_they_are_kept_under() -> No
         assert condition(kind, resamples=9) == condition(kind)
         assert (condition(kind, batch_size=3) == condition(kind)) == (kind != "sampled")
     assert len({condition(kind) for kind in ("greedy", "blank", "sampled")}) == 3
-
-
-# ------------------------------------------------------------------------------------------------------------ store
-
-
-def test_answers_are_found_again_after_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "answers.jsonl"
-    kept = [(Key("m", "greedy/8", f"r{i}", "c"), Answers((f"é\n{i}", ""), (3, 4) if i else None, i)) for i in range(3)]
-    with AnswerStore(path) as store:
-        store.add(kept[:2])
-    with path.open("ab") as file:
-        file.write(b'{"model": "m", "condition": "greedy/8", "rec')
-    with AnswerStore(path) as store:
-        assert len(store) == 2
-        store.add(kept[2:])
-        assert store[kept[2][0]] == kept[2][1]
-    with AnswerStore(path) as store:
-        assert [store[key] for key, _ in kept] == [answers for _, answers in kept]
-        assert Key("other", *kept[0][0][1:]) not in store
-    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 3
-
-
-def test_two_runs_do_not_write_at_once(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
-    with AnswerStore(tmp_path / "a.jsonl"), pytest.raises(BlockingIOError, match="another process is writing"):
-        AnswerStore(tmp_path / "a.jsonl")
-    AnswerStore(tmp_path / "a.jsonl").__exit__(None, None, None)
-
-
-@pytest.mark.parametrize("line", ["3", "[]", '{"model": "m"}'])
-def test_a_line_that_is_no_answer_is_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / "a.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl:1 is no answer of a model"):
-        AnswerStore(tmp_path / "a.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------------- models

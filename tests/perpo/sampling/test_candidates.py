@@ -14,7 +14,7 @@ from perpo.data.record import ListRecord
 from perpo.rewards.scoring import UnreadableAnswers
 from perpo.sampling.candidates import CandidateConfig, generate
 from perpo.sampling.sampler import Answer, Question
-from perpo.sampling.shards import StaleShardsError
+from perpo.storage.identity import StaleError
 
 from .. import tiny_models
 from ..counting_sampler import Counting, records, run
@@ -61,7 +61,7 @@ def test_a_reward_gets_the_further_columns_of_its_record_and_they_stay_in_the_li
     outcome = run(tmp_path, [replace(plain, columns={"bonus": 2.5})], reward=f"{__name__}:bonus_reward")
     assert outcome.totals.reward_sum == 10
     assert read_records(tmp_path / "out.jsonl")[0][0].columns == {"bonus": 2.5}
-    with pytest.raises(StaleShardsError, match="record 'r0' has another columns than"):
+    with pytest.raises(StaleError, match="record 'r0' has another columns now"):
         run(tmp_path, [replace(plain, columns={"bonus": 3})], reward=f"{__name__}:bonus_reward")
 
 

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import pytest
 
 from perpo.data.read import read_records
 from perpo.sampling.candidates import Outcome
-from perpo.sampling.shards import Shards, StaleShardsError
+from perpo.sampling.shards import Shards
+from perpo.storage.identity import DamagedError, StaleError
 
 from ..counting_sampler import Counting, records, run
 
@@ -85,7 +88,7 @@ def test_any_number_of_processes_can_go_on(tmp_path: Path, expected: bytes) -> N
 def test_other_settings_are_refused_and_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, made=Counting(stop=2, temperature="1.0"))
-    with pytest.raises(StaleShardsError, match=message):
+    with pytest.raises(StaleError, match=message):
         run(tmp_path, **({"made": Counting(temperature="1.0")} | change))
     run(tmp_path, made=Counting(temperature="1.0"))
 
@@ -97,7 +100,7 @@ def test_a_changed_record_is_refused_and_named(field: str, value: Any, tmp_path:
     run(tmp_path)
     changed = records()
     object.__setattr__(changed[2], field, value)
-    with pytest.raises(StaleShardsError, match=f"record 'r2' has another {field} than"):
+    with pytest.raises(StaleError, match=f"record 'r2' has another {field} now"):
         run(tmp_path, changed)
 
 
@@ -172,14 +175,55 @@ def test_a_damaged_line_is_reported_and_its_record_sampled_again(tmp_path: Path,
     lines = shard.read_bytes().splitlines(keepends=True)
     shard.write_bytes(b"".join([*lines[:2], b"\0" * 20 + b"\n", *lines[3:]]))
     made = Counting()
-    with pytest.warns(RuntimeWarning, match=r"shard-00000.jsonl:3 is damaged"):
+    with pytest.warns(RuntimeWarning, match=r"shard-00000.jsonl:3 cannot be used, damaged"):
         run(tmp_path, made=made)
     assert made.asked == ["r2"]
     assert (tmp_path / "out.jsonl").read_bytes() == expected
 
 
 def test_the_same_command_twice_at_once_is_refused(tmp_path: Path) -> None:
-    with Shards(tmp_path / "parts", {}), pytest.raises(BlockingIOError, match="is the same command still running"):
+    named = f"shard-00000.jsonl is in use by process {os.getpid()} on {socket.gethostname()}"
+    with (
+        Shards(tmp_path / "parts", {}),
+        pytest.raises(
+            BlockingIOError,
+            match=named,
+        ),
+    ):
         Shards(tmp_path / "parts", {})
     with Shards(tmp_path / "parts", {}), Shards(tmp_path / "parts", {}, rank=1):
         pass
+
+
+@pytest.mark.parametrize("place", [3, 40, 120, -3])
+def test_a_flipped_bit_costs_its_record_and_no_other(place: int, tmp_path: Path, expected: bytes) -> None:
+    run(tmp_path)
+    shard = tmp_path / "out.jsonl.parts" / "shard-00000.jsonl"
+    lines = [bytearray(line) for line in shard.read_bytes().splitlines(keepends=True)]
+    lines[2][place] ^= 1
+    shard.write_bytes(b"".join(lines))
+    made = Counting()
+    with pytest.warns(RuntimeWarning, match=r"shard-00000.jsonl:3 cannot be used, damaged.*sampled again"):
+        run(tmp_path, made=made)
+    assert made.asked == ["r2"]
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
+def test_shards_of_an_older_version_are_refused_as_such(tmp_path: Path) -> None:
+    parts = tmp_path / "out.jsonl.parts"
+    parts.mkdir()
+    (parts / "identity.json").write_text('{"k": "4", "max_samples": "8", "reward": "of each record\'s task"}')
+    (parts / "shard-00000.jsonl").write_text('{"id": "r0", "source": {}, "responses": ["1"], "rewards": [0.5]}\n')
+    with pytest.raises(StaleError, match=r"holds answers .* storage format \(none there, 2 now\)"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", ""])
+def test_a_damaged_identity_is_named(content: str, tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "out.jsonl.parts" / "identity.json").write_text(content)
+    with pytest.raises(DamagedError, match=r"out.jsonl.parts/identity.json is damaged"):
+        run(tmp_path)
+    (tmp_path / "out.jsonl.parts" / "identity.json").unlink()
+    with pytest.raises(StaleError, match=r"it has no identity\.json"):
+        run(tmp_path)

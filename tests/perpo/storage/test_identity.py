@@ -1,71 +1,73 @@
-"""A picture is known by what is in it, wherever it lies, and is not decoded for that."""
+"""A folder belongs to what it was made from, and nothing else is taken for it."""
 
+import json
+import pickle
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
 
-from perpo.data.images import RowImage
-from perpo.storage.identity import WHOLE, difference, image_identity
+from perpo.storage.identity import IDENTITY, DamagedError, StaleError, claim, known_identity
 
 
-def test_a_picture_is_the_same_in_every_place_it_can_be_kept(tmp_path: Path) -> None:
-    data = b"any bytes: nothing is decoded" * 3
-    (tmp_path / "a.png").write_bytes(data)
-    rows = [{"image": {"bytes": data, "path": "elsewhere.png"}}]
-    kept: list[Any] = [
-        data,
-        {"bytes": data, "path": None},
-        {"bytes": None, "path": str(tmp_path / "a.png")},
-        tmp_path / "a.png",
-        RowImage(rows, 0, "image"),
-    ]
-    assert [image_identity(image) for image in kept] == [image_identity(data)] * len(kept)
-    assert image_identity("a.png", tmp_path) == image_identity(data)
-
-
-@pytest.mark.parametrize("size", [1, WHOLE // 2, WHOLE - 1, WHOLE, WHOLE + 1, 2 * WHOLE])
-def test_a_change_at_either_end_makes_another_picture(size: int, tmp_path: Path) -> None:
-    data = bytearray(size)
-    found = {str(image_identity(bytes(data)))}
-    for place in {0, size - 1}:
-        changed = bytearray(data)
-        changed[place] = 1
-        (tmp_path / "a").write_bytes(changed)
-        assert image_identity(tmp_path / "a") == image_identity(bytes(changed))
-        found.add(str(image_identity(bytes(changed))))
-    found.add(str(image_identity(bytes(size + 1))))  # or a change of size
-    assert len(found) == 2 + len({0, size - 1})
-
-
-def test_up_to_a_mebibyte_every_byte_counts() -> None:
-    data = bytearray(WHOLE)
-    middle = [image_identity(bytes(data[:i] + b"\1" + data[i + 1 :])) for i in (WHOLE // 2 - 1, WHOLE // 2)]
-    assert len({str(found) for found in [image_identity(bytes(data)), *middle]}) == 3
-
-
-def test_pictures_in_memory_differ_by_their_pixels() -> None:
-    red, green = (Image.new("RGB", (4, 2), colour) for colour in ((255, 0, 0), (0, 255, 0)))
-    assert image_identity(red) == image_identity(red.copy()) != image_identity(green)
-
-
-def test_the_same_bytes_in_another_mode_or_shape_are_another_picture() -> None:
-    pictures = [Image.frombytes(mode, size, bytes(range(8))) for mode in ("L", "P") for size in ((4, 2), (2, 4))]
-    assert len({str(image_identity(picture)) for picture in pictures}) == 4
-
-
-def test_what_cannot_be_read_is_left_to_whoever_opens_it(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("x")
-    (tmp_path / "root").mkdir()
-    assert image_identity("nowhere.png") == ["unreadable", "nowhere.png"]
-    assert image_identity("../secret", tmp_path / "root") == ["unreadable", "../secret"]
-    assert image_identity(None) == []
+def take(folder: Path, **identity: str) -> None:
+    claim(folder, identity, setting="output", contents="answers", pattern="shard-*")
 
 
 def test_a_folder_keeps_the_identity_it_was_begun_with(tmp_path: Path) -> None:
-    assert difference(tmp_path, {"k": "5", "seed": "0"}) == ""
-    assert difference(tmp_path, {"seed": "0", "k": "5"}) == ""
-    assert difference(tmp_path, {"k": "6", "top_p": "1"}) == "k (5 there, 6 now), seed (0 there, none now), " + (
-        "top_p (none there, 1 now)"
-    )
+    folder = tmp_path / "new"
+    take(folder, k="5", seed="0")
+    take(folder, seed="0", k="5")
+    different = r"different: k \(5 there, 6 now\), seed \(0 there, none now\), top_p \(none there, 1 now\)\."
+    with pytest.raises(
+        StaleError, match=f"^output: {folder} holds answers .*{different}.*name another output"
+    ) as stale:
+        take(folder, k="6", top_p="1")
+    assert known_identity(folder) | {"k": "5", "seed": "0"} == known_identity(folder)
+    assert str(pickle.loads(pickle.dumps(stale.value))) == str(stale.value)  # it is sent to other processes
+
+
+def test_contents_without_an_identity_are_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "shard-1").write_text("")
+    with pytest.raises(StaleError, match=f"holds answers .* it has no {IDENTITY}"):
+        take(tmp_path, k="5")
+    assert not (tmp_path / IDENTITY).exists()
+
+
+def test_a_folder_of_an_older_version_is_refused_as_such(tmp_path: Path) -> None:
+    """Its fingerprints were made in another way, so that all of them differ."""
+    (tmp_path / IDENTITY).write_text(json.dumps({"k": "4", "weights": "abc"}))
+    with pytest.raises(StaleError, match=r"different: storage format \(none there, 2 now\)\. "):
+        take(tmp_path, k="5")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"", b"\0\0", b'{"k": 5}', b"[" * 10**5, b'{"k": "\xff"}'])
+def test_an_identity_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / IDENTITY).write_bytes(content)
+    with pytest.raises(DamagedError, match=f"{tmp_path / IDENTITY} is damaged"):
+        take(tmp_path, k="5")
+    assert (tmp_path / IDENTITY).read_bytes() == content
+
+
+def test_a_finished_folder_may_be_read_only(tmp_path: Path) -> None:
+    take(tmp_path, k="5")
+    tmp_path.chmod(0o555)
+    try:
+        take(tmp_path, k="5")
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def _took(folder: Path, number: int) -> bool:
+    try:
+        take(folder, number=str(number))
+    except StaleError:
+        return False
+    return True
+
+
+def test_of_processes_that_begin_at_once_one_takes_the_folder(tmp_path: Path) -> None:
+    with get_context("spawn").Pool(4) as pool:
+        for i in range(20):
+            taken = pool.starmap(_took, [(tmp_path / str(i), number) for number in range(8)], chunksize=1)
+            assert sum(taken) == 1

@@ -1,7 +1,6 @@
 """Reference log-probs are computed once, survive a kill, and are never another model's."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from perpo.training.reference_cache import ReferenceCache, StaleCacheError, record_key, weights_fingerprint
+from perpo.data.fingerprints import record_fingerprint
+from perpo.storage.fingerprints import weights_fingerprint
+from perpo.storage.identity import StaleError, known_identity
+from perpo.training.reference_cache import SOURCE, ReferenceCache
 
 from .. import tiny_models, tiny_runs
 
 
 def test_a_second_run_reads_what_the_first_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = tiny_runs.trainer("llava", tmp_path)
-    monkeypatch.setattr("perpo.training.trainer.sequence_log_probs", None)  # any use of it fails
+    monkeypatch.setattr("perpo.training.reference.sequence_log_probs", None)  # any use of it fails
     second = tiny_runs.trainer("llava", tmp_path)
     assert [r.ref_log_probs for r in second.train_dataset] == [r.ref_log_probs for r in first.train_dataset]
     fewer = tiny_runs.trainer("llava", tmp_path, data=tiny_runs.records()[1:])
@@ -25,7 +27,7 @@ def test_a_second_run_reads_what_the_first_computed(tmp_path: Path, monkeypatch:
 
 def test_full_training_and_adapters_share_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_runs.trainer("llava", tmp_path)
-    monkeypatch.setattr("perpo.training.trainer.sequence_log_probs", None)
+    monkeypatch.setattr("perpo.training.reference.sequence_log_probs", None)
     tiny_runs.trainer("llava", tmp_path, lora=False)
 
 
@@ -54,7 +56,7 @@ def test_a_stale_cache_is_refused_and_says_why(change: str, named: str, tmp_path
         return model, processor
 
     monkeypatch.setattr(tiny_models, "build", changed)
-    with pytest.raises(StaleCacheError, match=rf"reference_cache_dir: .* different: {named} \(.* there, .* now\)"):
+    with pytest.raises(StaleError, match=rf"reference_cache_dir: .* different: {named} \(.* there, .* now\)"):
         tiny_runs.trainer("llava", tmp_path, **options)
 
 
@@ -72,7 +74,7 @@ def test_a_changed_record_is_computed_again_and_the_others_are_not(tmp_path: Pat
 def test_a_response_that_was_cut_has_a_reference_of_its_own() -> None:
     record = tiny_runs.records()[0]
     whole, cut = (True,) * record.k, (False,) * record.k
-    keys = [record_key(dataclasses.replace(record, complete=ends)) for ends in (None, whole, cut)]
+    keys = [record_fingerprint(dataclasses.replace(record, complete=ends), SOURCE) for ends in (None, whole, cut)]
     assert len(set(keys)) == 3
 
 
@@ -92,7 +94,7 @@ def test_what_another_process_wrote_is_found(tmp_path: Path) -> None:
     cache = ReferenceCache(tmp_path, {"weights": "a"}, part=0)
     assert record in cache
     assert cache.attach(record).ref_log_probs == (1.0, 2.0, 3.0)
-    assert json.loads((tmp_path / "identity.json").read_text()) == {"weights": "a"}
+    assert known_identity(tmp_path)["weights"] == "a"
 
 
 def test_one_changed_parameter_changes_the_fingerprint() -> None:
@@ -142,6 +144,21 @@ def test_a_damaged_line_is_reported_and_its_record_computed_again(tmp_path: Path
         cache.add(record, [0.5] * record.k)
     lines = (tmp_path / "part-00000.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "part-00000.jsonl").write_bytes(b"\0\0\0\n" + lines[1])
-    with pytest.warns(RuntimeWarning, match=r"part-00000.jsonl:1 is damaged .*computed again"):
+    with pytest.warns(RuntimeWarning, match=r"part-00000.jsonl:1 cannot be used, damaged .*computed again"):
         again = ReferenceCache(tmp_path, {})
     assert [record in again for record in lists[:2]] == [False, True]
+
+
+@pytest.mark.parametrize("place", [9, 75, 90, -4])
+def test_a_flipped_bit_in_a_number_is_noticed(place: int, tmp_path: Path) -> None:
+    cache, lists = ReferenceCache(tmp_path, {}), tiny_runs.records()
+    for record in lists[:2]:
+        cache.add(record, [-1234.5678] * record.k)
+    part = tmp_path / "part-00000.jsonl"
+    first, second = part.read_bytes().splitlines(keepends=True)
+    damaged = bytearray(second)
+    damaged[place % (len(second) - 1)] ^= 1
+    part.write_bytes(first + damaged)
+    with pytest.warns(RuntimeWarning, match=r"part-00000.jsonl:2 cannot be used, damaged .*computed again"):
+        again = ReferenceCache(tmp_path, {})
+    assert [record in again for record in lists[:2]] == [True, False]

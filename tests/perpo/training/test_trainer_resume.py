@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import ProcessorMixin
 
-from perpo.storage.identity import IDENTITY
-from perpo.training.checkpoints import StaleCheckpointsError
+from perpo.storage.checksums import CHECKSUMS
+from perpo.storage.identity import IDENTITY, StaleError
 from perpo.training.trainer import PerPOTrainer
 
 from .. import tiny_models, tiny_runs
@@ -35,7 +35,7 @@ def checkpoints(folder: Path) -> dict[str, int]:
 def test_a_new_run_refuses_a_folder_with_checkpoints_and_leaves_them_alone(tmp_path: Path) -> None:
     trainer(tmp_path, learning_rate=1e-2).train()
     before = checkpoints(tmp_path)
-    with pytest.raises(ValueError, match="holds checkpoints; go on from them with resume_from_checkpoint=true"):
+    with pytest.raises(ValueError, match="holds checkpoints; resume from them with resume_from_checkpoint=true"):
         trainer(tmp_path, learning_rate=1e-4, save_total_limit=1).train()
     assert before == checkpoints(tmp_path)
     assert set(before) == {"checkpoint-2", "checkpoint-4"}
@@ -64,15 +64,15 @@ def test_a_run_goes_on_from_no_other_runs_checkpoint(settings: Any, different: s
     trainer(tmp_path / "a").train()
     options: dict[str, Any] = {}
     settings(options) if callable(settings) else options.update(settings)
-    message = f"a holds checkpoints of another run; different: {different}"
-    with pytest.raises(StaleCheckpointsError, match=message):
+    message = f"output_dir: .*a holds checkpoints that this run cannot take as its own; different: {different}"
+    with pytest.raises(StaleError, match=message):
         trainer(tmp_path / "a", **options).train(resume_from_checkpoint=True)
 
 
 def test_nor_does_it_by_path(tmp_path: Path) -> None:
     trainer(tmp_path / "a").train()
     other = trainer(tmp_path / "b", learning_rate=1e-4)
-    with pytest.raises(StaleCheckpointsError, match="a holds checkpoints of another run; different: learning_rate"):
+    with pytest.raises(StaleError, match=r"resume_from_checkpoint: .*a holds checkpoints .*; different: learning_rate"):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     assert not (tmp_path / "b" / IDENTITY).exists()
 
@@ -125,6 +125,7 @@ def test_without_checkpoints_a_folder_is_free(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_torn_checkpoints_are_no_obstacle(resume: bool, tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / CHECKSUMS).unlink()  # it is written last
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{")
     run = trainer(tmp_path, learning_rate=1e-4)
     run.train(resume_from_checkpoint=resume)
@@ -167,5 +168,6 @@ def test_a_checkpoint_under_other_names_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, lora=False, max_steps=2).train()
     model, _ = tiny_models.build("llava")
     model.save_pretrained(tmp_path / "checkpoint-2")  # the names of older versions of transformers
+    (tmp_path / "checkpoint-2" / CHECKSUMS).unlink()
     with pytest.raises(ValueError, match=r"checkpoint lacks \d+ weights of LlavaForConditionalGeneration"):
         trainer(tmp_path, lora=False).train(resume_from_checkpoint=True)

@@ -1,0 +1,70 @@
+"""Short hashes that tell one value, file or model from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+DIGITS = 16  # hexadecimal: 64 bits
+SAMPLES = 256  # elements of each parameter that enter `weights_fingerprint`
+
+
+def fingerprint(value: Any) -> str:
+    """Of a text; of anything else as JSON, whatever the order of its keys (what JSON cannot hold, as `str`)."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str, sort_keys=True)
+    return bytes_fingerprint(text.encode("utf-8", "surrogatepass"))
+
+
+def bytes_fingerprint(*parts: bytes) -> str:
+    """Of bytes, however they are divided."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:DIGITS]
+
+
+def file_fingerprint(path: Path) -> str:
+    """Of all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+
+
+def seed_from(text: str, bits: int = 64) -> int:
+    """A number below 2 ** bits that depends on the text alone, as a seed."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big") >> (256 - bits)
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of names, shapes, types and all elements."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:DIGITS]
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Of the names, shapes, types and evenly spaced elements of all parameters that belong to no adapter.
+
+    Reads a few hundred numbers of each parameter, so it takes no time; training changes far too many elements to hide.
+    """
+    import torch  # records are read without it
+
+    digest = hashlib.sha256(type(model).__name__.encode())
+    sampled: dict[torch.dtype, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if "lora_" in name or "modules_to_save." in name:
+            continue
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().reshape(-1)
+        sampled.setdefault(parameter.dtype, []).append(flat[:: max(1, flat.numel() // SAMPLES)])
+    for parts in sampled.values():  # one copy from the device for each type
+        digest.update(torch.cat(parts).double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:DIGITS]
