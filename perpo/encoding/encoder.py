@@ -7,20 +7,39 @@ and evaluation all encode through it, so that a response is trained in exactly t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor, nn
+from transformers.utils import logging
+
+from perpo.encoding.frame import Size, frame_problem, seen_size
+
+logger = logging.get_logger(__name__)
 
 from perpo.storage.fingerprints import fingerprint
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
-Size = tuple[int, int]  # width, height
 
 PROBE = "0"  # a response that no template treats specially
+
+# Tokens that begin a turn: a model that has one and no chat template would be asked in a form it was not trained in.
+CHAT_TOKENS = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<|start_of_role|>",
+    "<start_of_turn>",
+    "<|assistant|>",
+    "<|Assistant|>",
+    "<|turn>",
+    "[INST]",
+)
+# What processors and tokenizers call the tokens that they or the template put around the place of a picture.
+_MARKERS = ("vision_start_token", "vision_end_token", "start_image_token", "end_image_token", "boi_token", "eoi_token")
 
 
 class Turn(NamedTuple):
@@ -52,7 +71,8 @@ class Encoder:
     ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.sees_images = getattr(processor, "image_processor", None) is not None
+        self._images: Any = getattr(processor, "image_processor", None)
+        self.sees_images = self._images is not None
         eos = self.tokenizer.eos_token_id
         self.end_ids = tuple(dict.fromkeys(end_ids)) or (() if eos is None else (eos,))
         if not self.end_ids:
@@ -60,6 +80,8 @@ class Encoder:
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
         self._seen_sizes: dict[Size, Size] = {}
+        self._frame_problems: dict[Size, str | None] = {}
+        self._check_template()
 
     @classmethod
     def for_model(cls, processor: Any, model: nn.Module, **limits: int | None) -> Encoder:
@@ -87,10 +109,12 @@ class Encoder:
             image: RGB, or None for a question without a picture.
 
         Raises:
-            ValueError: more than one place for the picture, a picture for a model that sees none, a prompt that is
-                longer than max_prompt_length.
+            ValueError: more than one place for the picture, a picture for a model that sees none or of which the
+                processor shows it a part, a prompt that is longer than max_prompt_length.
         """
         text = self.render(prompt, image is not None)
+        if image is not None:
+            self._check_frame(image.size)
         options: dict[str, Any] = {"return_tensors": "pt"}
         bos = self.tokenizer.bos_token
         if bos is not None and text.startswith(bos):
@@ -110,20 +134,13 @@ class Encoder:
     def seen_size(self, size: Size) -> Size:
         """The size of a picture as the model sees it, which boxes in pixels are measured in.
 
-        After resizing for models that keep its shape (the Qwen-VL family: image_grid_thw patches); for all others the
-        size as it is. Only the size matters, so each is worked out once.
+        Raises:
+            ValueError: the processor shows it a part of the picture, or more than the picture.
         """
+        self._check_frame(size)
         if size not in self._seen_sizes:
-            self._seen_sizes[size] = self._seen_size(size)
+            self._seen_sizes[size] = seen_size(self._images, size)
         return self._seen_sizes[size]
-
-    def _seen_size(self, size: Size) -> Size:
-        images: Any = getattr(self.processor, "image_processor", None)
-        patch = getattr(images, "patch_size", None)
-        if not isinstance(patch, int):
-            return size
-        grid = images(images=[Image.new("RGB", size)], return_tensors="pt").get("image_grid_thw")
-        return size if grid is None else (int(grid[0, 2]) * patch, int(grid[0, 1]) * patch)
 
     def render(self, prompt: Prompt, with_image: bool) -> str:
         """The text that is tokenized: chat template and generation prompt around the messages."""
@@ -141,8 +158,15 @@ class Encoder:
         Args:
             complete: False for a response that was cut while it was generated: it gets no end of turn.
         """
+        return self.whole_response(text, complete)[: self.max_response_length]
+
+    def whole_response(self, text: str, complete: bool = True) -> list[int]:
+        """As `response`, and not cut. A text that holds the end of its turn already gets no second one."""
         ids = [token for token in self._ids(self.turn.before + text) if token not in self._placeholder_ids]
-        return [*ids, *[self.turn.end_id] * complete][: self.max_response_length]
+        end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
+        if end is not None and all(token in self.end_ids or self._is_space(token) for token in ids[end + 1 :]):
+            return ids[: end + 1]
+        return [*ids, *[self.turn.end_id] * complete]
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of generated ids, up to the first end token: what `response` makes the same ids of.
@@ -172,10 +196,12 @@ class Encoder:
         open_turn = self._apply_template(question, add_generation_prompt=True)
         whole = self._apply_template([*question, answer], add_generation_prompt=False)
         before, _, after = whole.rpartition(PROBE)
-        for token in self._ids(after):
-            if token in self.end_ids:
-                end_id = token
-                break
+        # GLM writes nothing after an answer: what ends it is the token that begins the user's next turn.
+        next_turn = self._apply_template([*question, answer, *question], add_generation_prompt=False)
+        follows = next_turn.removeprefix(whole) if next_turn.startswith(whole) else ""
+        ends = [token for token in self._ids(after) if token in self.end_ids]
+        ends += [token for token in self._ids(follows)[:1] if token in self.end_ids]
+        end_id = ends[0] if ends else end_id
         gap = before.removeprefix(open_turn) if before.startswith(open_turn) else ""
         return Turn(gap if gap.isspace() and self._is_one_tokenization(open_turn, gap) else "", end_id)
 
@@ -194,13 +220,51 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------------------- details
 
+    def _check_frame(self, size: Size) -> None:
+        """Raises:
+        ValueError: the processor cuts off parts of a picture of this size, or adds to it: the model sees another frame
+            than the one that boxes and rewards are measured in."""
+        if size not in self._frame_problems:
+            self._frame_problems[size] = frame_problem(self._images, size)
+        if problem := self._frame_problems[size]:
+            raise ValueError(f"image: {problem}")
+
     @property
     def _is_paligemma(self) -> bool:
         return "PaliGemma" in type(self.processor).__name__
 
     @property
     def _template(self) -> Any:
-        return getattr(self.processor, "chat_template", None)
+        """The processor's, or else its tokenizer's."""
+        return getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+
+    def _check_template(self) -> None:
+        if self._template is not None or self._is_paligemma:
+            return
+        known = self.tokenizer.get_vocab()
+        mark = next((token for token in CHAT_TOKENS if token in known), None)
+        kind = type(self.processor).__name__
+        if mark is not None:
+            raise ValueError(
+                f"processor: {kind} has no chat template, nor has its tokenizer, but it has {mark!r}, which only chat "
+                "models have. Put the model's chat_template.jinja into its folder, or set processor.chat_template"
+            )
+        logger.warning_once(f"{kind} has no chat template: the model is asked with the words of a prompt alone")
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template knows content that is a list of parts; a tokenizer's may know text alone."""
+        if not self.sees_images:
+            return False
+        if getattr(self.processor, "chat_template", None) is not None:
+            return True
+        parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
+        try:
+            text = self._render_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        except Exception as error:  # a template's own, of any type
+            logger.debug(f"the tokenizer's chat template takes no parts: {error}")
+            return False
+        return PROBE in text and "'type'" not in text and '"type"' not in text
 
     @property
     def _image_token(self) -> str:
@@ -215,6 +279,9 @@ class Encoder:
             found.add(self.tokenizer.get_vocab().get(self._image_token))
         return {token for token in found if isinstance(token, int)}
 
+    def _is_space(self, token: int) -> bool:
+        return not self.tokenizer.decode([token]).strip()
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -225,12 +292,38 @@ class Encoder:
         return whole == head + self._ids(gap + PROBE)
 
     def _apply_template(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        if not self._takes_parts:  # a text model's template takes plain strings
+            place = f"{self._image_token}\n"
+            messages = [{**m, "content": "".join(part.get("text", place) for part in m["content"])} for m in messages]
+        return self._render_template(messages, add_generation_prompt=add_generation_prompt)
+
+    def _render_template(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+        if getattr(self.processor, "chat_template", None) is None:
+            return self.tokenizer.apply_chat_template(messages, **options)
         if self.sees_images:
             options["processor_kwargs"] = {"return_tensors": "pt"}  # not used; SmolVLM warns at each call without any
-        else:  # a text model's template takes plain strings
-            messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
         return self.processor.apply_chat_template(messages, **options)
+
+    @cached_property
+    def _place(self) -> re.Pattern[str]:
+        """A place for a picture, as it may stand in the words of a prompt: with the markers that the template or the
+        processor puts around it, which are not to be there twice."""
+        holders = (self.processor, self.tokenizer)
+        found = {getattr(holder, name, None) for holder in holders for name in _MARKERS}
+        markers = {marker for marker in found if isinstance(marker, str)}
+        tokens = {self._image_token, "<image>"}
+        if self._template is not None and self._takes_parts:
+            parts = [{"type": "text", "text": PROBE}, {"type": "image"}, {"type": "text", "text": PROBE}]
+            text = self._render_template([{"role": "user", "content": parts}], add_generation_prompt=False)
+            around = text.partition(PROBE)[2].rpartition(PROBE)[0].strip()  # "<|vision_start|><image><|vision_end|>"
+            before, token, after = around.partition(self._image_token)
+            if around and not token:
+                tokens.add(around)  # Gemma writes a token that its processor replaces by others
+            markers |= {marker for marker in (before.strip(), after.strip()) if token and marker}
+        marks, places = ("|".join(map(re.escape, sorted(x, key=len, reverse=True))) for x in (markers - tokens, tokens))
+        around = rf"(?:{marks})?" if marks else ""
+        return re.compile(f"{around}(?:{places}){around}")
 
     def _messages(self, prompt: Prompt, with_image: bool) -> Messages:
         """Messages whose content is a list of parts, with exactly one image part if there is a picture."""
@@ -268,9 +361,7 @@ class Encoder:
                     raise ValueError(f"prompt: a message part must have type 'text' or 'image', got {part!r}")
             return parts
         parts = []
-        for token in {self._image_token, "<image>"} if self.sees_images else ():
-            content = content.replace(token, "\0")
-        for i, words in enumerate(content.split("\0")):
+        for i, words in enumerate(self._place.split(content) if self.sees_images else [content]):
             if i:
                 parts.append({"type": "image"})
                 words = words.removeprefix("\n")

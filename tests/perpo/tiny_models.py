@@ -123,7 +123,8 @@ def _llava() -> tuple[Any, Any, Any]:
         vision_feature_layer=-2,
     )
     images = _load("clip.image_processing_pil_clip", "CLIPImageProcessorPil")(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+        size={"height": 28, "width": 28},
+        do_center_crop=False,  # as on the hub it would crop, which Encoder refuses
     )
     processor = _load("llava", "LlavaProcessor")(
         images,

@@ -1,5 +1,7 @@
 """Encoding, collating and hidden states equal what each family does by itself: one row, full logits, no tricks."""
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -8,9 +10,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from perpo.encoding.batch import collate_lists
 from perpo.encoding.encoder import Encoder
+from perpo.encoding.frame import frame_problem, seen_size
 from perpo.model.language_head import check_language_head, response_hidden_states, sequence_log_probs, token_log_probs
 
 from .. import tiny_models
@@ -160,18 +164,20 @@ def test_a_long_response_is_cut_and_then_has_no_end() -> None:
     assert encoder.turn.end_id not in encoder.response("far too long")
 
 
-def test_without_a_chat_template_the_image_comes_before_the_words() -> None:
+def test_without_a_chat_template_the_image_comes_before_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_models.build("llava")
     processor.chat_template = None
+    monkeypatch.setattr("perpo.encoding.encoder.CHAT_TOKENS", ())  # a base model's tokenizer has none
     encoder = Encoder.for_model(processor, model)
     assert encoder.render("Where?", True) == "<image>\nWhere?\n"
     assert encoder.prompt("Where?", tiny_models.picture())["pixel_values"].shape == (1, 3, 28, 28)
 
 
 @pytest.mark.parametrize("with_image", [True, False])
-def test_a_prompt_begins_once_whoever_writes_the_beginning(with_image: bool) -> None:
+def test_a_prompt_begins_once_whoever_writes_the_beginning(with_image: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """LLaMA's tokenizers put their first token before every text, and so does the template of many."""
     model, processor = tiny_models.build("llava")
+    monkeypatch.setattr("perpo.encoding.encoder.CHAT_TOKENS", ())  # a base model's tokenizer has none
     bos = processor.tokenizer.bos_token_id
     processor.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
@@ -181,6 +187,75 @@ def test_a_prompt_begins_once_whoever_writes_the_beginning(with_image: bool) -> 
         processor.chat_template = template
         ids = Encoder.for_model(processor, model).prompt("Where?", image)["input_ids"][0]
         assert (ids == bos).nonzero().flatten().tolist() == [0]
+
+
+def test_a_chat_model_without_any_chat_template_is_refused() -> None:
+    model, processor = tiny_models.build("llava")
+    processor.chat_template = None
+    with pytest.raises(ValueError, match=r"LlavaProcessor has no chat template.*'<\|im_start\|>'.*chat_template.jinja"):
+        Encoder.for_model(processor, model)
+
+
+def test_a_chat_template_that_only_the_tokenizer_has_is_used() -> None:
+    model, processor = tiny_models.build("llava")
+    expected = Encoder.for_model(processor, model)
+    processor.chat_template, processor.tokenizer.chat_template = None, processor.chat_template
+    encoder = Encoder.for_model(processor, model)
+    assert encoder.render("Where?", True) == expected.render("Where?", True)
+    assert encoder.response("there") == expected.response("there")
+    assert encoder.fingerprint() == expected.fingerprint()
+    # One that knows text alone, as those of LLaVA's language models
+    processor.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + (m['content'] | trim) + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}bot: {% endif %}"
+    )
+    encoder = Encoder.for_model(processor, model)
+    assert encoder.render("Where?", True) == "user: <image>\nWhere?<|im_end|>bot: "
+    assert encoder.response("there")[-1] == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+GLM_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_an_answer_ends_with_what_the_model_ends_it_with_where_the_template_ends_nothing() -> None:
+    """GLM's turn ends with the token that begins the next one."""
+    _, processor = tiny_models.build("glm4v")
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    processor.chat_template, tokenizer.eos_token = GLM_TEMPLATE, "<|endoftext|>"
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    encoder = Encoder(processor, [tokenizer.eos_token_id, user])
+    sampled = [*tokenizer("3")["input_ids"], user]
+    assert encoder.decode(sampled) == "3"
+    assert encoder.response(encoder.decode(sampled)) == sampled
+
+
+@pytest.mark.parametrize("text", ["yes<|im_end|>", "yes<|im_end|>\n", "yes<|im_end|><|endoftext|>"])
+def test_a_response_with_the_end_of_its_turn_gets_no_second_one(text: str) -> None:
+    model, processor = tiny_models.build("qwen2_5_vl")
+    encoder = Encoder.for_model(processor, model)
+    assert encoder.response(text) == encoder.response("yes")
+    assert encoder.response("a <|im_end|> b")[-1] == encoder.turn.end_id  # an end that is only spoken of
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("qwen2_5_vl", "<|vision_start|><image><|vision_end|>Where?"),
+        ("glm4v", "<|vision_start|><image><|vision_end|>Where?"),
+        ("internvl", "<img><image></img>\nWhere?"),
+        ("gemma3", "<|vision_start|>Where?"),
+    ],
+)
+def test_a_place_with_its_markers_is_one_place(family: str, words: str) -> None:
+    model, processor = tiny_models.build(family)
+    encoder = Encoder.for_model(processor, model)
+    assert encoder.render(words, True) == encoder.render("Where?", True)
+    picture = tiny_models.picture()
+    assert torch.equal(encoder.prompt(words, picture)["input_ids"], encoder.prompt("Where?", picture)["input_ids"])
 
 
 def test_a_text_model_takes_a_tokenizer_and_refuses_an_image() -> None:
@@ -214,4 +289,47 @@ def test_boxes_in_pixels_are_measured_in_the_image_as_resized() -> None:
     grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0].tolist()
     assert Encoder(processor).seen_size(image.size) == (grid[2] * 7, grid[1] * 7) != image.size
     assert Encoder(tiny_models.build("llava")[1]).seen_size((90, 30)) == (90, 30)
-    assert Encoder(tiny_models.tokenizer()).seen_size((90, 30)) == (90, 30)
+    assert seen_size(None, (90, 30)) == (90, 30)  # a text model's
+
+
+def hub_llava() -> Any:
+    """A processor as LLaVA-1.5 has it on the hub: the shorter edge is resized, and the centre cropped."""
+    _, processor = tiny_models.build("llava")
+    images = processor.image_processor
+    images.do_center_crop, images.size = True, {"shortest_edge": 28}
+    images.crop_size = {"height": 28, "width": 28}
+    return processor
+
+
+def test_a_processor_that_crops_what_boxes_are_measured_in_is_refused() -> None:
+    processor = hub_llava()
+    encoder = Encoder(processor)
+    with pytest.raises(ValueError, match="crops a picture of 56×28 to its centre") as error:
+        encoder.prompt("Where?", Image.new("RGB", (56, 28)))
+    with pytest.raises(ValueError, match="crops a picture of 28×56 to its centre"):
+        encoder.prompt("Where?", Image.new("RGB", (28, 56)))
+    with pytest.raises(ValueError, match="crops a picture of 28×56 to its centre"):
+        encoder.seen_size((28, 56))
+    encoder.prompt("Where?", Image.new("RGB", (28, 28)))
+    setting = json.loads(re.search(r"processor_options (\{.*\}) shows", str(error.value))[1])  # type: ignore[index]
+    for name, value in setting.items():
+        setattr(processor.image_processor, name, value)
+    pictures = [Image.new("RGB", (56, 28)) for _ in range(2)]
+    pictures[1].paste("white", (0, 0, 4, 28))  # an object at the left edge
+    before, after = (Encoder(processor).prompt("Where?", picture)["pixel_values"] for picture in pictures)
+    assert (before != after).any()
+
+
+def test_a_processor_that_pads_to_a_square_is_refused() -> None:
+    _, processor = tiny_models.build("llava")
+    square = {"height": 28, "width": 28}
+    processor.image_processor = LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=square)
+    with pytest.raises(ValueError, match=r'pads a picture of 56×28 to a square.*"do_pad": false'):
+        Encoder(processor).prompt("Where?", Image.new("RGB", (56, 28)))
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES + tiny_models.MORE_FAMILIES)
+def test_all_of_a_picture_reaches_the_model(family: str) -> None:
+    _, processor = tiny_models.build(family)
+    for size in ((80, 40), (40, 80), (40, 40)):
+        assert frame_problem(processor.image_processor, size) is None
