@@ -17,6 +17,7 @@ from perpo.encoding.batch import ListBatch
 from perpo.encoding.collator import ListCollator
 from perpo.encoding.corruption import image_pairs
 from perpo.training.lists import thin_out
+from perpo.training.reference import with_reference
 from perpo_kernels import objectives
 from tests.kernels.family import DEFINITIONS, OneList
 
@@ -122,7 +123,7 @@ def test_mdpo_has_a_reference_for_answers_under_the_corrupted_image(reference: s
         processor.save_pretrained(tmp_path / "model")
         options["ref_model_name_or_path"] = str(tmp_path / "model")
     runner = tiny_runs.trainer("llava", tmp_path, data=records(), **options)
-    batch = runner._with_reference(runner.model, runner.data_collator(runner.train_dataset))
+    batch = with_reference(runner.data_collator(runner.train_dataset), reference, runner.model, runner.ref_model)
     separate = ListCollator(runner.encoder)(runner.train_dataset)
     assert batch.added.tolist() == [False] * 3 + [True] + [False] * 2 + [True] + [False] * 3 + [True]
     if reference == "none":
