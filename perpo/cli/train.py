@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from peft import LoraConfig
-from torch import nn
 from transformers.utils import logging
 
 from perpo.cli.settings import ModelConfig
@@ -16,7 +14,7 @@ from perpo.data.read import SCORED, ReadSettings, usable_records
 from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
 from perpo.encoding.prompt_check import PromptCheck
-from perpo.model.trainable import freeze, language_lora
+from perpo.model.trainable import TrainableConfig, trained_parts
 from perpo.sampling.candidates import parts_folder
 from perpo.storage.identity import known_identity
 from perpo.training.checkpoints import check_free, clear_disk_errors, only_run
@@ -46,57 +44,6 @@ class DataConfig(ReadSettings):
     )
 
 
-@dataclass
-class TrainableConfig:
-    """What is trained; by default, adapters on the language model."""
-
-    lora: bool = field(
-        default=True,
-        metadata={
-            "help": "Train adapters (LoRA) instead of the model's own weights. What is trained takes 16 bytes a number "
-            "(weight, gradient and two moments, in fp32), what is not 2 in bf16."
-        },
-    )
-    lora_r: int = field(default=128, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=256, metadata={"help": "Scale of the adapters: alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the way into the adapters."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the layers with adapters; default: all of the language model."}
-    )
-    train_projector: bool = field(default=False, metadata={"help": "Train what joins vision tower and language model."})
-    train_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower; only with lora off."})
-    train_lm_head: bool = field(default=False, metadata={"help": "Train the language head; only with lora off."})
-
-    def __post_init__(self) -> None:
-        if self.lora:
-            for name in ("train_vision_tower", "train_lm_head"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"{name} needs --lora false; for adapters there, name its layers with lora_target_modules"
-                    )
-
-    def apply(self, model: nn.Module) -> LoraConfig | None:
-        """The adapters to put on the model; without adapters, freezes what is not trained."""
-        if not self.lora:
-            freeze(
-                model,
-                vision_tower=not self.train_vision_tower,
-                projector=not self.train_projector,
-                head=not self.train_lm_head,
-            )
-            return None
-        config = language_lora(
-            model,
-            r=self.lora_r,
-            alpha=self.lora_alpha,
-            dropout=self.lora_dropout,
-            train_projector=self.train_projector,
-        )
-        if self.lora_target_modules:
-            config.target_modules = set(self.lora_target_modules)
-        return config
-
-
 SETTINGS = (ModelConfig, DataConfig, TrainableConfig, PerPOConfig)
 
 
@@ -119,16 +66,19 @@ def _train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConf
     train_lists = _read(data.train_file, data, args, processor)
     eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args, processor)
     model = model_config.load_model(name, revision)
+    prepared = trainable.apply(model, folder=str(args.output_dir), dtype=model_config.dtype)
     reference = args.ref_model_name_or_path
     trainer = PerPOTrainer(
-        model,
+        prepared.model,
         args,
         train_lists,
         processor(),
         eval_dataset=eval_lists,
-        peft_config=trainable.apply(model),
+        peft_config=prepared.peft_config,
         ref_model=None if reference is None else model_config.load_model(reference),
     )
+    if args.process_index == 0:
+        print("\n".join(line for line in (prepared.remark, trained_parts(trainer.model)) if line))
     _compare_pixels(data.train_file, trainer.encoder)
     with clear_disk_errors(str(args.output_dir)):
         trainer.train(resume_from_checkpoint=resume)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from perpo.model.adapters import base_of, merge_adapters
 from perpo.storage.checksums import check_weights
 
 
@@ -26,6 +29,9 @@ def load_model(
 ) -> nn.Module:
     """A vision-language model with its language head, or a causal language model if it is not one.
 
+    Where only adapters are saved, as by `perpo train`: their base model with them on it, a `PeftModel`. They are
+    frozen; `perpo.model.trainable.TrainableConfig.apply` trains them further.
+
     Raises:
         DamagedError: a file of its weights is cut off, or not what was saved; the message names it.
     """
@@ -33,8 +39,36 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    base = base_of(name_or_path, revision)
+    if base is not None:
+        check_weights(base[0])
+        model = _load_whole(base[0], base[1], options)
+        return PeftModel.from_pretrained(model, name_or_path, **({} if revision is None else {"revision": revision}))
+    return _load_whole(name_or_path, revision, options)
+
+
+def save_merged(
+    source: str | os.PathLike[str], folder: str | os.PathLike[str], dtype: torch.dtype | str | None = None
+) -> None:
+    """Merge the adapters in `source` into their base model and write it, with its processor, to `folder`.
+
+    Args:
+        dtype: as `merge_adapters`.
+
+    Raises:
+        ValueError: `source` holds no adapters.
+    """
+    model = load_model(os.fspath(source), dtype=torch.float32)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{os.fspath(source)!r} holds no adapters: there is nothing to merge")
+    merged: Any = merge_adapters(model, dtype)
+    merged.save_pretrained(folder)
+    load_processor(os.fspath(source)).save_pretrained(folder)
+
+
+def _load_whole(name_or_path: str, revision: str | None, options: dict[str, Any]) -> Any:
     if revision is not None:
-        options["revision"] = revision
+        options = {**options, "revision": revision}
     try:
         return AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
     except ValueError as error:

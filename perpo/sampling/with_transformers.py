@@ -32,6 +32,7 @@ from transformers import (
 
 from perpo.encoding.batch import TOKEN_KEYS, collate_lists
 from perpo.encoding.encoder import Encoder
+from perpo.model.language_head import causal_lm
 from perpo.sampling.sampler import Answer, Question, Sampling
 from perpo.storage.fingerprints import weights_fingerprint
 
@@ -120,7 +121,7 @@ class TransformersSampler:
     def identity(self) -> dict[str, str]:
         return {
             "engine": "transformers",
-            "weights": weights_fingerprint(self.model),
+            "weights": weights_fingerprint(causal_lm(self.model)),
             "adapters": _adapters_fingerprint(self.model),
             **self.encoder.fingerprint(),
             "end tokens": str(self.encoder.end_ids),

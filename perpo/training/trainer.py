@@ -89,11 +89,18 @@ class PerPOTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process: start one process a GPU with `torchrun --nproc-per-node "
                 f"{args.n_gpu} -m perpo train …`, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        if getattr(model, "_hf_peft_config_loaded", False) and not isinstance(model, PeftModel):
+            raise ValueError(
+                "model: it has adapters that transformers has put on it, and saving would lose them; load it with "
+                "perpo.load_model, which gives a PeftModel"
+            )
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config: the model has adapters already; merge them or leave peft_config out")
             set_seed(args.seed)  # as Trainer does, but after the adapters are drawn
             model = get_peft_model(model, peft_config)
+        if train_dataset is not None and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("model: none of its parameters requires a gradient, so nothing would be trained")
         check_reference(model, args, ref_model)
         set_precision(model, args)
         accept_rows(model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from perpo.data.record import ListRecord
@@ -269,3 +270,17 @@ def test_a_list_of_one_and_a_list_without_preference_give_zero_loss_with_a_graph
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in runner.model.parameters() if p.requires_grad)
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path: Path) -> None:
+    model, processor = tiny_models.build("llava")
+    with pytest.raises(ValueError, match="none of its parameters requires a gradient"):
+        PerPOTrainer(model.requires_grad_(False), tiny_runs.config(tmp_path), tiny_runs.records(), processor)
+
+
+def test_adapters_that_transformers_has_put_on_a_model_are_refused(tmp_path: Path) -> None:
+    """They are no PeftModel: a new adapter would be saved alone, and the old one lost."""
+    model, processor = tiny_models.build("llava")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"load it with perpo\.load_model"):
+        PerPOTrainer(model, tiny_runs.config(tmp_path), tiny_runs.records(), processor)
