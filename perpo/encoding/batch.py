@@ -45,6 +45,7 @@ class ListBatch:
     layout: PrefixLayout | None = None  # of a packed row; None: a row for every candidate
     added: Tensor | None = None  # bool [S]: of a list's second or later prompt, in the loss but not in list metrics
     n_tokens: int = 0  # tokens fed, without padding
+    n_cut: int = 0  # responses cut by max_response_length
 
     @property
     def n_lists(self) -> int:
@@ -203,7 +204,7 @@ def check_prompts(prompts: Sequence[dict[str, Tensor]], responses: Sequence[Sequ
         if set(prompt) != set(prompts[0]):
             raise ValueError(
                 f"prompts: one has {sorted(prompts[0])} and another {sorted(prompt)}; lists with and without an image "
-                "cannot share a batch: use per_device_train_batch_size=1 or give each list an image"
+                "cannot share a batch: put them into batches of their own"
             )
     n_prompt = prompts[0]["input_ids"].shape[1]
     for key, value in prompts[0].items():
@@ -218,7 +219,10 @@ def _flat(name: str, values: Sequence[Sequence[float]], counts: list[int]) -> Te
     got = [len(x) for x in values]
     if got != counts:
         raise ValueError(f"{name}: expected one number a response, {counts} of them by prompt, got {got}")
-    return torch.tensor([x for row in values for x in row], dtype=torch.float32)
+    exact = torch.tensor([x for row in values for x in row], dtype=torch.float64)
+    if bool((exact.isfinite() & exact.float().isinf()).any()):
+        raise ValueError(f"{name}: {exact.abs().max().item():g} is beyond the largest fp32 number; scale them")
+    return exact.float()
 
 
 def _padded_matrices(matrices: Sequence[Sequence[Sequence[float]]], sizes: list[int]) -> Tensor:  # [G, k, k]

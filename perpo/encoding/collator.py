@@ -5,7 +5,10 @@ A sample is a record, or for mDPO two: the list, and its best answer under the c
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
+from itertools import islice
 
 from torch import Tensor
 
@@ -49,7 +52,12 @@ class ListCollator:
         lists = [records_of(sample) for sample in samples]
         records = [record for one_list in lists for record in one_list]
         prompts = [self._prompt(record) for record in records]
-        responses = [self._responses(record) for record in records]
+        whole = [self._responses(record) for record in records]
+        limit = self.encoder.max_response_length
+        responses = [[ids[:limit] for ids in of_record] for of_record in whole]
+        records = [_level_cut(*pair, limit) for pair in zip(records, whole, strict=True)]
+        each = iter(records)
+        lists = [tuple(islice(each, len(one_list))) for one_list in lists]
         known = candidate_tensors(
             responses,
             [record.rewards or (0.0,) * record.k for record in records],
@@ -60,6 +68,7 @@ class ListCollator:
             if all(len(one_list) == 2 for one_list in lists)
             else None,
         )
+        known["n_cut"] = sum(_is_cut(ids, limit) for of_record in whole for ids in of_record)
         if self.positions is None:
             inputs, rows, n_tokens = separate_rows(prompts, responses, self.encoder.pad_id, self.encoder.answer_values)
             return ListBatch(inputs, rows, **known, n_tokens=n_tokens)
@@ -67,8 +76,9 @@ class ListCollator:
         return ListBatch(inputs, rows, **known, layout=layout, n_tokens=layout.n_tokens)
 
     def _responses(self, record: ListRecord) -> list[list[int]]:
+        """Not cut yet."""
         ended = record.complete or (True,) * record.k
-        return [self.encoder.response(text, whole) for text, whole in zip(record.responses, ended, strict=True)]
+        return [self.encoder.whole_response(text, end) for text, end in zip(record.responses, ended, strict=True)]
 
     def _prompt(self, record: ListRecord) -> dict[str, Tensor]:
         try:
@@ -78,6 +88,27 @@ class ListCollator:
             return self.encoder.prompt(_messages(record), image)
         except ValueError as error:
             raise SampleError(f"record {record.id!r}: {error}") from error
+
+
+def _is_cut(ids: Sequence[int], limit: int | None) -> bool:
+    return limit is not None and len(ids) > limit
+
+
+def _level_cut(record: ListRecord, responses: Sequence[Sequence[int]], limit: int | None) -> ListRecord:
+    """The record with one reward, their mean, for cut responses of which the same is left.
+
+    They have the same log-probs, so no preference between them can be learnt: they must be no pair.
+    """
+    rewards = list(record.rewards or ())
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, ids in enumerate(responses):
+        if rewards and _is_cut(ids, limit):
+            groups.setdefault(tuple(ids[:limit]), []).append(i)
+    for group in groups.values():
+        mean = math.fsum(rewards[i] for i in group) / len(group)
+        for i in group if len(group) > 1 else ():
+            rewards[i] = mean
+    return record if tuple(rewards) == (record.rewards or ()) else dataclasses.replace(record, rewards=tuple(rewards))
 
 
 def records_of(sample: Sample) -> tuple[ListRecord, ...]:

@@ -114,7 +114,7 @@ class Encoder:
         """
         text = self.render(prompt, image is not None)
         if image is not None:
-            self._check_frame(image.size)
+            self.check_frame(image.size)
         options: dict[str, Any] = {"return_tensors": "pt"}
         bos = self.tokenizer.bos_token
         if bos is not None and text.startswith(bos):
@@ -137,7 +137,7 @@ class Encoder:
         Raises:
             ValueError: the processor shows it a part of the picture, or more than the picture.
         """
-        self._check_frame(size)
+        self.check_frame(size)
         if size not in self._seen_sizes:
             self._seen_sizes[size] = seen_size(self._images, size)
         return self._seen_sizes[size]
@@ -220,7 +220,7 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------------------- details
 
-    def _check_frame(self, size: Size) -> None:
+    def check_frame(self, size: Size) -> None:
         """Raises:
         ValueError: the processor cuts off parts of a picture of this size, or adds to it: the model sees another frame
             than the one that boxes and rewards are measured in."""

@@ -37,6 +37,8 @@ class PromptCheck:
 
     def _check(self, record: ListRecord, image: Image.Image | None) -> None:
         text = self.encoder.render(record.prompt, image is not None)  # type: ignore[arg-type]
+        if image is not None:
+            self.encoder.check_frame(image.size)
         odd = image is not None and (min(image.size) < SMALL or max(image.size) > NARROW * min(image.size))
         written = str(record.prompt)
         for token in self._video:

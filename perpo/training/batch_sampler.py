@@ -74,15 +74,21 @@ class ListBatchSampler(BatchRebalanceSampler):
             yield list(self.batches[order[i % len(order)]])
 
 
-def batch_sampler(trainer: Any) -> ListBatchSampler | None:
-    """Of a `PerPOTrainer`'s training lists; None where the trainer's own sampler does."""
-    args, samples = trainer.args, trainer.train_dataset
+def batch_sampler(
+    trainer: Any, samples: Sequence[Sample], batch_size: int, budget: int | None = None
+) -> ListBatchSampler | None:
+    """Of a `PerPOTrainer`'s lists; None where the trainer's own sampler does.
+
+    Args:
+        batch_size: lists in a batch, if there is no budget.
+        budget: tokens in a batch.
+    """
+    args = trainer.args
     kinds = [has_image(sample) for sample in samples]
-    budget = args.max_tokens_per_row
-    if budget is None and (args.per_device_train_batch_size == 1 or len(set(kinds)) == 1):
+    if budget is None and (batch_size == 1 or len(set(kinds)) == 1):
         return None
     if budget is None:
-        tokens, most = [0] * len(samples), float(args.per_device_train_batch_size)
+        tokens, most = [0] * len(samples), float(batch_size)
     else:
         tokens, most = _count_tokens(trainer, samples), float("inf")
     batches = fill_batches(kinds, tokens, budget or 0, most, args.seed)

@@ -114,6 +114,8 @@ class PerPOTrainer(Trainer):
         self._sharing_unchecked = positions is not None
         self._evaluated: Any = None
         self._batches: ListBatchSampler | None = None
+        self._eval_batches: ListBatchSampler | None = None
+        self._n_cut = self._n_responses = 0
         self.objective = args.list_objective
         self.metrics = {"train": ListMetrics(), "eval": ListMetrics()}
         super().__init__(
@@ -215,8 +217,13 @@ class PerPOTrainer(Trainer):
         super()._run_epoch(*args, **options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        self._batches = batch_sampler(self)
+        args, samples = self.args, self.train_dataset or []
+        self._batches = batch_sampler(self, samples, args.per_device_train_batch_size, args.max_tokens_per_row)
         return self._batches or super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        self._eval_batches = batch_sampler(self, eval_dataset, self.args.per_device_eval_batch_size)
+        return self._eval_batches or super()._get_eval_sampler(eval_dataset)
 
     # -------------------------------------------------------------------------------------------------------- the loss
 
@@ -231,11 +238,23 @@ class PerPOTrainer(Trainer):
         batch = with_reference(inputs, str(self.args.reference), model, self.ref_model)
         output = self._forward(model, batch)
         self.metrics["train" if model.training else "eval"].add(batch, output)
+        self._count_cut(batch, model.training)
         if num_items_in_batch is None:
             loss = output.loss / batch.n_lists
         else:  # the ranks' gradients are averaged, so each gives its share times their number
             loss = output.loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, output) if return_outputs else loss
+
+    def _count_cut(self, batch: ListBatch, training: bool) -> None:
+        if batch.n_cut:
+            logger.warning_once(
+                f"{batch.n_cut} of {batch.cu_seqlens.numel() - 1} responses of a batch have more than "
+                f"max_response_length={self.args.max_response_length} tokens and are cut there; responses/cut in the "
+                "logs is their share. Cut responses of which the same is left are no pair"
+            )
+        if training:
+            self._n_cut += batch.n_cut
+            self._n_responses += batch.cu_seqlens.numel() - 1
 
     def _forward(self, model: nn.Module, batch: ListBatch) -> LinearPerPOOutput:
         call = partial(
@@ -263,24 +282,24 @@ class PerPOTrainer(Trainer):
         if not batch_samples or self.args.world_size == 1:
             return n_lists or None
         n_lists -= batch_samples[-1].n_lists
-        last = batch_samples[-1]
-        if (
-            self._batches is not None
-            and self._batches.ends_with_filling
-            and self.accelerator.gradient_state.end_of_dataloader
-        ):
-            batch_samples[-1], n_last = last.counting_first(0), 0
-        else:
-            batch_samples[-1], n_last = self._without_filling(last)
+        batch_samples[-1], n_last = self._without_filling(batch_samples[-1], self._batches)
         n_lists += n_last
         gathered = self.accelerator.gather(torch.tensor([[n_lists, self._stop.vote]], device=device))  # [ranks, 2]
         self._stop.count(gathered[:, 1])
         return gathered[:, 0].sum()
 
-    def _without_filling(self, batch: ListBatch) -> tuple[ListBatch, int]:
-        """The batch that the data loader gave last, and how many of its lists are of this pass over the data."""
+    def _without_filling(self, batch: ListBatch, batches: ListBatchSampler | None) -> tuple[ListBatch, int]:
+        """The batch that the data loader gave last, and how many of its lists are of this pass over the data.
+
+        Args:
+            batches: what made the batches of the data loader, if not the trainer's own sampler.
+        """
         state, n_lists = self.accelerator.gradient_state, batch.n_lists
-        if not state.end_of_dataloader or state.remainder <= 0:
+        if not state.end_of_dataloader:
+            return batch, n_lists
+        if batches is not None:
+            return (batch.counting_first(0), 0) if batches.ends_with_filling else (batch, n_lists)
+        if state.remainder <= 0:
             return batch, n_lists
         n_kept = min(max(state.remainder - self.args.process_index * n_lists, 0), n_lists)
         return (batch if n_kept == n_lists else batch.counting_first(n_kept)), n_kept
@@ -298,13 +317,16 @@ class PerPOTrainer(Trainer):
         if "loss" in logs:
             mine = self.metrics["train"].report(self.accelerator)
             self.metrics["train"].reset()
-            logs = {**mine, **logs}
+            counts = torch.tensor([[self._n_cut, self._n_responses]], device=self.accelerator.device)
+            n_cut, n_responses = self.accelerator.gather(counts).sum(0).tolist()
+            self._n_cut = self._n_responses = 0
+            logs = {**mine, "responses/cut": n_cut / max(n_responses, 1), **logs}
         super().log(logs, start_time)
 
     def prediction_step(
         self, model: nn.Module, inputs: ListBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, None, None]:
-        batch, _ = self._without_filling(inputs)
+        batch, _ = self._without_filling(inputs, self._eval_batches)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch))
         return loss.detach(), None, None

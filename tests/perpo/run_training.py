@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ def train(folder: Path, kill_at: int = 0, stop_at: int = 0, **options: Any) -> N
     torch.set_num_threads(1)
     family, n_lists, lora = options.pop("family", "llava"), options.pop("n_lists", 4), options.pop("lora", True)
     resume, dropout = options.pop("resume", None), options.pop("dropout", 0.0)
-    evaluate = options.pop("evaluate", False)
-    runner = tiny_runs.trainer(family, folder, lora=lora, data=tiny_runs.records(n_lists), dropout=dropout, **options)
+    evaluate, blind = options.pop("evaluate", False), options.pop("without_image", ())
+    data = [replace(one, image=None) if i in blind else one for i, one in enumerate(tiny_runs.records(n_lists))]
+    runner = tiny_runs.trainer(family, folder, lora=lora, data=data, dropout=dropout, **options)
     if kill_at:
         runner.add_callback(KillAt(kill_at))
     if stop_at:

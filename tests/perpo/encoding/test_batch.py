@@ -1,5 +1,6 @@
 """Lists of one or several prompts as a batch: which candidate is whose, and what travels to a device."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -89,3 +90,9 @@ def test_all_but_the_layout_moves_to_a_device() -> None:
 def test_lengths_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         candidate_tensors(RESPONSES, **options)
+
+
+def test_a_reward_that_fp32_would_make_infinite_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rewards: 1e\+39 is beyond the largest fp32 number"):
+        candidate_tensors([[[1], [2]]], [[1e39, 0.0]])
+    assert candidate_tensors([[[1], [2]]], [[math.inf, 0.0]])["rewards"].isinf().tolist() == [True, False]

@@ -103,6 +103,15 @@ def test_lists_with_and_without_an_image_can_be_in_one_run_of_larger_batches(tmp
     assert run.state.global_step == 4  # two and one of each kind
 
 
+def test_lists_with_and_without_an_image_are_evaluated_in_larger_batches(tmp_path: Path) -> None:
+    records = [dataclasses.replace(r, image=None) if i % 2 else r for i, r in enumerate(tiny_runs.records(5))]
+    found = [
+        runner(tmp_path / str(n), tiny_runs.records(2), per_device_eval_batch_size=n).evaluate(records) for n in (1, 3)
+    ]
+    for name in ("eval_loss", "eval_logps/chosen", "eval_lists/active", "eval_lists/reward_mean"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5), name
+
+
 def test_a_resumed_run_goes_on_with_the_rows_that_are_left(tmp_path: Path) -> None:
     records = tiny_runs.records(6)
     options: dict[str, Any] = {"max_tokens_per_row": 1, "num_train_epochs": 2, "save_strategy": "steps"}

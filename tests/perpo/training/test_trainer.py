@@ -222,7 +222,7 @@ def test_the_head_sees_response_rows_only_and_logits_never_leave_it(tmp_path: Pa
     runner.compute_loss(runner.model, batch).backward()
     shape, output = seen[-1]  # before it, once, the heads of the check of sharing
     assert shape == (batch.labels.numel(), tiny_models.HIDDEN)
-    assert all(x.numel() <= 4 * len(batch.rewards) for x in output)
+    assert all(x.numel() <= 4 * len(batch.rewards) for x in output if isinstance(x, Tensor))
 
 
 def test_a_projector_is_trained_beside_adapters(tmp_path: Path) -> None:
@@ -284,3 +284,26 @@ def test_adapters_that_transformers_has_put_on_a_model_are_refused(tmp_path: Pat
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"load it with perpo\.load_model"):
         PerPOTrainer(model, tiny_runs.config(tmp_path), tiny_runs.records(), processor)
+
+
+def test_cut_responses_are_counted_and_equal_ones_form_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them begin alike: cut, they are one response with one reward, their mean."""
+    texts = ("there it is", "there it was", "there!", "no")
+    record = ListRecord("r", tiny_models.picture(), "Where?", "", "", texts, (0.9, 0.1, 0.2, 0.5))
+    heard: list[str] = []
+    monkeypatch.setattr("perpo.training.trainer.logger.warning_once", heard.append)
+    runner = tiny_runs.trainer("llava", tmp_path, data=[record], reference="none", max_response_length=5)
+    batch = runner.data_collator(runner.train_dataset)
+    assert batch.n_cut == 3
+    assert batch.rewards.tolist() == pytest.approx([0.4, 0.4, 0.4, 0.5])
+    assert batch.labels[:5].tolist() == batch.labels[5:10].tolist()
+    runner.train()
+    log = runner.state.log_history[0]
+    assert (log["responses/cut"], log["lists/active"]) == (0.75, 1.0)
+    assert heard[0].startswith("3 of 4 responses of a batch have more than max_response_length=5 tokens")
+    alike = dataclasses.replace(record, responses=texts[:3], rewards=record.rewards[:3])  # type: ignore[index]
+    runner = tiny_runs.trainer("llava", tmp_path / "b", data=[alike], reference="none", max_response_length=5)
+    runner.train()
+    assert (runner.state.log_history[0]["lists/active"], runner.state.log_history[0]["loss"]) == (0.0, 0.0)
+    whole = tiny_runs.trainer("llava", tmp_path / "c", data=[alike], reference="none")
+    assert whole.data_collator(whole.train_dataset).rewards.tolist() == pytest.approx([0.9, 0.1, 0.2])

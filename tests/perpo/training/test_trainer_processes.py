@@ -71,11 +71,18 @@ def test_lists_that_fill_up_the_last_batch_count_once(tmp_path: Path) -> None:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
 
 
-def test_evaluation_on_two_processes_equals_one_also_if_they_do_not_divide_the_lists(tmp_path: Path) -> None:
-    options = {"n_lists": 3, "reference": "none", "evaluate": True}
+@pytest.mark.parametrize(
+    "mixed",
+    [{"n_lists": 3}, {"n_lists": 5, "without_image": [1, 2], "per_device_eval_batch_size": 2}],
+    ids=["images", "mixed"],
+)
+def test_evaluation_on_two_processes_equals_one_also_if_they_do_not_divide_the_lists(
+    mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"reference": "none", "evaluate": True, **mixed}
     two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
     assert two.returncode == 0, two.stderr[-3000:]
-    train(tmp_path / "one", **options)
+    train(tmp_path / "one", **(options | {"per_device_eval_batch_size": 1}))
     (_, (ours,)), (_, (theirs,)) = trained(tmp_path / "two"), trained(tmp_path / "one")
     of_lists = [name for name in theirs if name == "eval_loss" or name.startswith(("eval_rewards", "eval_l"))]
     assert len(of_lists) == 12
