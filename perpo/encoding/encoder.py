@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from perpo.encoding.frame import Size, frame_problem, seen_size
+from perpo.encoding.frame import Size, cropped, pads_to_square, seen_size
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,7 @@ class Encoder:
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
         self._seen_sizes: dict[Size, Size] = {}
-        self._frame_problems: dict[Size, str | None] = {}
+        self._cropped: dict[Size, str | None] = {}
         self._check_template()
 
     @classmethod
@@ -135,7 +135,7 @@ class Encoder:
         """The size of a picture as the model sees it, which boxes in pixels are measured in.
 
         Raises:
-            ValueError: the processor shows it a part of the picture, or more than the picture.
+            ValueError: the processor shows it a part of the picture.
         """
         self.check_frame(size)
         if size not in self._seen_sizes:
@@ -222,11 +222,15 @@ class Encoder:
 
     def check_frame(self, size: Size) -> None:
         """Raises:
-        ValueError: the processor cuts off parts of a picture of this size, or adds to it: the model sees another frame
-            than the one that boxes and rewards are measured in."""
-        if size not in self._frame_problems:
-            self._frame_problems[size] = frame_problem(self._images, size)
-        if problem := self._frame_problems[size]:
+        ValueError: the processor cuts off parts of a picture of this size; says which setting shows all of it."""
+        if size not in self._cropped:
+            self._cropped[size] = cropped(self._images, size)
+            if pads_to_square(self._images, size):
+                logger.warning_once(
+                    f"{type(self._images).__name__} pads pictures to a square: boxes are fractions of that square. "
+                    "Give grounding tasks the box format llava-pad"
+                )
+        if problem := self._cropped[size]:
             raise ValueError(f"image: {problem}")
 
     @property

@@ -14,7 +14,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from perpo.encoding.batch import collate_lists
 from perpo.encoding.encoder import Encoder
-from perpo.encoding.frame import frame_problem, seen_size
+from perpo.encoding.frame import cropped, pads_to_square, seen_size
 from perpo.model.language_head import check_language_head, response_hidden_states, sequence_log_probs, token_log_probs
 
 from .. import tiny_models
@@ -320,16 +320,22 @@ def test_a_processor_that_crops_what_boxes_are_measured_in_is_refused() -> None:
     assert (before != after).any()
 
 
-def test_a_processor_that_pads_to_a_square_is_refused() -> None:
+def test_a_processor_that_pads_to_a_square_says_which_boxes_go_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     _, processor = tiny_models.build("llava")
     square = {"height": 28, "width": 28}
     processor.image_processor = LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=square)
-    with pytest.raises(ValueError, match=r'pads a picture of 56×28 to a square.*"do_pad": false'):
-        Encoder(processor).prompt("Where?", Image.new("RGB", (56, 28)))
+    heard: list[str] = []
+    monkeypatch.setattr("perpo.encoding.encoder.logger.warning_once", heard.append)
+    Encoder(processor).prompt("Where?", Image.new("RGB", (28, 28)))
+    assert heard == []
+    Encoder(processor).prompt("Where?", Image.new("RGB", (56, 28)))
+    assert "LlavaImageProcessorPil pads pictures to a square" in heard[0]
+    assert "llava-pad" in heard[0]
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES + tiny_models.MORE_FAMILIES)
 def test_all_of_a_picture_reaches_the_model(family: str) -> None:
     _, processor = tiny_models.build(family)
     for size in ((80, 40), (40, 80), (40, 40)):
-        assert frame_problem(processor.image_processor, size) is None
+        assert cropped(processor.image_processor, size) is None
+        assert not pads_to_square(processor.image_processor, size)
