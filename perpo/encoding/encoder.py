@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from perpo.encoding.frame import Size, cropped, pads_to_square, seen_size
+from perpo.storage.fingerprints import fingerprint
 
 logger = logging.get_logger(__name__)
-
-from perpo.storage.fingerprints import fingerprint
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
