@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from perpo.storage.atomic import atomic_file
+
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -120,12 +122,8 @@ def append(path: str | Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     everything: Sequence[Row] = [*read(path), *rows]
     text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in everything) + "\n]\n"
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def default_path(device: str) -> Path:

@@ -106,10 +106,13 @@ def test_a_folder_with_checkpoints_is_refused_before_anything_is_read(
     with monkeypatch.context() as patched:
         patched.setattr(train_command, "usable_records", no_model)
         assert cli.main(command(project, *saving)) == 1
-        assert "out holds checkpoints; go on from them with resume_from_checkpoint=true" in capsys.readouterr().err
+        assert "out holds checkpoints; resume from them with resume_from_checkpoint=true" in capsys.readouterr().err
     resume = ["--resume_from_checkpoint", "true"]
     assert cli.main(command(project, *saving, *resume, "--learning_rate", "1e-4")) == 1
-    assert "checkpoints of another run; different: learning_rate (5e-06 there, 0.0001 now)" in capsys.readouterr().err
+    assert (
+        "holds checkpoints that this run cannot take as its own; different: learning_rate (5e-06 there, 0.0001 now)"
+        in capsys.readouterr().err
+    )
     assert cli.main(command(project, *saving, *resume, "--max_steps", "3")) == 0
     assert log(project)[-1]["step"] == 3
 

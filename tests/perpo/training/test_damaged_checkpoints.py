@@ -12,7 +12,7 @@ from perpo.model.load import load_model
 from perpo.model.settings import LoadSettings
 from perpo.storage.checksums import CHECKSUMS
 from perpo.storage.identity import IDENTITY, DamagedError
-from perpo.training.checkpoints import last_whole_checkpoint
+from perpo.training.checkpoints import finished_checkpoints, last_whole_checkpoint
 from perpo.training.trainer import PerPOTrainer
 
 from .. import tiny_models, tiny_runs
@@ -122,17 +122,17 @@ def test_a_checkpoint_that_is_written_over_is_not_whole_until_it_is_written(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill in between must not leave the new weights with the old optimizer, as if they belonged together."""
-    whole: list[Path | None] = []
+    finished: list[list[Path]] = []
     again = trainer(run)
     write = again._save_optimizer_and_scheduler
 
     def watched(folder: str) -> None:
-        whole.append(last_whole_checkpoint(run))
+        finished.append(finished_checkpoints(run))
         write(folder)
 
     monkeypatch.setattr(again, "_save_optimizer_and_scheduler", watched)
     again.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-    assert whole == [run / "checkpoint-2"]
+    assert finished == [[run / "checkpoint-2"]]
     assert last_whole_checkpoint(run) == run / "checkpoint-4"
 
 

@@ -36,6 +36,14 @@ class SignalIn(TrainerCallback):
                 signal.raise_signal(self.number)
 
 
+class CountSaves(TrainerCallback):
+    def __init__(self) -> None:
+        self.n = 0
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.n += 1
+
+
 def train(folder: Path, *callbacks: TrainerCallback, resume: bool = False, **options: Any) -> tuple[Any, Any]:
     torch.set_num_threads(1)
     settings = OPTIONS | {"gradient_accumulation_steps": 2} | options
@@ -69,13 +77,15 @@ def test_the_step_is_finished_and_the_resume_is_exact(number: signal.Signals, tm
 def test_where_nothing_is_saved_between_epochs(strategy: str, tmp_path: Path) -> None:
     """4 lists are two steps. A run that saves nothing says that nothing was saved."""
     options = {"save_strategy": strategy, "num_train_epochs": 2, "max_steps": -1}
+    saves = CountSaves()
     with pytest.raises(StoppedBySignal) as stopped:
-        train(tmp_path, SignalIn(3, signal.SIGTERM), **options)
+        train(tmp_path, SignalIn(3, signal.SIGTERM), saves, **options)
     if strategy == "no":
         assert "stopped after step 3; no checkpoint was written, since save_strategy is 'no'" in stopped.value.message
         assert list(tmp_path.glob("checkpoint-*")) == []
     else:
         assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+        assert saves.n == 2  # after the first epoch, and after step 3; not again as if the epoch had ended there
 
 
 def test_in_the_last_step_a_signal_changes_nothing(tmp_path: Path) -> None:
