@@ -264,6 +264,15 @@ def test_a_file_is_checked_as_the_command_line_is(
     assert f"run.yaml: argument --{name}" in shown
 
 
+def test_an_error_names_the_source_of_the_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("n: 2\nshare: half\n")
+    config = ["--config", str(tmp_path / "run.yaml")]
+    assert parse([Settings], [*config, "--share", "0.5"], "perpo")[0].share == 0.5  # the file's own is not used
+    with pytest.raises(SystemExit):
+        parse([Settings], [*config, "--share", "0.5", "--n", "half"], "perpo")
+    assert "perpo: argument --n: invalid int value: 'half'" in capsys.readouterr().err
+
+
 def test_help_is_quick_and_lists_the_commands() -> None:
     code = "import sys, perpo.cli.main; perpo.cli.main.main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
