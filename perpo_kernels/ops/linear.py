@@ -26,7 +26,7 @@ from perpo_kernels.chunks import HeadGradient, bind_head, chunks, kept_rows, mul
 from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import first_derivative_only, no_autocast, no_gradient
-from perpo_kernels.ops.lists import new_list_result, on_device, run_list_loss
+from perpo_kernels.ops.lists import new_list_result, on_device
 from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype
 
 # ------------------------------------------------------------------------------------------------ log-probs of tokens
@@ -35,16 +35,16 @@ from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype
 @torch.library.custom_op("perpo_kernels::linear_log_probs", mutates_args=())
 @no_autocast
 def linear_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    logit_map: Sequence[float],
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [T]
+    logit_map: Sequence[float],  # of LogitMap.pack
     chunk_bytes: int,
     backend: str,
     keep_derivative: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, H], labels [T] -> log_probs [T], lse [2, T], U = ∂log_prob/∂hidden [T, H] (or [0, H])."""
+    """-> log_probs [T], lse [2, T], U = ∂log_prob/∂hidden [T, H] (or [0, H])."""
     z = LogitMap.unpack(logit_map)
     checks.label_values(labels, weight.shape[0], z.ignore_index)
     kept = kept_rows(labels, z.ignore_index)
@@ -83,27 +83,20 @@ def _new_log_probs(hidden: Tensor, keep_derivative: bool) -> tuple[Tensor, Tenso
 
 @linear_log_probs.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    logit_map: Sequence[float],
-    chunk_bytes: int,
-    backend: str,
-    keep_derivative: bool,
+    hidden: Tensor, weight: Any, bias: Any, labels: Any, logit_map: Any, chunk_bytes: int, backend: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_log_probs(hidden, keep_derivative)
+    return _new_log_probs(hidden, keep)
 
 
 @torch.library.custom_op("perpo_kernels::linear_log_probs_head_backward", mutates_args=())
 @no_autocast
 def linear_log_probs_head_backward(
-    grad: Tensor,
-    lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
+    grad: Tensor,  # [T]
+    lse: Tensor,  # [2, T]
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [T]
     logit_map: Sequence[float],
     chunk_bytes: int,
     backend: str,
@@ -126,16 +119,7 @@ def linear_log_probs_head_backward(
 
 @linear_log_probs_head_backward.register_fake
 def _(
-    grad: Tensor,
-    lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    logit_map: Sequence[float],
-    chunk_bytes: int,
-    backend: str,
-    need: Sequence[bool],
+    grad: Any, lse: Any, hidden: Any, weight: Tensor, bias: Any, labels: Any, z: Any, size: int, backend: str, need: Any
 ) -> tuple[Tensor, Tensor]:
     return _new_head_gradient(weight, need, weight.dtype)
 
@@ -194,12 +178,12 @@ linear_log_probs.register_autograd(_log_probs_backward, setup_context=_log_probs
 @torch.library.custom_op("perpo_kernels::linear_list_loss", mutates_args=())
 @no_autocast
 def linear_list_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    data: Sequence[Tensor | None],
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    data: Sequence[Tensor | None],  # of ListProblem.pack
     numbers: Sequence[float],
-    logit_map: Sequence[float],
+    logit_map: Sequence[float],  # of LogitMap.pack
     chunk_bytes: int,
     backend: str,
     need: Sequence[bool],
@@ -234,7 +218,7 @@ def linear_list_loss(
             pair_weights=None if problem.pair_weights is None else problem.pair_weights[lists],
         )
         of_lists = result._replace(losses=result.losses[lists], active=result.active[lists])
-        run_list_loss(log_probs, part, backend, of_lists)
+        head.kernels.list_loss(log_probs, part, of_lists)
 
     def add_chunk(raw: Tensor, c: slice) -> None:
         if need_hidden:
@@ -280,15 +264,7 @@ def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) ->
 
 @linear_list_loss.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    data: Sequence[Tensor | None],
-    numbers: Sequence[float],
-    logit_map: Sequence[float],
-    chunk_bytes: int,
-    backend: str,
-    need: Sequence[bool],
+    hidden: Tensor, weight: Tensor, bias: Any, data: Any, numbers: Any, z: Any, size: int, backend: str, need: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_hidden, *need_head = need
     log_probs, _, derivative = _new_log_probs(hidden, need_hidden)

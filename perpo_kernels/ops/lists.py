@@ -16,13 +16,8 @@ def on_device(problem: ListProblem, device: torch.device) -> ListProblem:
     return problem.each(lambda x: x.to(device, non_blocking=True).contiguous())
 
 
-def run_list_loss(log_probs: Tensor, problem: ListProblem, backend: str, result: ListResult) -> None:
-    kernels = backends.load(backends.resolve(backend, log_probs.device.type, result.losses.dtype))
-    kernels.list_loss(log_probs, problem, result)
-
-
 def new_list_result(log_probs: Tensor, problem: ListProblem) -> ListResult:
-    """To be written by `run_list_loss`, every entry of it: filling it first would be four launches more."""
+    """To be written by a backend's `list_loss`, every entry of it: filling it first would be four launches more."""
     n_lists, n_candidates = problem.cu_lists.shape[0] - 1, problem.rewards.shape[0]
     dtype = accumulation_dtype(log_probs.dtype)
 
@@ -35,14 +30,18 @@ def new_list_result(log_probs: Tensor, problem: ListProblem) -> ListResult:
 @torch.library.custom_op("perpo_kernels::list_loss", mutates_args=())
 @no_autocast
 def list_loss(
-    log_probs: Tensor, data: Sequence[Tensor | None], numbers: Sequence[float], backend: str
+    log_probs: Tensor,  # [T] or [S]
+    data: Sequence[Tensor | None],  # of ListProblem.pack
+    numbers: Sequence[float],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> (Σ losses [], losses [G], coefficients [T or S], candidates [3, S], active [G])."""
+    """-> Σ losses [], losses [G], coefficients [T or S], candidates [3, S], active [G]."""
     problem = ListProblem.unpack(data, numbers)
     checks.list_values(problem, log_probs.shape[0])
     problem = on_device(problem, log_probs.device)
     result = new_list_result(log_probs, problem)
-    run_list_loss(log_probs.contiguous(), problem, backend, result)
+    kernels = backends.load(backends.resolve(backend, log_probs.device.type, result.losses.dtype))
+    kernels.list_loss(log_probs.contiguous(), problem, result)
     return (result.losses.sum(), *result)
 
 

@@ -97,25 +97,20 @@ class _Rows:
         return grad if self.slope is None else grad.mul_(self.slope)
 
 
-def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
+def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     log_probs = labels.new_empty(labels.shape, dtype=accumulation_dtype(logits.dtype))
     lse = log_probs.new_empty(2, len(labels))
     for raw, place in _row_blocks(logits):
-        rows = _Rows(raw, labels[place], z)
+        rows = _Rows(raw, labels[place], z, reuse=overwrite)
         for values, out in zip(rows.log_probs(), (log_probs, *lse), strict=True):
             rows.spread(values, out[place])
+        if overwrite:
+            rows.spread(rows.gradient(None), raw)
     return log_probs, lse
 
 
 def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
-    log_probs = labels.new_empty(labels.shape, dtype=accumulation_dtype(logits.dtype))
-    lse = log_probs.new_empty(2, len(labels))
-    for raw, place in _row_blocks(logits):
-        rows = _Rows(raw, labels[place], z, reuse=True)
-        for values, out in zip(rows.log_probs(), (log_probs, *lse), strict=True):
-            rows.spread(values, out[place])
-        rows.spread(rows.gradient(None), raw)
-    return log_probs, lse
+    return log_prob_rows(logits, labels, z, overwrite=True)
 
 
 def grad_rows_(
