@@ -1,6 +1,6 @@
 """The language head as GEMMs over chunks of tokens: how many rows of logits are held at once, and sums over chunks.
 
-Z [rows, V] is one buffer, used by every chunk. Its rows start on cache lines whatever V is, so that row kernels keep
+Z [rows, V] is one buffer that all chunks share. Its rows start on cache lines whatever V is, so that row kernels keep
 16-byte loads and stores and GEMMs an aligned leading dimension.
 """
 
@@ -35,7 +35,7 @@ class ChunkedHead(NamedTuple):
         return max(1, (self.chunk_bytes or default) // self._row_bytes())
 
     def chunk_rows(self, n_tokens: int) -> int:
-        """Tokens a chunk: equal chunks within the budget; on a GPU of whole GEMM tiles, where those fit."""
+        """Tokens per chunk: equal chunks within the budget; on a GPU of whole GEMM tiles, where those fit."""
         rows = self.max_rows()
         if n_tokens <= rows:
             return max(n_tokens, 1)
@@ -68,7 +68,7 @@ def bind_head(weight: Tensor, bias: Tensor | None, z: LogitMap, chunk_bytes: int
 
 
 def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Rows that are not ignored, if some are and leaving them out of the GEMMs costs no synchronisation; else None."""
+    """Indices of the rows that are not ignored; None if all are kept, or if finding them would wait for a device."""
     ignored = labels == ignore_index
     return (~ignored).nonzero().squeeze(1) if labels.device.type == "cpu" and bool(ignored.any()) else None
 

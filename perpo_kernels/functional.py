@@ -1,6 +1,6 @@
 """The public functions: check the arguments, pick the backend, call the operator.
 
-Symbols: T tokens, S candidates, G lists, k candidates a list, V vocabulary, H hidden size. The formulas are in
+Symbols: T tokens, S candidates, G lists, k candidates per list, V vocabulary, H hidden size. The formulas are in
 `perpo_kernels.objectives` (the loss) and `perpo_kernels.ops.linear` (how gradients come without logits).
 """
 
@@ -31,7 +31,7 @@ def token_log_probs(
 
     Args:
         logits: [..., V], fp32, fp16 or bf16 (fp64 on the eager and reference backends). A view such as `logits[:, :-1]`
-            is taken as it is.
+            is not copied.
         labels: int64 [...], aligned: labels[t] is the target of logits[t]. Nothing is shifted.
         temperature: > 0.
         ignore_index: positions with this label give 0, get no gradient, and are never read.
@@ -183,7 +183,7 @@ class LinearPerPOOutput(NamedTuple):
     loss: Tensor  # [] or [G]
     log_probs: Tensor  # [S]: Σ_t ω_t log π(y_it)
     scores: Tensor  # [S]: what the objective ranks, log π − log π_ref
-    rewards: Tensor  # [S]: NaN for a candidate that takes part in nothing
+    rewards: Tensor  # [S]: NaN for an invalid candidate
     active: Tensor  # [G]: 1 if the list has a preferred pair, else 0
     cu_lists: Tensor  # [G + 1]
     beta: float

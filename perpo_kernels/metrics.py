@@ -40,7 +40,7 @@ class Ranking(NamedTuple):
 
 
 def rank(scores: Tensor, rewards: Tensor, cu_lists: Tensor) -> Ranking:
-    """scores [S], rewards [S] (NaN for a candidate that takes part in nothing), cu_lists [G + 1]."""
+    """scores [S], rewards [S] (NaN for an invalid candidate), cu_lists [G + 1]."""
     n, n_lists = scores.shape[0], cu_lists.shape[0] - 1
     lists = layout.owner(cu_lists.to(scores.device, non_blocking=True), n)
 

@@ -23,8 +23,8 @@ The loss of a list is a sum of terms, each of which may be absent:
                     position; ranks are constants)
     normalize       list: w / Σ w       pairs: w / number of pairs       none
 
-Whatever the objective: weights, targets and ranks are constants; a candidate that is invalid (no token, NaN or
-infinite reward) takes part in nothing; a list in which no candidate is better than another has loss 0 and gradient 0.
+For every objective: weights, targets and ranks are constants; an invalid candidate (no token, a NaN or infinite
+reward) is left out of every term; a list in which no candidate is better than another has loss 0 and gradient 0.
 The gradient of the pair, softmax and Plackett–Luce terms sums to 0 over the list.
 
 Plackett–Luce with ties: the tied candidates share one denominator (Breslow), and those tied for last place have no

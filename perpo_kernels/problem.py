@@ -95,5 +95,5 @@ class ListResult(NamedTuple):
 
     losses: Tensor  # [G]
     coefficients: Tensor  # [T] or [S]: ∂(Σ losses)/∂log_probs; tokens outside every list keep what they held
-    candidates: Tensor  # [3, S]: Σ ω log π, score s, reward (NaN for a candidate that takes part in nothing)
+    candidates: Tensor  # [3, S]: Σ ω log π, score s, reward (NaN for an invalid candidate)
     active: Tensor  # [G]: 1 if the list has a preferred pair, else 0

@@ -1,7 +1,7 @@
-"""The definition: plain PyTorch, differentiable by autograd, one loop a sum, nothing fused. The oracle of every test.
+"""The definition: plain PyTorch, differentiable by autograd, one loop for each sum. The oracle of every test.
 
-Works in the dtype that it is given, so float64 in means float64 throughout. Slow on purpose: read it to learn what is
-computed.
+It works in the dtype that it is given: float64 inputs are computed in float64 throughout. It is slow on purpose; read
+it to learn what the other backends compute.
 """
 
 import math

@@ -6,7 +6,7 @@ no closed-form solution of the shape that DPO needs, but by Jensen's inequality
     Σ_k α_k E_π log(π / π_k)  ≤  E_π log Σ_k α_k π / π_k  =  E_π log(π / π̃),     π̃ = 1 / Σ_k (α_k / π_k)
 
 so KL to the harmonic mean π̃ (not normalised; the constant cancels between the answers to one prompt) bounds it, and DPO
-and its kin apply with π̃ for π_ref. In logarithms, of whole responses:
+and its kin apply with π̃ for π_ref. In logarithms of whole responses:
 
     log π̃ = −log Σ_k exp(log α_k − log π_k)
 

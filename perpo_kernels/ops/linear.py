@@ -1,16 +1,16 @@
 """From hidden states to log-probs and list losses without holding the logits: chunking, GEMMs and their autograd.
 
-∂log_prob_t/∂logits_t = onehot(y_t) − softmax_t does not depend on the loss. So the forward pass takes T tokens a
-chunk at a time:
+∂log_prob_t/∂logits_t = onehot(y_t) − softmax_t does not depend on the loss. So the forward pass takes T tokens
+chunk by chunk:
 
     Z = X_c Wᵀ (GEMM)      log_prob, and Z overwritten by D = onehot − softmax (row kernel)      U_c = D W (GEMM)
 
-and keeps U [T, H], in fp32. The backward pass is a row scale, dX = g ⊙ U, for any loss above. A frozen head is done
-with that: two GEMMs for forward and backward. A trainable head needs dW = Dᵀ (g ⊙ X):
+and keeps U [T, H], in fp32. The backward pass is a row scale, dX = g ⊙ U, for any loss above. A frozen head needs
+no more: two GEMMs for forward and backward. A trainable head needs dW = Dᵀ (g ⊙ X):
 
-- under a list loss, g is known once a whole list has been seen, so chunks of whole lists add their share while D is
-  still in memory: three GEMMs. A list that does not fit the budget is swept twice, four GEMMs.
-- under an unknown loss, D is made again in the backward pass: four GEMMs.
+- under a list loss, g is known as soon as all log-probs of a list are, so chunks of whole lists add their share while
+  D is still in memory: three GEMMs. A list that does not fit the budget is computed twice: four GEMMs.
+- under an unknown loss, D is recomputed in the backward pass: four GEMMs.
 
 dW is summed in fp32. Under no_grad there is one GEMM and D is never formed.
 """
@@ -102,7 +102,7 @@ def linear_log_probs_head_backward(
     backend: str,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """-> dW [V, H] and db [V], or empty, as `need` says; the logits are made again, a chunk at a time."""
+    """-> dW [V, H] and db [V], or empty, as `need` says; the logits are recomputed chunk by chunk."""
     head = bind_head(weight, bias, LogitMap.unpack(logit_map), chunk_bytes, backend)
     kept = kept_rows(labels, head.z.ignore_index)
     if kept is not None:
@@ -149,7 +149,7 @@ def _log_probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     _, lse, derivative = output
     need_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.hidden_dtype = hidden.dtype
-    # A frozen head needs U alone: hidden states and lse are let go.
+    # A frozen head needs U alone: hidden states and lse are not kept.
     ctx.save_for_backward(derivative, *((lse, hidden, weight, bias, labels) if need_head else (None,) * 5))
     ctx.mark_non_differentiable(lse, derivative)
     ctx.set_materialize_grads(False)

@@ -71,9 +71,9 @@ def _backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, *
     if grad_losses is not None:
         device = coefficients.device
         n_candidates = coefficients.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        lists = layout.owner(cu_lists.to(device), n_candidates)
+        lists = layout.owner(cu_lists.to(device, non_blocking=True), n_candidates)
         if cu_seqlens is not None:
-            lists = lists[layout.owner(cu_seqlens.to(device), coefficients.shape[0])]
+            lists = lists[layout.owner(cu_seqlens.to(device, non_blocking=True), coefficients.shape[0])]
         per_item = grad_losses[lists]
         scale = per_item if scale is None else scale + per_item
     gradient = None if scale is None else (coefficients * scale).to(ctx.dtype)

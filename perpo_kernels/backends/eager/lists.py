@@ -19,11 +19,11 @@ PAIRS_AT_ONCE = 1 << 22
 
 
 class Candidates(NamedTuple):
-    """One entry a candidate; [S], or [n, k] for n lists padded to k."""
+    """One entry per candidate; [S], or [n, k] for n lists padded to k."""
 
     score: Tensor  # s
     log_prob: Tensor  # Σ ω log π
-    reward: Tensor  # NaN for a candidate that takes part in nothing
+    reward: Tensor  # NaN for an invalid candidate
     flip_prob: Tensor | None
 
 
@@ -60,7 +60,7 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
 
 
 def _blocks(cu_lists: Tensor, here: slice, k: int) -> Iterator[tuple[slice, Any, Tensor | None]]:
-    """A few lists at a time: which, where their candidates are from `here` on, and which of k are there (None: all)."""
+    """Blocks of lists: which, where their candidates are counted from `here`, and which of k exist (None: all)."""
     n_lists, at_once = cu_lists.numel() - 1, max(1, PAIRS_AT_ONCE // (k * k))
     equal = n_lists * k == here.stop - here.start
     slot = torch.arange(k, device=cu_lists.device)
@@ -138,7 +138,7 @@ def lists_of_k(
     o = objective
     dtype = c.score.dtype
     member = ~c.reward.isnan()
-    better = c.reward.unsqueeze(-1) > c.reward.unsqueeze(-2)  # [n, i, j]: r_i > r_j; false where either is no candidate
+    better = c.reward.unsqueeze(-1) > c.reward.unsqueeze(-2)  # [n, i, j]: r_i > r_j; false where either is invalid
     highest = c.reward.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
     lowest = c.reward.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)
     is_best = c.reward == highest

@@ -1,4 +1,4 @@
-"""The primitives as Triton kernels: CUDA, ROCm, and the CPU under TRITON_INTERPRET=1. One file a primitive."""
+"""The primitives as Triton kernels: CUDA, ROCm, and the CPU under TRITON_INTERPRET=1. One file for each primitive."""
 
 from perpo_kernels.backends.triton.grad_rows import fused_rows_, grad_rows_
 from perpo_kernels.backends.triton.list_loss import list_loss

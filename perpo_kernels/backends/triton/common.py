@@ -1,14 +1,14 @@
 """What the row kernels share: a walk along a row of any alignment in 16-byte vectors, and the map from raw to logits.
 
 A row [V] is cut into a *body* of whole aligned 16-byte vectors and at most VEC − 1 *edge* elements on either
-side of it. The body is a [BLOCK / VEC, VEC] tile a step; its mask depends on the vector and not on the element,
+side of it. The body is read in tiles of [BLOCK / VEC, VEC]; its mask depends on the vector and not on the element,
 so that every load and store stays 16 bytes wide for every V and every row start. Without this, a row length
 that is odd makes each access 2 bytes wide.
 
 A lane (one vector's place in the tile) keeps a running maximum and sum of its own: one rescaling exponential
 per VEC elements and no exchange between threads until the row ends. Each step's loads are issued in the step
-before: left to itself, the assembler puts off all but one or two of a step's loads to save registers, and waits
-for memory several times a step.
+before: otherwise the assembler postpones all but one or two of a step's loads to save registers, and waits
+for memory several times in each step.
 """
 
 from typing import Any, NamedTuple
@@ -150,7 +150,7 @@ def row_launch(logits: Tensor, sweeps: int = 1, max_threads: int = MAX_THREADS) 
     """Launch parameters for the rows of `logits` [N, V] or [B, N, V]; the last dimension must be dense.
 
     Rows swept twice are to be found in L2 the second time. All programs that run at once work on a row each, so
-    the longer the row, the more threads it gets and the fewer run: at 64 registers a thread, 132
+    the longer the row, the more threads it gets and the fewer run: at 64 registers per thread, 132
     multiprocessors hold 35 MB.
     """
     assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "the vocabulary dimension must be contiguous"

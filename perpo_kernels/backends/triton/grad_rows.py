@@ -7,7 +7,7 @@
 it reads the row twice, the second time from L2, and writes it once. Ignored rows are not read; they are written
 with zeros, so that a GEMM over D needs no mask.
 
-logits [N, V] or [B, N, V]; labels int64 [rows]; c fp32 [rows] or None for 1. Grid: one program a row.
+logits [N, V] or [B, N, V]; labels int64 [rows]; c fp32 [rows] or None for 1. Grid: one program per row.
 """
 
 import torch

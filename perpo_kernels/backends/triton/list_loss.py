@@ -8,12 +8,12 @@ smaller) for an invalid candidate:
     L    = Σ_ij p_ij softplus(−β (s_i − s_j)) / Σ_ij p_ij
     c_i  = β (Σ_j p_ji σ(−β (s_j − s_i)) − Σ_j p_ij σ(−β (s_i − s_j))) / Σ_ij p_ij,     written to every token of i
 
-Each list is one program. It goes through stages with a barrier between: scores (segment sums, [K, R] tiles); for
+Each list is one program, of stages with barriers between them: scores (segment sums, [K, R] tiles); for
 objectives with ranks or Plackett–Luce denominators, those (counting comparisons in [K, K] tiles, no sort); pairs ([K,
 K] tiles, every pair seen once from either side, the normaliser summed along); coefficients (spread over the tokens).
 Lists of any length are looped over in tiles of K candidates; what one stage leaves for the next goes through
 `scratch`, which stays in L1. Nothing depends on a length that only the device knows, so there is no synchronisation,
-and no atomics. Bytes moved: 16 a token.
+and no atomics. Bytes moved: 16 per token.
 """
 
 import torch
@@ -42,9 +42,9 @@ from perpo_kernels.backends.triton.list_terms import (
 from perpo_kernels.objectives import CHOICES
 from perpo_kernels.problem import ListProblem, ListResult
 
-MAX_TILE = 64  # candidates a step
-PAIR_TILE = 1024  # pairs a step: four a thread
-TOKEN_TILE = 2048  # tokens a step, of all candidates of the tile together
+MAX_TILE = 64  # candidates per step
+PAIR_TILE = 1024  # pairs per step: four per thread
+TOKEN_TILE = 2048  # tokens per step, of all candidates of the tile together
 NUM_WARPS = 8
 SCRATCH_ROWS = 5  # slopes of the pair term, 1 / lengths, ranks, Plackett–Luce denominators and slopes
 

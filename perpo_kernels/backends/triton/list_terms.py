@@ -1,7 +1,7 @@
-"""The terms of the family of objectives, as functions of tiles: the pieces that `list_loss` is put together from.
+"""The terms of the family of objectives, as functions of tiles, from which `list_loss` is composed.
 
 Formulas: `perpo_kernels.objectives`. Which of them a kernel holds is decided when it is compiled; the constants below
-are the places of the names in `objectives.CHOICES`.
+are the indices of the names in `objectives.CHOICES`.
 """
 
 import triton
@@ -85,7 +85,7 @@ def ranked_weight(gap, key_i, key_j, rank_i, rank_j, gamma, WEIGHT: tl.constexpr
 
 @triton.jit
 def target_share(key, highest, inverse_temperature, target_total, n_best, TEMPERED: tl.constexpr):
-    """p_i; 0 for a candidate that is none."""
+    """p_i; 0 for an invalid candidate."""
     if TEMPERED:
         return tl.where(key == key, tl.exp((key - highest) * inverse_temperature) / target_total, 0.0)
     else:

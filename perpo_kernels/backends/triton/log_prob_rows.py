@@ -3,7 +3,7 @@
     m = max_v z_v      l = log Σ_v exp(z_v − m)      log_prob = (z_y − m) − l      lse = (m, l)
 
 logits [N, V] or [B, N, V] (any row strides) -> fp32 [rows] twice. Bytes moved: V · itemsize for each valid row,
-16 for an ignored one. Grid: one program a row.
+16 for an ignored one. Grid: one program per row.
 """
 
 import torch

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perpo.model import sharing
 from perpo.model.language_head import accept_rows, perpo_output
 from perpo.prefix.layout import PrefixLayout
+from perpo.training.metrics import ListMetrics
 from perpo_kernels import checks
 from tests.perpo import tiny_models
 from tests.perpo.model.test_sharing import batches
@@ -102,6 +103,7 @@ def test_a_step_waits_for_nothing_of_ours(family: str, checkpointing: bool, monk
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert isinstance(packed.layout, PrefixLayout)
     with waits() as found:
-        loss = model(**packed.keywords, head_call=lambda hidden, head: perpo_output(hidden, head, packed)).loss
-        loss.backward()
+        output = model(**packed.keywords, head_call=lambda hidden, head: perpo_output(hidden, head, packed))
+        output.loss.backward()
+        ListMetrics().add(packed, output)
     assert not found, "\n".join(found)
