@@ -15,7 +15,7 @@ from perpo_kernels.backends import BACKENDS
 from perpo_kernels.objectives import Objective
 from perpo_kernels.problem import ListProblem, LogitMap
 
-LARGEST_INDEX = 1 << 53  # the operators take their numbers as doubles
+LARGEST = (1 << 63) - 1  # integer that an operator takes
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -26,12 +26,20 @@ def _shape(x: Tensor) -> str:
 def tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a tensor that is whole on this device, got a DTensor (as FSDP2 has it "
+            f"outside the module's forward); compute the loss inside forward, or pass {name}.full_tensor()"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got a tensor of layout {x.layout} (sparse); use {name}.to_dense()")
 
 
 def floating(name: str, x: Tensor) -> None:
     tensor(name, x)
     if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+        hint = "" if x.dtype.is_floating_point or x.dtype.is_complex else f"; use {name}.float()"
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}{hint}")
     if x.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, got a scalar")
 
@@ -46,8 +54,8 @@ def positive(name: str, value: float) -> None:
 def index(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if abs(value) > LARGEST_INDEX:
-        raise ValueError(f"{name} must lie within ±2^53, got {value}")
+    if abs(value) > LARGEST:
+        raise ValueError(f"{name} must lie within ±2^63, got {value}")
 
 
 def backend(name: str) -> None:
@@ -78,6 +86,11 @@ def head(
     """Check them against each other and apply autocast, as torch.nn.functional.linear would."""
     floating("hidden", hidden)
     floating("weight", weight)
+    if weight.shape == (0,):
+        raise ValueError(
+            "weight must be [V, H], got [0]: a weight that is sharded (ZeRO-3 leaves an empty one on every rank); "
+            "compute the loss inside the module's forward, or under deepspeed.zero.GatheredParameters(weight)"
+        )
     if weight.dim() != 2:
         raise ValueError(f"weight must be [V, H], got {_shape(weight)}")
     if packed and hidden.dim() != 2:
@@ -91,7 +104,7 @@ def head(
             raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {_shape(bias)}")
         same_device("bias", bias, hidden.device)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, x in (("weight", weight), ("bias", bias)):
@@ -116,8 +129,10 @@ def chunk_bytes(value: int | None) -> int:
     """0 stands for the default of the device."""
     if value is None:
         return 0
-    if not isinstance(value, int) or value <= 0:
-        raise ValueError(f"max_chunk_bytes must be a positive integer or None, got {value!r}")
+    if isinstance(value, bool):
+        raise TypeError("max_chunk_bytes must be a positive integer or None, got a bool")
+    if not isinstance(value, int) or not 0 < value <= LARGEST:
+        raise ValueError(f"max_chunk_bytes must be a positive integer or None, below 2^63, got {value!r}")
     return value
 
 
@@ -155,11 +170,12 @@ def objective_data(p: ListProblem) -> None:
         raise ValueError("flip_probs soften the logistic link of pairs, which this objective does not have")
 
 
-def pair_weights(x: Tensor | None, cu_lists: Tensor, k: int = 0) -> None:
+def pair_weights(x: Tensor | None, cu_lists: Tensor, device: torch.device, k: int = 0) -> None:
     if x is None:
         return
     floating("pair_weights", x)
     _constant("pair_weights", x)
+    same_device("pair_weights", x, device)
     n_lists = cu_lists.numel() - 1
     if x.dim() != 3 or x.shape[0] != n_lists or x.shape[1] != x.shape[2]:
         raise ValueError(f"pair_weights must be [G, k, k] with G = {n_lists} lists, got {_shape(x)}")
@@ -209,6 +225,7 @@ def sequences(log_probs: Tensor, cu_lists: Tensor | None) -> None:
 
 def candidates(p: ListProblem, shape: torch.Size, expected: str, device: torch.device) -> None:
     """What a problem holds for each candidate has this shape; `expected` says so."""
+    tensor("rewards", p.rewards)
     constants = {"rewards": p.rewards, "ref_log_probs": p.ref_log_probs, "flip_probs": p.flip_probs}
     for name, x in constants.items():
         if x is not None:
@@ -222,6 +239,8 @@ def candidates(p: ListProblem, shape: torch.Size, expected: str, device: torch.d
             same_device(name, x, device)
     if p.lengths is not None:
         _constant("lengths", p.lengths)
+        if p.lengths.dtype == torch.bool or p.lengths.dtype.is_complex:
+            raise TypeError(f"lengths must be numbers of tokens, got {p.lengths.dtype}")
     if p.valid is not None and p.valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, got {p.valid.dtype}")
 
@@ -252,14 +271,19 @@ def list_values(p: ListProblem, n_log_probs: int) -> None:
     if p.cu_seqlens is not None:
         _cumulative_values("cu_seqlens", p.cu_seqlens, n_log_probs, "tokens")
     if p.pair_weights is not None and p.cu_lists.numel() > 1 and values_are_checked(p.cu_lists):
-        pair_weights(p.pair_weights, p.cu_lists, int(p.cu_lists.diff().max()))
+        pair_weights(p.pair_weights, p.cu_lists, p.pair_weights.device, int(p.cu_lists.diff().max()))
+    if p.lengths is not None and values_are_checked(p.lengths):
+        _values("lengths", p.lengths, (p.lengths >= 0) & (p.lengths < math.inf), "be finite numbers of tokens >= 0")
     if p.flip_probs is not None and values_are_checked(p.flip_probs):
-        wrong = ~((p.flip_probs >= 0) & (p.flip_probs <= 1)).flatten()
-        if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"flip_probs must be probabilities in [0, 1], got {p.flip_probs.flatten()[at].item()} at {at}"
-            )
+        right = (p.flip_probs >= 0) & (p.flip_probs <= 1)
+        _values("flip_probs", p.flip_probs, right, "be probabilities in [0, 1]")
+
+
+def _values(name: str, x: Tensor, right: Tensor, expected: str) -> None:
+    wrong = ~right.flatten()
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise ValueError(f"{name} must {expected}, got {x.flatten()[at].item()} at {at}")
 
 
 def _cumulative_values(name: str, counts: Tensor, total: int, of: str) -> None:

@@ -86,17 +86,18 @@ class HeadGradient:
         dtype = accumulation_dtype(head.weight.dtype)
         n_vocab, n_hidden = head.weight.shape
         self.need_weight, self.need_bias = need_weight, need_bias
-        self.ignore_index = head.z.ignore_index
+        self.clear_rows_ = head.kernels.clear_rows_
         self.weight = head.weight.new_zeros((n_vocab, n_hidden) if need_weight else (0, 0), dtype=dtype)
         self.bias = head.weight.new_zeros(n_vocab if need_bias else 0, dtype=dtype)
 
-    def add(self, derivative: Tensor, x: Tensor, g: Tensor, labels: Tensor) -> None:
-        """derivative D [n, V], x [n, H], g [n], labels [n]. An ignored row of x may hold anything: it is left out."""
+    def add(self, derivative: Tensor, x: Tensor, g: Tensor) -> None:
+        """derivative D [n, V] (cleared here), x [n, H], g [n]. Where g is 0, D and x may hold anything, NaN too."""
+        self.clear_rows_(derivative, g)
         if self.need_bias:
             add_product(self.bias.unsqueeze(1), derivative.t(), g.to(x.dtype).unsqueeze(1))
         if self.need_weight:
             scaled = torch.mul(x, g.unsqueeze(1), out=torch.empty_like(x))  # in the precision of g, rounded once
-            scaled.masked_fill_((labels == self.ignore_index).unsqueeze(1), 0.0)
+            scaled.masked_fill_((g == 0).unsqueeze(1), 0.0)
             add_product(self.weight, derivative.t(), scaled)
 
 

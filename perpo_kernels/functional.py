@@ -15,7 +15,7 @@ from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import linear
 from perpo_kernels.ops import lists as list_ops
 from perpo_kernels.ops import logits as token_ops
-from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype
+from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, pack_numbers
 
 
 def token_log_probs(
@@ -54,7 +54,9 @@ def token_log_probs(
         checks.label_values(labels, logits.shape[-1], ignore_index)
         wide = logits.to(accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, temperature, ignore_index)
-    return token_ops.token_log_probs(logits, labels, temperature, ignore_index, inplace_backward, backend)[0]
+    numbers = pack_numbers(LogitMap(temperature).numbers())
+    labels = _normal(labels)
+    return token_ops.token_log_probs(logits, labels, *numbers, ignore_index, inplace_backward, backend)[0]
 
 
 def linear_token_log_probs(
@@ -171,7 +173,7 @@ def perpo_loss(
     if problem.objective.length_normalized and lengths is None:
         raise ValueError("lengths must be given: this objective divides log-probs by the number of tokens")
     checks.reduction(reduction)
-    checks.pair_weights(pair_weights, cu_lists, k)
+    checks.pair_weights(pair_weights, cu_lists, log_probs.device, k)
     flat = problem.each(lambda x: x.reshape(-1))._replace(pair_weights=pair_weights)
     total, losses, _, _ = _list_loss(log_probs.reshape(-1), flat, backend)
     return _reduce(total, losses, reduction)
@@ -273,6 +275,9 @@ def linear_perpo_loss(
     for name, x in (("cu_seqlens", cu_seqlens), ("cu_lists", cu_lists)):
         checks.layout(name, x, hidden.device)
     labels = labels.contiguous()
+    if token_weights is not None:
+        checks.token_weights(token_weights, labels)
+        labels = labels.masked_fill(token_weights == 0, ignore_index)
     problem = ListProblem(
         rewards,
         cu_lists,
@@ -288,15 +293,22 @@ def linear_perpo_loss(
     shape = torch.Size([cu_seqlens.shape[0] - 1])
     checks.candidates(problem, shape, f"be [S] = {list(shape)}, as cu_seqlens says", hidden.device)
     checks.objective_data(problem)
-    checks.pair_weights(pair_weights, cu_lists)
-    checks.token_weights(token_weights, labels)
+    checks.pair_weights(pair_weights, cu_lists, hidden.device)
     checks.reduction(reduction)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
     chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if any(need[1:]) and reduction != "none" and not _is_reference(backend):
         total, _, candidates, active, *_ = linear.linear_list_loss(
-            hidden.contiguous(), weight, bias, *problem.pack(), z.pack(), chunk_bytes, backend, need
+            hidden.contiguous(),
+            weight,
+            bias,
+            problem.each(_normal).pack(),
+            *pack_numbers([*z.numbers(), *problem.objective.numbers()]),
+            ignore_index,
+            chunk_bytes,
+            backend,
+            need,
         )
         losses = active  # as long; only its length is read
     else:
@@ -326,7 +338,15 @@ def _linear_log_probs(
         return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)
     keep_derivative = torch.is_grad_enabled() and hidden.requires_grad
     return linear.linear_log_probs(
-        hidden.contiguous(), weight, bias, labels.contiguous(), z.pack(), chunk_bytes, backend, keep_derivative
+        hidden.contiguous(),
+        weight,
+        bias,
+        _normal(labels).contiguous(),
+        *pack_numbers(z.numbers()),
+        z.ignore_index,
+        chunk_bytes,
+        backend,
+        keep_derivative,
     )[0]
 
 
@@ -338,8 +358,17 @@ def _list_loss(log_probs: Tensor, problem: ListProblem, backend: str) -> tuple[T
         wide, problem = log_probs.to(dtype), problem.each(lambda x: x.to(dtype) if x.is_floating_point() else x)
         losses = reference.list_losses(wide, problem)
         return losses.sum(), losses, *reference.ranked_by(wide, problem)
-    total, losses, _, candidates, active = list_ops.list_loss(log_probs, *problem.pack(), backend)
+    numbers = pack_numbers(problem.objective.numbers())
+    data = problem.each(_normal).pack()
+    total, losses, _, candidates, active = list_ops.list_loss(log_probs, data, *numbers, problem.ignore_index, backend)
     return total, losses, candidates, active
+
+
+def _normal(x: Tensor) -> Tensor:
+    """A copy of a tensor that was made under inference mode, which autograd refuses to keep; else the tensor."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
 
 
 def _reduce(total: Tensor, losses: Tensor, reduction: str) -> Tensor:

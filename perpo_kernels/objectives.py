@@ -130,12 +130,27 @@ class Objective:
                 f"soft_target and flips are probabilities of the logistic link of pairs, but link is {self.link!r} and "
                 f"pairs is {self.pairs!r}"
             )
+        for of_pairs in ("weight", "gamma", "normalize", "link", "offset", "log_margin"):
+            self._must_not_be_set(of_pairs, self.pairs == "none", "shapes the pair term, and pairs is 'none'")
+        self._must_not_be_set(
+            "gamma", self.pairs == "given", "is the exponent of power weights; given pairs have theirs"
+        )
+        self._must_not_be_set(
+            "gamma", self.weight != "power", f"belongs to weight='power', and weight is {self.weight!r}"
+        )
+        self._must_not_be_set("soft_target", self.flips, "is replaced by the data's flip_probs where flips is True")
         if self.pairs == "given" and self.weight == "lambda":
             raise ValueError("pairs='given' brings its own weights, which weight='lambda' would replace")
         if self.pairs == "given" and self.log_margin:
             raise ValueError("log_margin takes the logarithm of r_i − r_j, which given pairs need not have positive")
         if self.target_temperature and self.list_term != "softmax" and self.pointwise != "nca":
             raise ValueError("target_temperature shapes the target of list_term='softmax' and pointwise='nca' only")
+
+    def _must_not_be_set(self, name: str, condition: bool, why: str) -> None:
+        if condition and getattr(self, name) != getattr(Objective, name):
+            raise ValueError(
+                f"{name} must be left at {getattr(Objective, name)!r}, got {getattr(self, name)!r}: it {why}"
+            )
 
     def numbers(self) -> list[float]:
         """What the operators are given; `Objective.from_numbers` gives the objective back."""
@@ -149,7 +164,7 @@ class Objective:
         return _from_numbers(tuple(numbers))
 
 
-@functools.cache  # a training run has one or two, and asks at every step
+@functools.lru_cache(maxsize=64)  # a training run has one or two, and asks at every step
 def _from_numbers(numbers: tuple[float, ...]) -> Objective:
     values: dict[str, Any] = {}
     for field, number in zip(fields(Objective), numbers, strict=True):

@@ -1,9 +1,9 @@
 """What the losses are about: the map from a head's outputs to logits, the lists, and what a solution of them holds.
 
-These objects travel whole through every layer. A torch operator takes plain values only: `pack` turns an object into a
-list of numbers, or of tensors and numbers, and `unpack` turns it back. A new number of an objective is one line in
-`Objective`, a new tensor of the data is one line in `ListProblem`; no operator, fake implementation or backward pass
-spells them.
+These objects travel whole through every layer. A torch operator takes plain values only: `pack` turns a problem into a
+list of tensors, `numbers` an objective or a map into a list of floats, and `unpack` and `from_numbers` turn them back.
+A new number of an objective is one line in `Objective`, a new tensor of the data is one line in `ListProblem`; no
+operator, fake implementation or backward pass spells them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,29 @@ from torch import Tensor
 
 from perpo_kernels.objectives import Objective
 
+PERPO = Objective()
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pack_numbers(values: Sequence[float]) -> tuple[list[float], Tensor | None]:
+    """What an operator is given for floats: themselves; or, while torch.compile traces, one fp64 tensor on the CPU.
+
+    A float that changes from call to call is symbolic in a trace. An operator that takes it as a float is compiled anew
+    for every value, and a float that was computed from a symbolic one arrives with the value it had when it was traced
+    (inductor keeps the first one). A tensor has neither fault, if it is made by arithmetic on a tensor, as here.
+    """
+    if not torch.compiler.is_compiling():
+        return list(values), None
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return [0.0], torch.stack([one * value for value in values])  # an empty list is taken for one of tensors
+
+
+def unpack_numbers(numbers: Sequence[float], traced: Tensor | None) -> list[float]:
+    return list(numbers) if traced is None else traced.tolist()
 
 
 class LogitMap(NamedTuple):
@@ -42,13 +61,18 @@ class LogitMap(NamedTuple):
         """What tanh is multiplied by; 1 and unused without a soft cap."""
         return self.softcap / self.temperature if self.softcap else 1.0
 
-    def pack(self) -> list[float]:
-        return [self.temperature, self.softcap or 0.0, self.logit_scale, float(self.ignore_index)]
+    @property
+    def scale(self) -> float:
+        """z = scale · u, where u is the raw value, or tanh(pre · raw) under a soft cap."""
+        return self.post if self.softcap else self.pre
+
+    def numbers(self) -> list[float]:
+        return [self.temperature, 0.0 if self.softcap is None else self.softcap, self.logit_scale]
 
     @staticmethod
-    def unpack(numbers: Sequence[float]) -> "LogitMap":
-        temperature, softcap, logit_scale, ignore_index = numbers
-        return LogitMap(temperature, softcap or None, logit_scale, int(ignore_index))
+    def from_numbers(numbers: Sequence[float], ignore_index: int) -> "LogitMap":
+        temperature, softcap, logit_scale = numbers
+        return LogitMap(temperature, softcap or None, logit_scale, ignore_index)
 
 
 class ListProblem(NamedTuple):
@@ -67,19 +91,21 @@ class ListProblem(NamedTuple):
     token_weights: Tensor | None = None  # [T]
     pair_weights: Tensor | None = None  # [G, k, k]
     flip_probs: Tensor | None = None  # [S]
-    objective: Objective = Objective()
+    objective: Objective = PERPO
     ignore_index: int = -100
 
-    def pack(self) -> tuple[list[Tensor | None], list[float]]:
-        """The tensors, in the order of the fields, and the numbers; `unpack` gives the problem back."""
+    def pack(self) -> list[Tensor | None]:
+        """The tensors, in the order of the fields; `unpack` gives the problem back."""
         fields = self._asdict()
-        return [fields[name] for name in TENSORS], [float(self.ignore_index), *self.objective.numbers()]
+        return [fields[name] for name in TENSORS]
 
     @staticmethod
-    def unpack(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> "ListProblem":
-        ignore_index, *objective = numbers
+    def unpack(
+        tensors: Sequence[Tensor | None], ignore_index: int = -100, objective: Objective = PERPO
+    ) -> "ListProblem":
+        """A fake implementation, which wants shapes, has no numbers to make the objective of."""
         fields: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
-        return ListProblem(**fields, objective=Objective.from_numbers(objective), ignore_index=int(ignore_index))
+        return ListProblem(**fields, objective=objective, ignore_index=ignore_index)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "ListProblem":
         """The problem with every tensor changed."""

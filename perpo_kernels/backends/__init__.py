@@ -25,8 +25,8 @@ class Backend(Protocol):
     def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
         """log softmax(z)[label] of each row (0 where ignored, NaN for a label outside [0, V)), and its lse [2, rows].
 
-        lse holds the maximum m and log Σ exp(z − m), whose sum is the log-sum-exp. They are kept apart because at
-        large logits the sum has lost the digits that exp(z − lse) needs.
+        lse holds m, the maximum of u (z = z.scale · u), and l = log Σ exp(scale · (u − m)): the log-sum-exp is
+        scale · m + l. At large logits the sum, and the product alone, have lost the digits that exp(z − lse) needs.
         """
 
     @staticmethod
@@ -37,7 +37,14 @@ class Backend(Protocol):
     def grad_rows_(
         logits: Tensor, labels: Tensor, lse: Tensor, coefficients: Tensor | None, z: LogitMap, out: Tensor
     ) -> None:
-        """out = coefficients · D, with lse known; `out` may be `logits` itself. `coefficients` None means 1."""
+        """out = coefficients · D, with lse known; `out` may be `logits` itself. `coefficients` None means 1.
+
+        A row whose coefficient is 0 is as absent as an ignored one: it is not read, and `out` gets zeros there.
+        """
+
+    @staticmethod
+    def clear_rows_(rows: Tensor, coefficients: Tensor) -> None:
+        """Zeros in each row [V] whose coefficient is 0, whatever stood there, NaN too."""
 
     @staticmethod
     def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> None:

@@ -27,7 +27,9 @@ from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import first_derivative_only, no_autocast, no_gradient
 from perpo_kernels.ops.lists import new_list_result, on_device
-from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype
+from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, unpack_numbers
+
+N_MAP = len(LogitMap().numbers())
 
 # ------------------------------------------------------------------------------------------------ log-probs of tokens
 
@@ -39,18 +41,28 @@ def linear_log_probs(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [T]
-    logit_map: Sequence[float],  # of LogitMap.pack
+    numbers: Sequence[float],  # of the map, here
+    traced: Tensor | None,  # or here (`pack_numbers`)
+    ignore_index: int,
     chunk_bytes: int,
     backend: str,
     keep_derivative: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> log_probs [T], lse [2, T], U = ∂log_prob/∂hidden [T, H] (or [0, H])."""
-    z = LogitMap.unpack(logit_map)
-    checks.label_values(labels, weight.shape[0], z.ignore_index)
-    kept = kept_rows(labels, z.ignore_index)
+    checks.label_values(labels, weight.shape[0], ignore_index)
+    kept = kept_rows(labels, ignore_index)
     if kept is not None:
         log_probs, lse, derivative = linear_log_probs(
-            hidden[kept], weight, bias, labels[kept], logit_map, chunk_bytes, backend, keep_derivative
+            hidden[kept],
+            weight,
+            bias,
+            labels[kept],
+            numbers,
+            traced,
+            ignore_index,
+            chunk_bytes,
+            backend,
+            keep_derivative,
         )
         n = len(labels)
         return (
@@ -58,6 +70,7 @@ def linear_log_probs(
             lse.new_zeros(2, n).index_copy_(1, kept, lse),
             lse.new_zeros(n, hidden.shape[1]).index_copy_(0, kept, derivative) if keep_derivative else derivative,
         )
+    z = LogitMap.from_numbers(unpack_numbers(numbers, traced), ignore_index)
     head = bind_head(weight, bias, z, chunk_bytes, backend)
     log_probs, lse, derivative = _new_log_probs(hidden, keep_derivative)
     rows = head.chunk_rows(hidden.shape[0])
@@ -82,10 +95,8 @@ def _new_log_probs(hidden: Tensor, keep_derivative: bool) -> tuple[Tensor, Tenso
 
 
 @linear_log_probs.register_fake
-def _(
-    hidden: Tensor, weight: Any, bias: Any, labels: Any, logit_map: Any, chunk_bytes: int, backend: str, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_log_probs(hidden, keep)
+def _(hidden: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_log_probs(hidden, keep_derivative=settings[-1])
 
 
 @torch.library.custom_op("perpo_kernels::linear_log_probs_head_backward", mutates_args=())
@@ -97,31 +108,34 @@ def linear_log_probs_head_backward(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [T]
-    logit_map: Sequence[float],
+    numbers: Sequence[float],
+    traced: Tensor | None,
+    ignore_index: int,
     chunk_bytes: int,
     backend: str,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """-> dW [V, H] and db [V], or empty, as `need` says; the logits are recomputed chunk by chunk."""
-    head = bind_head(weight, bias, LogitMap.unpack(logit_map), chunk_bytes, backend)
+    z = LogitMap.from_numbers(unpack_numbers(numbers, traced), ignore_index)
+    head = bind_head(weight, bias, z, chunk_bytes, backend)
     kept = kept_rows(labels, head.z.ignore_index)
     if kept is not None:
         grad, hidden, labels, lse = grad[kept], hidden[kept], labels[kept], lse[:, kept]
     total = HeadGradient(head, *need)
+    unit = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny) if len(grad) else grad.new_ones(())
+    grad = grad / unit  # of size 1: g ⊙ X then neither overflows nor underflows in fp16, whatever the loss scale
     rows = head.chunk_rows(hidden.shape[0])
     buffer = head.buffer(rows)
     for c in chunks(0, hidden.shape[0], rows):
         raw = head.project(hidden[c], buffer)
         head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), None, head.z, raw)
-        total.add(raw, hidden[c], grad[c], labels[c])
-    return total.weight.to(weight.dtype, copy=False), total.bias.to(weight.dtype)
+        total.add(raw, hidden[c], grad[c])
+    return total.weight.mul_(unit).to(weight.dtype, copy=False), total.bias.mul_(unit).to(weight.dtype)
 
 
 @linear_log_probs_head_backward.register_fake
-def _(
-    grad: Any, lse: Any, hidden: Any, weight: Tensor, bias: Any, labels: Any, z: Any, size: int, backend: str, need: Any
-) -> tuple[Tensor, Tensor]:
-    return _new_head_gradient(weight, need, weight.dtype)
+def _(grad: Any, lse: Any, hidden: Any, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return _new_head_gradient(weight, settings[-1], weight.dtype)
 
 
 def _new_head_gradient(weight: Tensor, need: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -135,8 +149,14 @@ def _new_head_gradient(weight: Tensor, need: Sequence[bool], dtype: torch.dtype)
 @torch.library.custom_op("perpo_kernels::scaled", mutates_args=())
 @no_autocast
 def scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """g · x (g broadcasts against x) in `dtype`: rounded once, and without a copy in the higher precision."""
-    return torch.mul(x, g, out=torch.empty_like(x, dtype=dtype))
+    """g · x in `dtype`, rounded once and without a copy in the higher precision. x [T, H] with g [T]; or g is a scalar.
+
+    Rows with g = 0 are 0 whatever x holds there: what takes part in nothing is selected away, not multiplied by 0.
+    """
+    if g.dim() == 0:
+        return torch.mul(x, g, out=torch.empty_like(x, dtype=dtype))
+    out = torch.mul(x, g.unsqueeze(1), out=torch.empty_like(x, dtype=dtype))
+    return out.masked_fill_((g == 0).unsqueeze(1), 0.0)
 
 
 @scaled.register_fake
@@ -145,12 +165,12 @@ def _(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _log_probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, bias, labels, *ctx.settings, _ = inputs
+    hidden, weight, bias, labels, ctx.numbers, traced, *ctx.settings, _ = inputs
     _, lse, derivative = output
     need_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.hidden_dtype = hidden.dtype
     # A frozen head needs U alone: hidden states and lse are not kept.
-    ctx.save_for_backward(derivative, *((lse, hidden, weight, bias, labels) if need_head else (None,) * 5))
+    ctx.save_for_backward(derivative, labels, traced, *((lse, hidden, weight, bias) if need_head else (None,) * 4))
     ctx.mark_non_differentiable(lse, derivative)
     ctx.set_materialize_grads(False)
 
@@ -160,13 +180,15 @@ def _log_probs_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor
     need_hidden, *need = ctx.needs_input_grad[:3]
     d_hidden = d_weight = d_bias = None
     if grad is not None:
-        derivative, *saved = ctx.saved_tensors
+        derivative, labels, traced, *saved = ctx.saved_tensors
+        ignore_index = ctx.settings[0]
+        grad = grad.masked_fill(labels == ignore_index, 0.0)
         if need_hidden:
-            d_hidden = scaled(derivative, grad.unsqueeze(1), ctx.hidden_dtype)
+            d_hidden = scaled(derivative, grad, ctx.hidden_dtype)
         if any(need):
-            gradients = linear_log_probs_head_backward(grad, *saved, *ctx.settings, need)
+            gradients = linear_log_probs_head_backward(grad, *saved, labels, ctx.numbers, traced, *ctx.settings, need)
             d_weight, d_bias = (x if needed else None for x, needed in zip(gradients, need, strict=True))
-    return d_hidden, d_weight, d_bias, None, None, None, None, None
+    return d_hidden, d_weight, d_bias, *(None,) * 7
 
 
 linear_log_probs.register_autograd(_log_probs_backward, setup_context=_log_probs_setup)
@@ -182,19 +204,22 @@ def linear_list_loss(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     data: Sequence[Tensor | None],  # of ListProblem.pack
-    numbers: Sequence[float],
-    logit_map: Sequence[float],  # of LogitMap.pack
+    numbers: Sequence[float],  # of the map, then of the objective, here
+    traced: Tensor | None,  # or here (`pack_numbers`)
+    ignore_index: int,
     chunk_bytes: int,
     backend: str,
     need: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss and every gradient in one pass over chunks of whole lists.
 
     `need`: whether gradients of hidden, weight and bias are needed. -> Σ losses [], coefficients [T], candidates
-    [3, S], active [G], U [T, H] or [0, H], dW [V, H] or [0, 0] in accumulation precision and multiples of
-    `_coefficient_unit`, db [V] or [0] likewise. dX = coefficients ⊙ U.
+    [3, S], active [G], U [T, H] or [0, H], dW [V, H] or [0, 0] in accumulation precision and multiples of the unit,
+    db [V] or [0] likewise, the unit []. dX = coefficients ⊙ U.
     """
-    z, problem = LogitMap.unpack(logit_map), ListProblem.unpack(data, numbers)
+    values = unpack_numbers(numbers, traced)
+    z = LogitMap.from_numbers(values[:N_MAP], ignore_index)
+    problem = ListProblem.unpack(data, ignore_index, Objective.from_numbers(values[N_MAP:]))
     cu_seqlens, cu_lists, labels = problem.cu_seqlens, problem.cu_lists, problem.labels
     assert cu_seqlens is not None
     assert labels is not None
@@ -223,7 +248,7 @@ def linear_list_loss(
     def add_chunk(raw: Tensor, c: slice) -> None:
         if need_hidden:
             multiply(raw, weight, derivative[c])
-        gradient.add(raw, hidden[c], result.coefficients[c] / unit, labels[c])
+        gradient.add(raw, hidden[c], result.coefficients[c] / unit)
 
     for segment in _segments(cu_seqlens, cu_lists, hidden.shape[0], rows):
         tokens = slice(segment.first_token, segment.last_token)
@@ -245,7 +270,8 @@ def linear_list_loss(
             head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), None, z, raw)
             add_chunk(raw, c)
     _, coefficients, candidates, active = result
-    return result.losses.sum(), coefficients, candidates, active, derivative, gradient.weight, gradient.bias
+    scale = log_probs.new_full((), unit)
+    return result.losses.sum(), coefficients, candidates, active, derivative, gradient.weight, gradient.bias, scale
 
 
 def _coefficient_unit(objective: Objective) -> float:
@@ -264,22 +290,22 @@ def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) ->
 
 @linear_list_loss.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Any, data: Any, numbers: Any, z: Any, size: int, backend: str, need: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, *need_head = need
+    hidden: Tensor, weight: Tensor, bias: Any, data: Any, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_hidden, *need_head = settings[-1]
     log_probs, _, derivative = _new_log_probs(hidden, need_hidden)
-    _, coefficients, candidates, active = new_list_result(log_probs, ListProblem.unpack(data, numbers))
+    _, coefficients, candidates, active = new_list_result(log_probs, ListProblem.unpack(data))
     d_head = _new_head_gradient(weight, need_head, log_probs.dtype)
-    return log_probs.new_empty(()), coefficients, candidates, active, derivative, *d_head
+    total, unit = log_probs.new_empty(()), log_probs.new_empty(())
+    return total, coefficients, candidates, active, derivative, *d_head, unit
 
 
 def _list_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, data, numbers, *_ = inputs
-    _, coefficients, candidates, active, derivative, d_weight, d_bias = output
-    ctx.save_for_backward(coefficients, derivative, d_weight, d_bias)
-    ctx.mark_non_differentiable(coefficients, candidates, active, derivative, d_weight, d_bias)
+    hidden, weight, _, data, *_ = inputs
+    _, coefficients, _, _, derivative, d_weight, d_bias, unit = output
+    ctx.save_for_backward(coefficients, derivative, d_weight, d_bias, unit)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
-    ctx.unit = _coefficient_unit(ListProblem.unpack(data, numbers).objective)
     ctx.no_gradient = no_gradient(data)
     ctx.set_materialize_grads(False)
 
@@ -288,15 +314,15 @@ def _list_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, .
     first_derivative_only("linear_perpo_loss")
     d_hidden = d_weight = d_bias = None
     if grad is not None:
-        coefficients, derivative, weight_sum, bias_sum = ctx.saved_tensors
+        coefficients, derivative, weight_sum, bias_sum, unit = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if need_hidden:
-            d_hidden = scaled(derivative, (coefficients * grad).unsqueeze(1), ctx.hidden_dtype)
+            d_hidden = scaled(derivative, coefficients * grad, ctx.hidden_dtype)
         if need_weight:
-            d_weight = scaled(weight_sum, grad * ctx.unit, ctx.weight_dtype)
+            d_weight = scaled(weight_sum, grad * unit, ctx.weight_dtype)
         if need_bias:
-            d_bias = scaled(bias_sum, grad * ctx.unit, ctx.weight_dtype)
-    return d_hidden, d_weight, d_bias, ctx.no_gradient, None, None, None, None, None
+            d_bias = scaled(bias_sum, grad * unit, ctx.weight_dtype)
+    return d_hidden, d_weight, d_bias, ctx.no_gradient, *(None,) * 6
 
 
 linear_list_loss.register_autograd(_list_loss_backward, setup_context=_list_loss_setup)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from perpo_kernels import backends, checks, layout
+from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import first_derivative_only, no_autocast, no_gradient
-from perpo_kernels.problem import ListProblem, ListResult, accumulation_dtype
+from perpo_kernels.problem import ListProblem, ListResult, accumulation_dtype, unpack_numbers
 
 
 def on_device(problem: ListProblem, device: torch.device) -> ListProblem:
@@ -32,11 +33,14 @@ def new_list_result(log_probs: Tensor, problem: ListProblem) -> ListResult:
 def list_loss(
     log_probs: Tensor,  # [T] or [S]
     data: Sequence[Tensor | None],  # of ListProblem.pack
-    numbers: Sequence[float],
+    numbers: Sequence[float],  # of the objective, here
+    traced: Tensor | None,  # or here (`pack_numbers`)
+    ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> Σ losses [], losses [G], coefficients [T or S], candidates [3, S], active [G]."""
-    problem = ListProblem.unpack(data, numbers)
+    objective = Objective.from_numbers(unpack_numbers(numbers, traced))
+    problem = ListProblem.unpack(data, ignore_index, objective)
     checks.list_values(problem, log_probs.shape[0])
     problem = on_device(problem, log_probs.device)
     result = new_list_result(log_probs, problem)
@@ -46,17 +50,15 @@ def list_loss(
 
 
 @list_loss.register_fake
-def _(
-    log_probs: Tensor, data: Sequence[Tensor | None], numbers: Sequence[float], backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    result = new_list_result(log_probs, ListProblem.unpack(data, numbers))
+def _(log_probs: Tensor, data: Sequence[Tensor | None], *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    result = new_list_result(log_probs, ListProblem.unpack(data))
     return (result.losses.new_empty(()), *result)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    log_probs, data, numbers, _ = inputs
+    log_probs, data, *_ = inputs
     _, _, coefficients, candidates, active = output
-    problem = ListProblem.unpack(data, numbers)
+    problem = ListProblem.unpack(data)
     ctx.save_for_backward(coefficients, problem.cu_lists, problem.cu_seqlens)
     ctx.mark_non_differentiable(coefficients, candidates, active)
     ctx.dtype, ctx.no_gradient = log_probs.dtype, no_gradient(data)
@@ -77,7 +79,7 @@ def _backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, *
         per_item = grad_losses[lists]
         scale = per_item if scale is None else scale + per_item
     gradient = None if scale is None else (coefficients * scale).to(ctx.dtype)
-    return gradient, ctx.no_gradient, None, None
+    return gradient, ctx.no_gradient, None, None, None, None
 
 
 list_loss.register_autograd(_backward, setup_context=_setup)

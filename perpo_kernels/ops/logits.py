@@ -1,5 +1,6 @@
 """Log-probs of labels from logits that are there: one read forward, one read and one write backward."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from perpo_kernels import backends, checks
 from perpo_kernels.ops import first_derivative_only, no_autocast
-from perpo_kernels.problem import LogitMap, accumulation_dtype
+from perpo_kernels.problem import LogitMap, accumulation_dtype, unpack_numbers
 
 
 def _rows_of(logits: Tensor) -> Tensor:
@@ -28,12 +29,19 @@ def _can_be_overwritten(logits: Tensor) -> bool:
 @torch.library.custom_op("perpo_kernels::token_log_probs", mutates_args=())
 @no_autocast
 def token_log_probs(
-    logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, inplace_backward: bool, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    numbers: Sequence[float],
+    traced: Tensor | None,
+    ignore_index: int,
+    inplace_backward: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """logits [..., V], labels [...] -> (log_probs [...], lse [2, rows])."""
+    """logits [..., V], labels [...] -> (log_probs [...], lse [2, rows]). `numbers` or `traced`: the map's
+    (`pack_numbers`)."""
     checks.label_values(labels, logits.shape[-1], ignore_index)
     kernels = backends.load(backends.resolve(backend, logits.device.type, logits.dtype))
-    z = LogitMap(temperature, ignore_index=ignore_index)
+    z = LogitMap.from_numbers(unpack_numbers(numbers, traced), ignore_index)
     log_probs, lse = kernels.log_prob_rows(_rows_of(logits), labels.reshape(-1).contiguous(), z)
     return log_probs.view(labels.shape), lse
 
@@ -47,27 +55,43 @@ def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("perpo_kernels::token_log_probs_backward", mutates_args=())
 @no_autocast
 def token_log_probs_backward(
-    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, temperature: float, ignore_index: int, backend: str
+    grad: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    numbers: Sequence[float],
+    traced: Tensor | None,
+    ignore_index: int,
+    backend: str,
 ) -> Tensor:
     rows = _rows_of(logits)
     out = torch.empty_like(rows)
-    _write_gradient(out, grad, rows, labels, lse, temperature, ignore_index, backend)
+    z = LogitMap.from_numbers(unpack_numbers(numbers, traced), ignore_index)
+    _write_gradient(out, grad, rows, labels, lse, z, backend)
     return out.view(logits.shape)
 
 
 @token_log_probs_backward.register_fake
-def _(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:
+def _(grad: Tensor, lse: Tensor, logits: Tensor, *options: Any) -> Tensor:
     return torch.empty_like(_rows_of(logits)).view(logits.shape)
 
 
 @torch.library.custom_op("perpo_kernels::token_log_probs_backward_", mutates_args={"logits"})
 @no_autocast
 def token_log_probs_backward_(
-    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, temperature: float, ignore_index: int, backend: str
+    grad: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    numbers: Sequence[float],
+    traced: Tensor | None,
+    ignore_index: int,
+    backend: str,
 ) -> None:
     """The gradient overwrites the logits, whose rows must be a view of them."""
     rows = _rows_of(logits)
-    _write_gradient(rows, grad, rows, labels, lse, temperature, ignore_index, backend)
+    z = LogitMap.from_numbers(unpack_numbers(numbers, traced), ignore_index)
+    _write_gradient(rows, grad, rows, labels, lse, z, backend)
 
 
 @token_log_probs_backward_.register_fake
@@ -81,19 +105,17 @@ def _write_gradient(
     rows: Tensor,  # [B, N, V]
     labels: Tensor,
     lse: Tensor,
-    temperature: float,
-    ignore_index: int,
+    z: LogitMap,
     backend: str,
 ) -> None:
     kernels = backends.load(backends.resolve(backend, rows.device.type, rows.dtype))
-    z = LogitMap(temperature, ignore_index=ignore_index)
     coefficients = grad.to(lse.dtype).reshape(-1).contiguous()
     kernels.grad_rows_(rows, labels.reshape(-1).contiguous(), lse, coefficients, z, out)
 
 
 def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, labels, ctx.temperature, ctx.ignore_index, ctx.inplace, ctx.backend = inputs
-    ctx.save_for_backward(logits, labels, output[1])
+    logits, labels, ctx.numbers, traced, ctx.ignore_index, ctx.inplace, ctx.backend = inputs
+    ctx.save_for_backward(logits, labels, output[1], traced)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -101,14 +123,14 @@ def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _token_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     first_derivative_only("token_log_probs")
     if grad is None:
-        return (None,) * 6
-    logits, labels, lse = ctx.saved_tensors
-    args = (grad, logits, labels, lse, ctx.temperature, ctx.ignore_index, ctx.backend)
+        return (None,) * 7
+    logits, labels, lse, traced = ctx.saved_tensors
+    args = (grad, lse, logits, labels, ctx.numbers, traced, ctx.ignore_index, ctx.backend)
     if ctx.inplace and not torch.compiler.is_compiling() and _can_be_overwritten(logits):
         with torch.no_grad():
             token_log_probs_backward_(*args)
-        return logits.detach(), None, None, None, None, None
-    return token_log_probs_backward(*args), None, None, None, None, None
+        return logits.detach(), *(None,) * 6
+    return token_log_probs_backward(*args), *(None,) * 6
 
 
 token_log_probs.register_autograd(_token_backward, setup_context=_token_setup)

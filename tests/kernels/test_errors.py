@@ -76,7 +76,7 @@ case(TypeError, "temperature", "number", "str")(lambda: tokens(temperature="1"))
 case(TypeError, "temperature", "number", "bool")(lambda: tokens(temperature=True))
 case(TypeError, "temperature", "number", "Tensor")(lambda: tokens(temperature=torch.tensor(1.0)))
 case(TypeError, "ignore_index", "int", "NoneType")(lambda: tokens(ignore_index=None))
-case(ValueError, "ignore_index", "2^53", "-9223372036854775807")(lambda: linear_tokens(ignore_index=1 - 2**63))
+case(ValueError, "ignore_index", "2^63", "-9223372036854775809")(lambda: linear_tokens(ignore_index=-1 - 2**63))
 case(ValueError, "backend", "auto, triton, eager, reference", "'magic'")(
     lambda: pk.token_log_probs(torch.zeros(T, V), torch.zeros(T, dtype=torch.long), backend="magic")
 )

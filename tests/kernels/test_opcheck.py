@@ -12,7 +12,8 @@ from perpo_kernels.problem import ListProblem, LogitMap
 from .problems import ragged_lists, random_head, random_labels
 
 ops = torch.ops.perpo_kernels
-MAP = LogitMap(temperature=0.7, softcap=3.0, logit_scale=1.5).pack()
+MAP = LogitMap(temperature=0.7, softcap=3.0, logit_scale=1.5).numbers()
+WARM = LogitMap(temperature=0.7).numbers()
 OBJECTIVE = Objective(0.3, 0.5)
 WITHOUT_AUTOGRAD = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 LENGTHS = ((3, 1, 4), (2, 5), (6,), (1, 2, 3, 2, 4))
@@ -45,6 +46,14 @@ def head(device, lists):
     return head
 
 
+@pytest.fixture(params=["floats", "traced"])
+def given(request):
+    """Numbers as an operator takes them: a list, or as under torch.compile a tensor."""
+    if request.param == "floats":
+        return lambda *numbers: ([x for part in numbers for x in part], None)
+    return lambda *numbers: ([0.0], torch.tensor([x for part in numbers for x in part], dtype=torch.float64))
+
+
 def leaf(x):
     return x.clone().requires_grad_()
 
@@ -57,15 +66,15 @@ def test_every_operator_is_tested_here():
     }  # fmt: skip
 
 
-def test_token_log_probs(rows, backend):
+def test_token_log_probs(rows, backend, given):
     logits, labels, _ = rows
-    opcheck(ops.token_log_probs, (leaf(logits), labels, 0.7, -100, False, backend))
-    opcheck(ops.token_log_probs, (leaf(logits[:, :-1].bfloat16()), labels[:, :-1], 1.0, -100, False, backend))
+    opcheck(ops.token_log_probs, (leaf(logits), labels, *given(WARM), -100, False, backend))
+    opcheck(ops.token_log_probs, (leaf(logits[:, :-1].bfloat16()), labels[:, :-1], *given(WARM), -100, False, backend))
 
 
-def test_token_log_probs_backward(rows, backend):
+def test_token_log_probs_backward(rows, backend, given):
     logits, labels, lse = rows
-    args = (torch.randn(2, 3, device=logits.device), logits, labels, lse, 0.7, -100, backend)
+    args = (torch.randn(2, 3, device=logits.device), lse, logits, labels, *given(WARM), -100, backend)
     opcheck(ops.token_log_probs_backward, args, test_utils=WITHOUT_AUTOGRAD)
     opcheck(ops.token_log_probs_backward_, args, test_utils=WITHOUT_AUTOGRAD)
 
@@ -84,14 +93,14 @@ def every_token_tensor(head, lists):
     )
 
 
-def test_list_loss_of_tokens(lists, head, backend, device):
+def test_list_loss_of_tokens(lists, head, backend, device, given):
     tokens = -torch.rand(lists.n_tokens, device=device)
     weighted = token_problem(head, lists, token_weights=torch.rand_like(tokens), flip_probs=lists.rewards / 2)
     for problem in (weighted, every_token_tensor(head, lists)):
-        opcheck(ops.list_loss, (leaf(tokens), *problem.pack(), backend))
+        opcheck(ops.list_loss, (leaf(tokens), problem.pack(), *given(problem.objective.numbers()), -100, backend))
 
 
-def test_list_loss_of_candidates(lists, backend, device):
+def test_list_loss_of_candidates(lists, backend, device, given):
     problem = ListProblem(
         lists.rewards,
         lists.cu_lists,
@@ -100,34 +109,37 @@ def test_list_loss_of_candidates(lists, backend, device):
         pair_weights=torch.rand(len(LENGTHS), 5, 5, device=device),
         objective=objectives.mdpo(),
     )
-    opcheck(ops.list_loss, (leaf(torch.randn_like(lists.rewards)), *problem.pack(), backend))
+    numbers = given(problem.objective.numbers())
+    opcheck(ops.list_loss, (leaf(torch.randn_like(lists.rewards)), problem.pack(), *numbers, -100, backend))
 
 
-def test_a_problem_without_a_missing_tensor(lists, head, device):
+def test_a_problem_without_a_missing_tensor(lists, head, device, given):
     """A backward pass returns one None for a list of tensors that holds a None, and a None for each where none does."""
     full = every_token_tensor(head, lists)._replace(
         valid=torch.ones_like(lists.rewards, dtype=torch.bool), lengths=torch.ones_like(lists.rewards)
     )
-    data, numbers = full.pack()
+    data, numbers = full.pack(), full.objective.numbers()
     assert all(x is not None for x in data)
-    opcheck(ops.list_loss, (leaf(-torch.rand(lists.n_tokens, device=device)), data, numbers, "eager"))
-    args = (leaf(head.hidden), leaf(head.weight), None, data, numbers, MAP, 0, "eager", [True, True, False])
+    opcheck(ops.list_loss, (leaf(-torch.rand(lists.n_tokens, device=device)), data, *given(numbers), -100, "eager"))
+    leaves = (leaf(head.hidden), leaf(head.weight), None)
+    args = (*leaves, data, *given(MAP, numbers), -100, 0, "eager", [True, True, False])
     opcheck(ops.linear_list_loss, args)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_linear_log_probs(head, backend, trainable):
+def test_linear_log_probs(head, backend, trainable, given):
     weight, bias = (leaf(head.weight), leaf(head.bias)) if trainable else (head.weight, None)
-    opcheck(ops.linear_log_probs, (leaf(head.hidden), weight, bias, head.labels, MAP, 0, backend, True))
-
-
-def test_linear_log_probs_without_derivative(head, backend):
-    args = (head.hidden, head.weight, None, head.labels, MAP, 0, backend, False)
+    args = (leaf(head.hidden), weight, bias, head.labels, *given(MAP), -100, 0, backend, True)
     opcheck(ops.linear_log_probs, args)
 
 
-def test_linear_log_probs_head_backward(head, backend):
-    args = (head.hidden, head.weight, head.bias, head.labels, MAP, 0, backend)
+def test_linear_log_probs_without_derivative(head, backend, given):
+    args = (head.hidden, head.weight, None, head.labels, *given(MAP), -100, 0, backend, False)
+    opcheck(ops.linear_log_probs, args)
+
+
+def test_linear_log_probs_head_backward(head, backend, given):
+    args = (head.hidden, head.weight, head.bias, head.labels, *given(MAP), -100, 0, backend)
     log_probs, lse, _ = ops.linear_log_probs(*args, False)
     args = (torch.randn_like(log_probs), lse, *args, [True, True])
     opcheck(ops.linear_log_probs_head_backward, args, test_utils=WITHOUT_AUTOGRAD)
@@ -135,11 +147,13 @@ def test_linear_log_probs_head_backward(head, backend):
 
 def test_scaled(device):
     for dtype in (torch.float32, torch.bfloat16):
-        args = (torch.randn(4, 5, device=device).to(dtype), torch.randn(4, 1, device=device), torch.bfloat16)
+        args = (torch.randn(4, 5, device=device).to(dtype), torch.randn(4, device=device), torch.bfloat16)
         opcheck(ops.scaled, args, test_utils=WITHOUT_AUTOGRAD)
+        opcheck(ops.scaled, (args[0], args[1][0], torch.bfloat16), test_utils=WITHOUT_AUTOGRAD)
 
 
-def test_linear_list_loss(head, lists, backend):
-    data, numbers = token_problem(head, lists, token_weights=torch.rand_like(head.hidden[:, 0])).pack()
+def test_linear_list_loss(head, lists, backend, given):
+    problem = token_problem(head, lists, token_weights=torch.rand_like(head.hidden[:, 0]))
+    numbers = given(MAP, problem.objective.numbers())
     leaves = (leaf(head.hidden), leaf(head.weight), leaf(head.bias))
-    opcheck(ops.linear_list_loss, (*leaves, data, numbers, MAP, 0, backend, [True, True, True]))
+    opcheck(ops.linear_list_loss, (*leaves, problem.pack(), *numbers, -100, 0, backend, [True, True, True]))

@@ -33,11 +33,15 @@ class _Rows:
     synchronisation, it is replaced by zeros. It is never multiplied by a zero.
     """
 
-    def __init__(self, raw: Tensor, labels: Tensor, z: LogitMap, reuse: bool = False) -> None:
+    def __init__(
+        self, raw: Tensor, labels: Tensor, z: LogitMap, reuse: bool = False, coefficients: Tensor | None = None
+    ) -> None:
         self.map = z
         self.n_rows = raw.shape[0]
         self.kept: Tensor | None = None
         ignored = labels == z.ignore_index
+        if coefficients is not None:
+            ignored |= coefficients == 0
         if raw.device.type == "cpu" and bool(ignored.any()):
             self.kept = (~ignored).nonzero().squeeze(1)
             raw, labels, ignored = raw[self.kept], labels[self.kept], ignored[self.kept]
@@ -50,14 +54,11 @@ class _Rows:
         self.ignored = ignored
         self.wrong = ~ignored & ((labels < 0) | (labels >= raw.shape[-1]))
         self.target = labels.masked_fill(ignored | self.wrong, 0).unsqueeze(-1)
-        if z.pre != 1.0:
-            logits.mul_(z.pre)
         self.slope: Tensor | None = None  # dz/draw beyond the constant factor
         if z.softcap:
-            logits.tanh_()
+            logits.mul_(z.pre).tanh_()
             self.slope = 1 - logits * logits
-            logits.mul_(z.post)
-        self.logits = logits
+        self.logits = logits  # u, of which z = scale · u
 
     def spread(self, values: Tensor, out: Tensor) -> None:
         """Write the values of the rows that were kept into `out`, which has all rows; zero for the others."""
@@ -68,22 +69,25 @@ class _Rows:
             out.zero_()[self.kept] = values.to(out.dtype)
 
     def exponentiate(self, top: Tensor) -> None:
-        """`logits` become exp(z − m), 0 at the target; `others` their sum and `total` that with the target's.
+        """`logits` become exp(scale · (u − m)), 0 at the target; `others` their sum, `total` that with the target's.
 
         The target is kept apart because 1 − p of a nearly certain one is the others' share, and no difference.
         """
-        own = self.logits.sub_(top).exp_().gather(-1, self.target)
+        self.logits.sub_(top)
+        if self.map.scale != 1.0:
+            self.logits.mul_(self.map.scale)
+        own = self.logits.exp_().gather(-1, self.target)
         self.others = self.logits.scatter_(-1, self.target, 0.0).sum(-1, keepdim=True)
         self.total = self.others + own
 
     def log_probs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(log_prob, m, log Σ exp(z − m))."""
-        target_logit = self.logits.gather(-1, self.target)
+        """(log_prob, m, log Σ exp(scale · (u − m)))."""
+        target = self.logits.gather(-1, self.target)
         top = self.logits.amax(-1, keepdim=True)
         top.masked_fill_(top == -torch.inf, 0.0)
         self.exponentiate(top)
         log_total = self.total.log()
-        log_prob = ((target_logit - top) - log_total).squeeze(-1)
+        log_prob = ((target - top) * self.map.scale - log_total).squeeze(-1)
         log_prob.masked_fill_(self.ignored, 0.0).masked_fill_(self.wrong, torch.nan)
         return log_prob, top.squeeze(-1), log_total.squeeze(-1)
 
@@ -118,7 +122,16 @@ def grad_rows_(
 ) -> None:
     in_place = out.data_ptr() == logits.data_ptr()
     for (raw, place), (target, _) in zip(_row_blocks(logits), _row_blocks(out), strict=True):
-        rows = _Rows(raw, labels[place], z, reuse=in_place)
+        c = None if coefficients is None else coefficients[place]
+        rows = _Rows(raw, labels[place], z, in_place, c)
         kept = slice(None) if rows.kept is None else rows.kept
         rows.exponentiate(lse[0, place][kept].unsqueeze(-1))
-        rows.spread(rows.gradient(None if coefficients is None else coefficients[place][kept]), target)
+        rows.spread(rows.gradient(None if c is None else c[kept]), target)
+
+
+def clear_rows_(rows: Tensor, coefficients: Tensor) -> None:
+    absent = coefficients == 0
+    if rows.device.type != "cpu":
+        rows.masked_fill_(absent.unsqueeze(-1), 0.0)
+    elif bool(absent.any()):
+        rows[absent] = 0.0

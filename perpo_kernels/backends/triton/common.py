@@ -67,16 +67,19 @@ def to_unit(raw, pre, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def exp_unit(u, scale, shift):
-    """exp(u · scale − shift) in three instructions; tl.exp takes three more, for results too small to matter."""
-    return tl.exp2(tl.fma(u, scale, -shift) * LOG2E)
+def exp_unit(u, scale, top):
+    """exp((u − top) · scale) in three instructions; tl.exp takes three more, for results too small to matter.
+
+    The difference comes first: of large u it is exact, where that of two rounded products may be off by any amount.
+    """
+    return tl.exp2((u - top) * (scale * LOG2E))
 
 
 @triton.jit
 def lane_update(top, total, u, scale):
-    """Fold u [lanes, VEC] into the running (max z, Σ exp(z − max z)) of each lane."""
-    new_top = tl.maximum(top, tl.max(u, axis=1) * scale)  # scale > 0
-    total = total * tl.exp2((top - new_top) * LOG2E) + tl.sum(exp_unit(u, scale, new_top[:, None]), axis=1)
+    """Fold u [lanes, VEC] into the running (max u, Σ exp(z − max z)) of each lane; z = u · scale, scale > 0."""
+    new_top = tl.maximum(top, tl.max(u, axis=1))
+    total = total * exp_unit(top, scale, new_top) + tl.sum(exp_unit(u, scale, new_top[:, None]), axis=1)
     return new_top, total
 
 
@@ -84,7 +87,7 @@ def lane_update(top, total, u, scale):
 def row_max_and_sum(
     base, start, V, pre, scale, SOFTCAP: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
 ):
-    """One read of the row: (m, Σ exp(z − m)) with m its maximum, or 0 if that is −inf."""
+    """One read of the row: (max u, Σ exp(z − max z)), the maximum replaced by 0 if it is −inf; z = u · scale."""
     LANES: tl.constexpr = BLOCK // VEC
     lane = tl.arange(0, LANES)
     tile = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
@@ -107,12 +110,10 @@ def row_max_and_sum(
         offset, inside = edge_offsets(start, first, last, V, VEC)
         raw = tl.load(base + offset, mask=inside, other=0.0)
         u = tl.where(inside, to_unit(raw, pre, SOFTCAP), -float("inf"))
-        row_top = tl.maximum(row_top, tl.max(u, axis=0) * scale)
-        row_total = tl.sum(total * tl.exp2((top - row_top) * LOG2E), axis=0) + tl.sum(
-            exp_unit(u, scale, row_top), axis=0
-        )
-    else:
-        row_total = tl.sum(total * tl.exp2((top - row_top) * LOG2E), axis=0)
+        row_top = tl.maximum(row_top, tl.max(u, axis=0))
+    row_total = tl.sum(total * exp_unit(top, scale, row_top), axis=0)
+    if EDGES:
+        row_total += tl.sum(exp_unit(u, scale, row_top), axis=0)
     return tl.where(row_total == 0.0, 0.0, row_top), row_total
 
 

@@ -1,11 +1,12 @@
-"""grad_rows_ and fused_rows_: a row's derivative D = ∂log_prob/∂raw, written over the row (or into another tensor).
+"""grad_rows_, fused_rows_, clear_rows_: a row's derivative D = ∂log_prob/∂raw, over the row or into another tensor.
 
-    D_v = c · (1[v = y] − exp(z_v − m − l)) · dz/draw
+    D_v = c · (1[v = y] − exp((u_v − m) · scale − l)) · dz/draw
     dz/draw = pre, or pre · post · (1 − tanh²) with a soft-cap
 
 `grad_rows_` knows lse = (m, l): one read and one write of each valid row. `fused_rows_` finds log_prob and lse first:
-it reads the row twice, the second time from L2, and writes it once. Ignored rows are not read; they are written
-with zeros, so that a GEMM over D needs no mask.
+it reads the row twice, the second time from L2, and writes it once. Ignored rows, and those whose coefficient is 0, are
+not read; they are written with zeros, so that a GEMM over D needs no mask. `clear_rows_` writes such zeros alone, for
+a D that was made before its coefficients were known.
 
 logits [N, V] or [B, N, V]; labels int64 [rows]; c fp32 [rows] or None for 1. Grid: one program per row.
 """
@@ -32,14 +33,14 @@ from perpo_kernels.problem import LogitMap
 
 
 @triton.jit
-def softmax_term(raw, shift, weight, pre, scale, SOFTCAP: tl.constexpr):
-    """weight · exp(z − shift), times 1 − tanh² with a soft-cap; fp32."""
+def softmax_term(raw, top, weight, pre, scale, SOFTCAP: tl.constexpr):
+    """weight · exp((u − top) · scale), times 1 − tanh² with a soft cap; fp32."""
     u = raw.to(tl.float32)
     w = weight
     if SOFTCAP:
         u, sech2 = tanh_and_slope(u * pre)
         w = sech2 * weight
-    return exp_unit(u, scale, shift) * w
+    return exp_unit(u, scale, top) * w
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def write_row(
     V,
     label,
     coefficient,
-    shift,
+    top,
     inverse,
     pre,
     post,
@@ -81,19 +82,19 @@ def write_row(
     if whole < last:
         inside = lane_mask(lane, whole, last, VEC)
         raw = tl.load(logits + whole + tile, mask=inside, other=0.0)
-        d = softmax_term(raw, shift, weight, pre, scale, SOFTCAP)
+        d = softmax_term(raw, top, weight, pre, scale, SOFTCAP)
         tl.store(out + (whole + to_out) + tile, d.to(out.dtype.element_ty), mask=inside)
     raw = tl.load(logits + (whole - BLOCK) + tile, mask=all_lanes(first < whole, LANES))
     for back in range(BLOCK, whole - first + BLOCK, BLOCK):
         at = whole - back
         ahead = tl.load(logits + (at - BLOCK) + tile, mask=all_lanes(first < at, LANES))
-        d = softmax_term(raw, shift, weight, pre, scale, SOFTCAP)
+        d = softmax_term(raw, top, weight, pre, scale, SOFTCAP)
         tl.store(out + (at + to_out) + tile, d.to(out.dtype.element_ty))
         raw = ahead
     if EDGES:
         offset, inside = edge_offsets(start, first, last, V, VEC)
         raw = tl.load(logits + offset, mask=inside, other=0.0)
-        d = softmax_term(raw, shift, weight, pre, scale, SOFTCAP)
+        d = softmax_term(raw, top, weight, pre, scale, SOFTCAP)
         tl.store(out + offset + to_out, d.to(out.dtype.element_ty), mask=inside)
 
     tl.debug_barrier()  # of the two stores to the target's element, this is the later
@@ -101,7 +102,7 @@ def write_row(
     if SOFTCAP:
         u, sech2 = tanh_and_slope(u * pre)
         slope *= sech2
-    d = coefficient * slope * (1.0 - exp_unit(u, scale, shift) * inverse)
+    d = coefficient * slope * (1.0 - exp_unit(u, scale, top) * inverse)
     tl.store(out + out_start + label, d.to(out.dtype.element_ty), mask=known)
 
 
@@ -116,6 +117,23 @@ def zero_row(out, start, V, EDGES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.co
     if EDGES:
         offset, inside = edge_offsets(start, first, last, V, VEC)
         tl.store(out + offset, tl.zeros([2 * VEC], out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def clear_rows_kernel(
+    logits,
+    coefficients,
+    V,
+    n_inner,
+    stride_outer,
+    stride_inner,
+    EDGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if tl.load(coefficients + row) == 0.0:
+        zero_row(logits, row_pointer(row, n_inner, stride_outer, stride_inner), V, EDGES, BLOCK, VEC)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -147,17 +165,15 @@ def fused_rows_kernel(
         zero_row(logits, start, V, EDGES, BLOCK, VEC)
     else:
         scale = post if SOFTCAP else pre
-        shift, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC)
+        top, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC)
         known = (label >= 0) & (label < V)
-        target = to_unit(tl.load(logits + start + label, mask=known, other=0.0), pre, SOFTCAP) * scale
+        target = to_unit(tl.load(logits + start + label, mask=known, other=0.0), pre, SOFTCAP)
         log_total = tl.log(total)
-        tl.store(log_probs + row, tl.where(known, (target - shift) - log_total, float("nan")))
-        tl.store(lse + row, shift)
+        tl.store(log_probs + row, tl.where(known, (target - top) * scale - log_total, float("nan")))
+        tl.store(lse + row, top)
         tl.store(lse + n_rows + row, log_total)
         one = tl.where(known, 1.0, float("nan"))
-        write_row(
-            logits, logits, start, start, V, label, one, shift, 1.0 / total, pre, post, SOFTCAP, EDGES, BLOCK, VEC
-        )
+        write_row(logits, logits, start, start, V, label, one, top, 1.0 / total, pre, post, SOFTCAP, EDGES, BLOCK, VEC)
 
 
 @triton.jit
@@ -187,14 +203,14 @@ def grad_rows_kernel(
     label = tl.load(labels + row)
     start = row_pointer(row, n_inner, stride_outer, stride_inner)
     out_start = start if SAME_LAYOUT else row_pointer(row, n_inner, out_stride_outer, out_stride_inner)
-    if label == ignore_index:
+    coefficient = 1.0
+    if HAS_COEFFICIENTS:
+        coefficient = tl.load(coefficients + row)
+    if (label == ignore_index) | (coefficient == 0.0):
         zero_row(out, out_start, V, EDGES, BLOCK, VEC)
     else:
-        coefficient = 1.0
-        if HAS_COEFFICIENTS:
-            coefficient = tl.load(coefficients + row)
         coefficient = tl.where((label >= 0) & (label < V), coefficient, float("nan"))
-        shift = tl.load(lse + row)
+        top = tl.load(lse + row)
         inverse = tl.exp(-tl.load(lse + tl.num_programs(0) + row))
         write_row(
             logits,
@@ -204,7 +220,7 @@ def grad_rows_kernel(
             V,
             label,
             coefficient,
-            shift,
+            top,
             inverse,
             pre,
             post,
@@ -262,3 +278,9 @@ def grad_rows_(
             SAME_LAYOUT=same_layout,
             **meta,
         )
+
+
+def clear_rows_(rows: Tensor, coefficients: Tensor) -> None:
+    launch = row_launch(rows)
+    if launch.n_rows:
+        clear_rows_kernel[(launch.n_rows,)](rows, coefficients, rows.shape[-1], *launch.layout, **launch.meta)

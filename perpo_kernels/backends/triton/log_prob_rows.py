@@ -1,6 +1,7 @@
 """log_prob_rows: log softmax(z)[label] and log Σ exp z of each row, in one read.
 
-    m = max_v z_v      l = log Σ_v exp(z_v − m)      log_prob = (z_y − m) − l      lse = (m, l)
+    z = u · scale      m = max_v u_v      l = log Σ_v exp((u_v − m) · scale)      log_prob = (u_y − m) · scale − l
+    lse = (m, l); u is the raw value, or its tanh under a soft cap, which scale then stretches
 
 logits [N, V] or [B, N, V] (any row strides) -> fp32 [rows] twice. Bytes moved: V · itemsize for each valid row,
 16 for an ignored one. Grid: one program per row.
@@ -42,12 +43,12 @@ def log_prob_rows_kernel(
     else:
         start = row_pointer(row, n_inner, stride_outer, stride_inner)
         scale = post if SOFTCAP else pre
-        shift, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC)
+        top, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC)
         known = (label >= 0) & (label < V)
-        target = to_unit(tl.load(logits + start + label, mask=known, other=0.0), pre, SOFTCAP) * scale
+        target = to_unit(tl.load(logits + start + label, mask=known, other=0.0), pre, SOFTCAP)
         log_total = tl.log(total)
-        tl.store(log_probs + row, tl.where(known, (target - shift) - log_total, float("nan")))
-        tl.store(lse + row, shift)
+        tl.store(log_probs + row, tl.where(known, (target - top) * scale - log_total, float("nan")))
+        tl.store(lse + row, top)
         tl.store(lse + tl.num_programs(0) + row, log_total)
 
 
