@@ -1,8 +1,8 @@
 """PerPO on real handwritten digits, start to end, by the commands that a user runs: `python -m perpo.demo`.
 
-A LLaVA of a million parameters has learnt from cheap annotation to say where a digit is (grounding) and to read a
-number (ocr). Each task is then aligned on the rewards of its own answers: `perpo generate` samples and scores lists of
-them once, `perpo train` learns from these lists by every objective under one budget, `perpo evaluate` compares.
+A LLaVA of a million parameters was trained on cheap annotation to say where a digit is (grounding) and to read a number
+(ocr). Each task is then aligned on the rewards of the model's own answers: `perpo generate` samples and scores lists of
+them once, `perpo train` trains on these lists with every objective under one budget, `perpo evaluate` compares.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from perpo.demo.tasks import SEEDS, TASKS
 from perpo_kernels.objectives import PRESETS
 
 PICTURES = {"grounding": "boxes.png", "ocr": "pages.png"}
-# RosePO wants the probability that each answer is wrongly rejected, which these pictures do not tell.
+# RosePO needs the probability that each answer is wrongly rejected, which is not known of these pictures.
 OBJECTIVES = [name for name, preset in PRESETS.items() if not preset().flips]
 QUICK = Recipe(lists=16, k=4, held_out=24, batch=8, resamples=20, examples=2)
 
@@ -34,23 +34,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"of {', '.join(OBJECTIVES)}; default: %(default)s",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 1 2 3 4")
-    parser.add_argument("--lists", type=int, default=recipe.lists, help="pictures to sample for (%(default)s)")
-    parser.add_argument("--k", type=int, default=recipe.k, help="answers a picture (%(default)s)")
-    parser.add_argument("--held-out", type=int, default=recipe.held_out, help="pictures to judge on (%(default)s)")
+    parser.add_argument("--lists", type=int, default=recipe.lists, help="pictures to sample answers for (%(default)s)")
+    parser.add_argument("--k", type=int, default=recipe.k, help="answers per picture (%(default)s)")
+    parser.add_argument("--held-out", type=int, default=recipe.held_out, help="pictures to evaluate on (%(default)s)")
     parser.add_argument(
         "--split",
         choices=[s for s in SEEDS if s != "train"],
         default=recipe.split,
-        help="of those pictures (%(default)s)",
+        help="split of the digits in those pictures (%(default)s)",
     )
     parser.add_argument("--lr", type=float, default=recipe.learning_rate, help="learning rate (%(default)s)")
     parser.add_argument("--beta", type=float, help="of every objective; default: each as published")
     parser.add_argument("--gamma", type=float, help="of PerPO; default: as published")
-    parser.add_argument("--quick", action="store_true", help="a short run that shows nothing but that it runs")
-    parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument(
-        "--output", type=Path, default=Path("demo_output"), help="folder of all that is made (%(default)s)"
+        "--quick", action="store_true", help="a short run, to see that everything works; its figures mean nothing"
     )
+    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all results (%(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     pictures = ", ".join(["results.json", "methods.png", *(PICTURES[task] for task in options.tasks)])
     reports = ", ".join(str(job.folder / "evaluation" / "report.html") for job in jobs if job.seed == seeds[0])
     print(f"\n{seconds:.0f} s. In {options.output}: {pictures}\nreports of `perpo evaluate`: {reports}")
-    print(f"the commands that were run: {jobs[0].folder / 'commands.sh'} and its like")
+    print(f"the commands that were run: {jobs[0].folder / 'commands.sh'}, and one such file per task and seed")
 
 
 def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:

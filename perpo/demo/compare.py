@@ -1,7 +1,7 @@
-"""The objectives side by side: every task with every seed, spread over processes, and what came out of them.
+"""The objectives side by side: runs every task with every seed, spread over processes, and collects the results.
 
-A seed decides everything random in its runs: the pictures trained on, the answers sampled, the order of the batches,
-and the held-out pictures, which all models of that seed are judged on.
+A seed decides everything random in its runs: the training pictures, the sampled answers, the order of the batches, and
+the held-out pictures, on which all models of that seed are evaluated.
 """
 
 import json
@@ -27,7 +27,7 @@ BEST_OF_K = "best of k"
 
 @dataclass(frozen=True)
 class Result:
-    """What one model reached: a row of results.json.
+    """The metrics of one model: a row of results.json.
 
     Attributes:
         model: "sft", an objective, or "best of k": the best answer in each list that was trained on, the head-room.
@@ -41,7 +41,7 @@ class Result:
 
 
 def compare(jobs: list[Job], workers: int | None = None) -> list[Result]:
-    """All jobs on `workers` processes (one a core unless told otherwise), with a progress bar, and their results."""
+    """Run all jobs on `workers` processes (default: one per core), with a progress bar, and return their results."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers or cores, len(jobs))
     with tqdm(total=sum(job.n_steps for job in jobs), desc="perpo generate, train, evaluate", unit="step") as bar:
@@ -54,7 +54,7 @@ def compare(jobs: list[Job], workers: int | None = None) -> list[Result]:
 
 
 def results(job: Job) -> list[Result]:
-    """Read off the files of a finished job."""
+    """The results in the files of a finished job."""
     evaluated = json.loads((job.folder / "evaluation" / "evaluation.json").read_text())
     (figures,) = evaluated["tasks"]
     found = []
@@ -109,17 +109,17 @@ def _run_in_processes(jobs: list[Job], workers: int, threads: int, bar: tqdm) ->
         _show(bar, *ticks.get())
 
 
-_tell: Callable[[tuple[Job, str]], None] | None = None  # a worker's way to its parent's progress bar
+_report: Callable[[tuple[Job, str]], None] | None = None  # from a worker to its parent's progress bar
 
 
 def _start_worker(ticks: "multiprocessing.Queue[tuple[Job, str]]", threads: int) -> None:
-    global _tell
-    _tell = ticks.put
+    global _report
+    _report = ticks.put
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the processor is enough, and gives the same figures everywhere
     torch.set_num_threads(threads)
 
 
 def _run_in_worker(job: Job) -> None:
-    assert _tell is not None
-    tell = _tell
+    assert _report is not None
+    tell = _report
     run(job, lambda step: tell((job, step)))

@@ -1,4 +1,4 @@
-"""The demo's model: a LLaVA of a million parameters, of nothing but stock `transformers` parts.
+"""The demo's model: a LLaVA of a million parameters, made of stock `transformers` parts only.
 
 A CLIP vision tower, a two-layer projector and a Llama, with random weights to begin with. A picture is 36 patches of
 8 × 8 pixels. `SHIPPED` is the folder that `perpo.demo.train_sft` made; every command takes it as it takes any model.

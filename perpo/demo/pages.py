@@ -1,7 +1,7 @@
 """OCR: pages with a number of five to eight digits in two lines, and the request "read the digits".
 
-Digits differ in size, spacing, height on the line and ink. What the model is first taught are transcripts made in a
-hurry: the fainter a digit, the sooner it is passed over, and now and then one is taken for another.
+Digits differ in size, spacing, height on the line and ink. The transcripts of supervised training are made in a hurry:
+the fainter a digit, the more often it is left out, and some are taken for another.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What the demo leaves behind: the tables, the pictures and the figures as JSON."""
+"""The demo's results: tables, pictures, and figures as JSON."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(task: str, results: list[Result], recipe: Recipe) -> str:
-    """A row a model: mean ± standard error over the seeds; below it, PerPO against each other objective, seed by seed.
+    """One row per model: mean ± standard error over seeds; below, PerPO against each other objective, seed by seed.
 
     The no-image gap is the first metric with pictures less the same with the pictures blanked, where it was measured.
     """
@@ -87,7 +87,7 @@ def write_json(path: Path, results: list[Result], recipe: Recipe, seconds: float
 
 
 def draw_examples(path: Path, job: Job) -> None:
-    """The first held-out pictures of a job, as they come, with the truth and the answers before and after alignment."""
+    """The first held-out pictures of a job, not chosen, with the truth and the answers before and after alignment."""
     figures = json.loads((job.folder / "evaluation" / "evaluation.json").read_text())
     identities = {model["name"]: model["identity"] for model in figures["models"]}
     after = PERPO if PERPO in identities else job.recipe.objectives[-1]
@@ -133,7 +133,7 @@ def _show_texts(axis: Axes, record: ListRecord, before: str, after: str) -> None
 
 
 def draw_chart(path: Path, results: list[Result], recipe: Recipe) -> None:
-    """Each metric of each model: a bar for the mean over seeds, a whisker for its standard error, a dot a seed."""
+    """Each metric of each model: bars for means over seeds, whiskers for their standard errors, a dot for each seed."""
     tasks = list(dict.fromkeys(result.task for result in results))
     rows = (SFT, *recipe.objectives, BEST_OF_K)
     size = (10, (0.6 + 0.45 * len(rows)) * len(tasks) + 0.4)

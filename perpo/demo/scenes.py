@@ -1,7 +1,7 @@
 """Grounding: scenes of three digits, and the question "where is the 7?".
 
-The digits of a scene are all different, so the question has one answer: the exact box of that digit's ink. What the
-model is first taught are boxes as cheap annotation draws them, loose and unsteady.
+The digits of a scene are all different, so the question has one answer: the exact box of that digit's ink. The boxes of
+supervised training are cheap annotation, loose and unsteady.
 """
 
 import torch

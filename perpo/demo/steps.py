@@ -1,11 +1,11 @@
-"""One task with one seed, start to end, by the three commands of `perpo` and nothing else.
+"""One task with one seed, start to end, with the three commands of `perpo` and nothing else.
 
     perpo generate    lists of sampled, scored answers: once, and every objective trains on the same lists
-    perpo train       one model an objective
-    perpo evaluate    all of them on held-out records, with and without the picture, and a report
+    perpo train       one model per objective
+    perpo evaluate    all models on held-out records, with and without the picture, and a report
 
-The commands run in this process; their command lines are kept in commands.sh, what they print in log.txt. Run again,
-what is finished is not done again.
+The commands run in this process; their command lines are kept in commands.sh, what they print in log.txt. A second run
+skips the steps that are finished.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ class Recipe:
 
     objectives: tuple[str, ...] = ("dpo", "uniform_pairs", "perpo")
     lists: int = 256  # pictures that answers are sampled for
-    k: int = 16  # answers a picture
-    held_out: int = 600  # pictures that the models are judged on
+    k: int = 16  # answers per picture
+    held_out: int = 600  # pictures that the models are evaluated on
     split: str = "test"  # of the held-out pictures' digits
-    batch: int = 16  # lists an optimiser step
+    batch: int = 16  # lists per optimiser step
     learning_rate: float = 1e-4
     beta: float | None = None  # of every objective; None: each as published
     gamma: float | None = None  # of the objectives that have one
@@ -54,7 +54,7 @@ class Job:
     seed: int
     recipe: Recipe
     output: Path
-    no_image_test: bool = False  # as much again to ask
+    no_image_test: bool = False  # doubles the number of questions
 
     @property
     def folder(self) -> Path:
@@ -77,7 +77,7 @@ def claim(output: Path, recipe: Recipe) -> None:
 
 
 def run(job: Job, done: Callable[[str], None] = lambda step: None) -> None:
-    """All steps of a job; `done` is told the name of each when it is finished.
+    """All steps of a job; `done` is called with the name of each finished step.
 
     Raises:
         RuntimeError: a command failed; the message says where its log is.

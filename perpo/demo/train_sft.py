@@ -1,4 +1,4 @@
-"""How the demo's SFT model is made: its eyes are taught first, then it learns to answer from cheap annotation.
+"""How the demo's SFT model is made: first its vision tower is trained, then it learns to answer from cheap annotation.
 
     python -m perpo.demo.train_sft
 
@@ -36,7 +36,7 @@ from perpo.demo.vocabulary import (
 )
 
 EYE_STEPS, STEPS_OF_ANSWERS = 1600, 700
-BATCH = 32  # scenes, and as many pages, a step
+BATCH = 32  # scenes per step, and the same number of pages
 EYE_LEARNING_RATE, LEARNING_RATE = 2e-3, 1e-3
 EYE_SEED, SEED = 10_000_000, 20_000_000  # of the pictures; far from the seeds that the comparison uses
 TURN = "ASSISTANT:"
@@ -102,7 +102,7 @@ def answer_loss(
 
 
 def _continuations(turns: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Token ids of questions with answers [S, L], and the same with −1 for all that is no answer."""
+    """Token ids of questions with answers [S, L], and the same with −1 wherever a token is not part of an answer."""
     tokenizer = build_tokenizer()
     asked = tokenizer([f"{question} {TURN}" for question, _ in turns]).input_ids
     answered = tokenizer([answer + END for _, answer in turns]).input_ids
@@ -141,17 +141,17 @@ def patch_cover(boxes: Tensor) -> Tensor:
 def train_sft(eye_steps: int = EYE_STEPS, steps: int = STEPS_OF_ANSWERS) -> LlavaForConditionalGeneration:
     """The supervised model, from random weights.
 
-    Before the model learns to answer, its eyes learn the words for what they see, as the vision towers of grown-up
-    models have: ten answers for each patch teach them much faster than four tokens for each question would. From then
-    on they are frozen.
+    Before the model learns to answer, its vision tower learns to match patches with words, as the pretrained towers of
+    real models do: ten labels for each patch train it much faster than four tokens for each question would. From then
+    on it is frozen.
     """
     model = build_model().train()
-    teach_eyes(model, eye_steps)
+    train_vision(model, eye_steps)
     teach_answers(model, steps)
     return model.eval()
 
 
-def teach_eyes(model: LlavaForConditionalGeneration, steps: int) -> None:
+def train_vision(model: LlavaForConditionalGeneration, steps: int) -> None:
     """Train the vision tower and the projector to say each patch's digit and its box in the model's words."""
     words = PatchWords(model.config.text_config.hidden_size)
     parts = (
@@ -167,7 +167,7 @@ def teach_eyes(model: LlavaForConditionalGeneration, steps: int) -> None:
         scenes, pages = _pictures(seed)
         return vision_loss(model, words, scenes, seed) + vision_loss(model, words, pages, seed)
 
-    _train("teaching the eyes", range(EYE_SEED, EYE_SEED + steps), loss, trained, EYE_LEARNING_RATE)
+    _train("vision tower", range(EYE_SEED, EYE_SEED + steps), loss, trained, EYE_LEARNING_RATE)
 
 
 def teach_answers(model: LlavaForConditionalGeneration, steps: int) -> None:

@@ -1,6 +1,6 @@
-"""The demo model's words and its processor: 329 tokens of which a box takes four and a number one a digit.
+"""The demo model's words and its processor: 329 tokens; a box takes four of them, a number one per digit.
 
-A token of a box holds its punctuation too, as merged tokens of grown-up vocabularies do: "[0.12, ", "0.34, ", "0.56, "
+A token of a box holds its punctuation too, as merged tokens of real vocabularies do: "[0.12, ", "0.34, ", "0.56, "
 and "0.78]" put together are the text that the reward reads.
 """
 

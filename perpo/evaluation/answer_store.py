@@ -1,11 +1,11 @@
-"""Answers that models have given, kept as they are made: append-only JSONL, so that a killed run goes on.
+"""Answers that models have given, kept in a journal as they are made, so that a killed run resumes.
 
 A line is one record's answers under one condition of one model:
 
-    {"model": hash, "condition": "greedy/temperature=0.0/…", "record": "r7", "content": hash, "texts": […], …}
+    {"model": "5f…", "condition": "greedy/temperature=0.0/…", "record": "r7", "content": "0a…", "texts": […], …}
 
-`model` hashes weights, processor and what else decides its answers, `content` hashes picture and question; so whatever
-changed is simply asked again, and a changed ground truth is not.
+`model` is a fingerprint of weights, processor and all else that decides a model's answers, `content` one of image and
+question. So what has changed is asked again; a changed ground truth changes no answer.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ training computes: softmax(logits / temperature) cut to top_p, and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -15,6 +14,7 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from perpo.encoding.encoder import Encoder, Prompt
+from perpo.storage.fingerprints import seed_from
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Sampling:
 
     def seed_of(self, record_id: str, attempt: int) -> int:
         """A seed below 2⁵⁶ for one record's answers."""
-        digest = hashlib.sha256(f"{self.seed}\0{attempt}\0{record_id}".encode("utf-8", "surrogatepass")).digest()
-        return int.from_bytes(digest[:7], "big")
+        return seed_from(f"{self.seed}\0{attempt}\0{record_id}", bits=56)
 
     def identity(self) -> dict[str, str]:
         """Name -> value of what shapes the answers; greedy ones depend on no top_p and no seed."""

@@ -13,7 +13,6 @@ the call the model's generation config is blank (`only_logits`).
 from __future__ import annotations
 
 import copy
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from perpo.encoding.batch import TOKEN_KEYS, collate_lists
 from perpo.encoding.encoder import Encoder
 from perpo.model.language_head import causal_lm
 from perpo.sampling.sampler import Answer, Question, Sampling
-from perpo.storage.fingerprints import weights_fingerprint
+from perpo.storage.fingerprints import fingerprint, tensors_fingerprint, weights_fingerprint
 
 CHECKED_TOKENS = 3  # of the answers that forking is checked on: the fork itself and steps after it
 # Allowed rms difference of logits, in units of their spread. Rounding stays below it, a wrong position does not.
@@ -301,13 +300,16 @@ def left_padded(prompts: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, 
 
 
 def _adapters_fingerprint(model: nn.Module) -> str:
-    """Hash of the adapters and how they are used, which `weights_fingerprint` leaves out: no reference needs them."""
-    digest = hashlib.sha256()
-    names = [name for name, _ in model.named_parameters() if "lora_" in name or "modules_to_save." in name]
-    for name in names:
-        digest.update(name.encode() + model.get_parameter(name).detach().float().cpu().numpy().tobytes())
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            used = "none" if module.disable_adapters else module.active_adapters
-            digest.update(f"{name} {used} {module.merged_adapters} {getattr(module, 'scaling', None)}".encode())
-    return digest.hexdigest()[:16] if names else "none"
+    """Of the adapters and how they are used, which `weights_fingerprint` leaves out: no reference needs them."""
+    weights = [(name, p) for name, p in model.named_parameters() if "lora_" in name or "modules_to_save." in name]
+    used = [
+        (
+            name,
+            "none" if module.disable_adapters else module.active_adapters,
+            module.merged_adapters,
+            getattr(module, "scaling", None),
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    return fingerprint([tensors_fingerprint(weights), used]) if weights else "none"

@@ -1,7 +1,7 @@
-"""Checkpoints: which run a folder's checkpoints belong to, which are whole, and from which one a run resumes.
+"""Checkpoints: which run they belong to, which of them are whole, and from which one a run resumes.
 
-`identity.json` beside the checkpoints says what their run computes; `checksums.json` in each one holds its files as
-they were written, and is written last. `trainer_state.json` is the last file of a checkpoint without checksums.
+`identity.json` beside the checkpoints says what their run computes. `checksums.json` in each checkpoint holds its files
+as they were written, and is written last; before it comes `trainer_state.json`.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def names_of_model(model: nn.Module) -> Iterator[None]:
     """A block that saves a checkpoint of a whole model: under the names that its parameters have.
 
     `save_pretrained` writes the names that the family had in older versions of transformers, which `from_pretrained`
-    maps and `Trainer` does not: it would go on with the weights that the run began with.
+    maps and `Trainer` does not: it would resume with the weights that the run began with.
     """
     if not isinstance(model, PreTrainedModel):
         yield
@@ -278,7 +278,7 @@ def clear_disk_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
     """A block that saves into `folder`: what each library says of a disk that is full becomes one OSError.
 
     Raises:
-        OSError: a file could not be written; the message says what a run can go on from.
+        OSError: a file could not be written; the message says from which checkpoint a run can resume.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM during training: the step that is running is finished, a checkpoint written, and training ends.
+"""SIGINT and SIGTERM during training: the running step is finished, a checkpoint is written, and training ends.
 
 Several processes stop after the same step, whichever of them the signal reached first: each adds its vote to the
 numbers that all exchange at the beginning of a step, so stopping costs no communication of its own. A second signal
-does what it always did.
+has its usual effect at once.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class StopOnSignal(TrainerCallback):
 
     @property
     def vote(self) -> int:
-        """What this process adds to the numbers that all exchange: 0 as long as it may go on."""
+        """What this process adds to the numbers that all exchange: the signal that it has received, or 0."""
         return self.received or 0
 
     def count(self, votes: Tensor) -> None:
