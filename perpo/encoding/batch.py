@@ -1,7 +1,7 @@
 """Lists of candidates as one right-padded batch: a row [image | prompt | response] for every candidate.
 
-A list has one prompt or several (the same question under another image), each with responses of its own; candidates
-stand prompt by prompt. What is known of each candidate (`candidate_tensors`) does not depend on how prompts and
+A list has one prompt or several (the same question under another image), each with its own responses; candidates are
+ordered by prompt. What is known of each candidate (`candidate_tensors`) does not depend on how prompts and
 responses are laid out in rows (`separate_rows`).
 
 Only the states that predict response tokens will be used, so the batch carries their flat positions, and the last

@@ -1,7 +1,7 @@
 """The image that mDPO sets against the true one: nearly nothing of it left, and always the same for one record.
 
 mDPO (arXiv 2406.11839): an answer that is right for an image should be likelier under it than under another. The best
-answer of a list under the corrupted image is a further candidate, in a record of its own beside the list's.
+answer of a list under the corrupted image is one more candidate; it has its own record beside that of the list.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def with_corrupted_image(record: ListRecord, corruption: str, seed: int) -> tupl
 
 
 def image_pairs(rewards: tuple[float, ...]) -> list[list[float]]:  # [k + 1, k + 1]
-    """Who is preferred to whom, by what weight, in a list of k candidates and the best one under a corrupted image.
+    """Weights of the preferences among k candidates and the best of them under a corrupted image.
 
     The best against the worst, ties in equal shares of 1; the best (the first of equals) against the corrupted, 1.
     Without any preference there is no pair.

@@ -172,7 +172,7 @@ class Encoder:
 
         Special tokens that belong to the answer (<|box_start|>, <ref>, …) stay in it; padding, beginnings and places
         of pictures are left out, and before it the white space that the template puts there. An answer without that
-        white space cannot be told from one with it: its text gets it back.
+        white space has the same text as one with it, and is trained with it.
         """
         listed = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         stop = next((i for i, token in enumerate(listed) if token in self.end_ids), len(listed))
@@ -275,7 +275,7 @@ class Encoder:
 
     @cached_property
     def _placeholder_ids(self) -> set[int]:
-        """Tokens that stand for parts of a picture: in a response there is none that they could stand for."""
+        """Tokens that stand for parts of a picture. A response has no picture, so they are left out of it."""
         names = ("image_token_id", "video_token_id")
         found = {getattr(holder, name, None) for holder in (self.processor, self.tokenizer) for name in names}
         if self.sees_images:

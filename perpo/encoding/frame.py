@@ -35,7 +35,7 @@ def seen_size(images: Any, size: Size) -> Size:
 def cropped(images: Any, size: Size) -> str | None:
     """Which part of a picture of this size the model does not see, and the setting that helps; None: it sees all.
 
-    Found by trying: some processors (LLaVA-NeXT) are set to crop, and show the whole picture all the same.
+    Found by trying: some processors (LLaVA-NeXT) are set to crop and still show the whole picture.
     """
     if not getattr(images, "do_center_crop", None):
         return None

@@ -1,10 +1,10 @@
 """Lists as one packed row in which every prompt, image included, stands once: [prompts | answers].
 
 A packed row costs Σ (P + k R) tokens where a row for every candidate costs Σ k (P + R), forward and backward, and the
-vision tower sees every image once. Which token sees which is in the layout (`perpo.prefix.layout`); where a token
-stands for the position embedding is told by `PromptPositions`: an answer goes on where its prompt ends. All of it is
-worked out here on the CPU, so that a step does not have to wait for the device to tell it. (Some models look at their
-inputs all the same, as to whether they hold as many places of an image as there are features.)
+vision tower sees every image once. The layout (`perpo.prefix.layout`) holds which token sees which, and
+`PromptPositions` the position ids: those of an answer continue where its prompt ends. Both are computed here on the
+CPU, so that a step does not wait for the device. (Some models read their inputs back nevertheless, to check that the
+image tokens are as many as the image features.)
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class PromptPositions:
 
     def __init__(self, core: Any) -> None:
         self.model_type: str = core.config.model_type
-        self.body: Any = None  # Qwen-VL and its kin: computes three positions a token
+        self.body: Any = None  # of the Qwen-VL family: computes three positions per token
         if hasattr(core.base_model, "get_rope_index"):
             kind: Any = type(core.base_model)
             self.body = kind.__new__(kind)

@@ -1,9 +1,9 @@
 """Whether a model is fed one row for all candidates of a list, and the proof on its own weights that it may be.
 
 What is shared is image and prompt (`perpo.encoding.packed`), through attention that knows who sees whom
-(`perpo.prefix.attention`). An architecture that does more across tokens than attention would silently go wrong, so:
-those that tests hold to be exact are shared by default, others only if asked for, and in both cases the first lists are
-compared with a row for each candidate before anything is trained.
+(`perpo.prefix.attention`). An architecture whose tokens interact outside attention would give wrong numbers. So
+only architectures that the tests find exact are shared by default, others only on request, and in both cases lists of
+the data are compared with a row for each candidate before anything is trained.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ VERIFIED_TEXT = (
     "qwen3_vl_text",
 )
 
-# Types of layers that look at other tokens than attention does, by what keeps their prompts from being shared.
+# Types of layers that see other tokens than attention does: their prompts cannot be shared.
 _STATEFUL = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 _TOKEN_BY_TOKEN = {"moe", "mlp", "sparse", "dense"}
 
@@ -120,8 +120,8 @@ def obstacle(core: Any) -> str | None:
     chosen = text._attn_implementation
     if _softcap(core) and chosen not in ("eager", attention.OVER_EAGER):
         return (
-            f"bends its attention scores (attn_logit_softcapping), which attn_implementation={chosen!r} leaves out; "
-            "load it with attn_implementation='eager'"
+            f"soft-caps its attention logits (attn_logit_softcapping), which attn_implementation={chosen!r} leaves "
+            "out; load it with attn_implementation='eager'"
         )
     return None
 
@@ -139,7 +139,7 @@ def _unverified(core: Any) -> str | None:
 def _no_gain(core: Any, device: torch.device) -> str | None:
     if _softcap(core) and not flex_attention.available(device):
         return (
-            f"bends its attention scores, for which there is no FlexAttention on {device.type!r}: all scores of a list "
+            f"soft-caps its attention logits, for which {device.type!r} has no FlexAttention: all logits of a list "
             "would be kept, which can cost more than sharing saves; prefix_sharing='on' shares nevertheless"
         )
     return None

@@ -48,14 +48,18 @@ class TrainableConfig:
     )
     lora_r: int | None = field(
         default=None,
-        metadata={"help": f"Rank of the adapters; default: {LORA_R}, or that of adapters the model comes with."},
+        metadata={"help": f"Rank of the adapters; default: {LORA_R}, or that of the adapters in the model's folder."},
     )
     lora_alpha: int | None = field(
         default=None,
-        metadata={"help": f"Scale of the adapters: alpha / r; default: {LORA_ALPHA}, or that of the model's own."},
+        metadata={
+            "help": f"Scale of the adapters: alpha / r; default: {LORA_ALPHA}, or that of the adapters in the model's "
+            "folder."
+        },
     )
     lora_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout on the way into the adapters; default: 0, or that of the model's own."}
+        default=None,
+        metadata={"help": "Dropout before the adapters; default: 0, or that of the adapters in the model's folder."},
     )
     lora_target_modules: list[str] | None = field(
         default=None,
@@ -175,7 +179,7 @@ def language_lora(
 
     Raises:
         ValueError: a name of target_modules that the language model has no layer of; without target_modules, a model
-            in which no linear layer of the language model can be told apart, or whose experts are no linear layers.
+            without linear layers in its language model, or with experts that are tensors instead.
     """
     decoder = causal_lm(model).get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
@@ -322,11 +326,11 @@ def trained_parts(model: nn.Module) -> str:
 
 
 def keep_in_fp32(model: nn.Module) -> None:
-    """What is trained in fp32 (peft does so for adapters), what is frozen as it is.
+    """Convert what is trained to fp32 (peft does so for adapters), and leave what is frozen in its type.
 
     A bf16 number has 8 bits: a step of less than 1/512 of a weight is rounded away, and at a learning rate of 5e-6
-    nearly all steps are. States stay of the type that the model computes them in: some models (SmolVLM) cannot put
-    an image's 16-bit states among a text's of 32.
+    nearly all steps are. States keep the type that the model computes them in: some models (SmolVLM) cannot put
+    16-bit states of an image among 32-bit states of a text.
     """
     embeddings = causal_lm(model).get_input_embeddings()
     of_states = embeddings.weight.dtype
@@ -338,9 +342,9 @@ def keep_in_fp32(model: nn.Module) -> None:
 
 
 def set_precision(model: nn.Module, args: TrainingArguments) -> None:
-    """A model with 16-bit weights is trained in mixed precision, also if `args` do not ask for it.
+    """Train a model with 16-bit weights in mixed precision, even if `args` do not ask for it.
 
-    Without it fp32 weights would meet 16-bit activations. DeepSpeed sees to it by itself.
+    Without it fp32 weights would meet 16-bit activations. DeepSpeed does this itself.
 
     Raises:
         ValueError: the model's type does not go with this device or without a scaled loss; says what to set.

@@ -11,7 +11,7 @@ l_a, l_b for the same queries, attention over both key ranges is
     l = log(e^l_a + e^l_b)          o = o_a e^(l_a − l) + o_b e^(l_b − l)
 
 In the backward pass each part's own flash backward, called with the merged o and l, gives its exact share of dQ, dK and
-dV: P_ij = exp(q_i k_j − l_i) and Σ_j P_ij dP_ij = dO_i · O_i hold for the merged attention, and it uses nothing else.
+dV: P_ij = exp(q_i k_j − l_i) and Σ_j P_ij dP_ij = dO_i · O_i hold for the merged attention, and it needs only these.
 
 Soft caps, windows shorter than a list and fp32 on a GPU have no such kernel. There FlexAttention is used
 (`perpo.prefix.flex_attention`), and where that is not either, as on a CPU, PyTorch's attention with a mask, list by
@@ -99,7 +99,7 @@ def prefix_attention(
         layout: of the row's T tokens.
         scale: default 1 / √D.
         softcap: scores become softcap · tanh(score / softcap).
-        window: a token sees only so many tokens back, itself counted, along its own prompt and answer.
+        window: a token sees only this many tokens back, itself included, along its own prompt and answer.
 
     Raises:
         ValueError: shapes that do not fit the layout or each other.

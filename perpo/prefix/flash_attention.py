@@ -98,7 +98,7 @@ class _Cpu:
 class _Cuda:
     """The variable-length kernel wants [tokens, heads, D] and head sizes that are multiples of 8.
 
-    Its greatest lengths are upper bounds. At least 2 queries: told of 1, it takes grouped heads for queries.
+    Its greatest lengths are upper bounds. They are at least 2: given 1, the kernel treats grouped heads as queries.
     """
 
     def forward(self, row: PackedRow, part: Part, scale: float) -> None:

@@ -1,8 +1,8 @@
-"""FlexAttention over a packed row, for what flash attention does not know: soft caps, short windows, fp32 on a GPU.
+"""FlexAttention over a packed row, for what flash attention does not support: soft caps, short windows, fp32 on a GPU.
 
 It skips tiles of 128 × 128 pairs in which nobody sees anybody and asks `mask_mod` only in tiles that are partly seen.
-Which tiles those are is told from the two ranges that each token sees, T · T/128 comparisons, so that no mask of all
-pairs is made. Scale, soft cap and window are tensors: one kernel, compiled once, serves all layers and layouts.
+The two ranges that each token sees give these tiles in T · T/128 comparisons, so that no mask of all pairs is
+made. Scale, soft cap and window are tensors: one kernel, compiled once, serves all layers and layouts.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ def _score_mod(layout: PrefixLayout, scale: float, softcap: float | None, device
     def scaled(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score * by
 
-    def bent(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score * by / cap)
 
-    return scaled if softcap is None else bent
+    return scaled if softcap is None else capped
 
 
 @cache

@@ -8,8 +8,8 @@ so that prompts, the answers of one prompt and each answer are contiguous ranges
 and its answer up to itself; a token of a prompt sees the prompt up to itself and, in models that let the tokens of an
 image see each other, its whole image (`blocks`). So every token sees two ranges of the row, one of which may be empty.
 
-The same is told in two ways: `parts`, plain attentions over ranges, for kernels that know no mask, and `sight`, the two
-ranges of every token, for those that do.
+The layout holds this in two forms: `parts`, plain attentions over ranges, for kernels without a mask, and `sight`, the
+two ranges of every token, for kernels with one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from perpo_kernels.layout import cumulative
 
 Range = tuple[int, int]  # start, end
 
-TILE = 128  # `sight` goes on to a multiple of so many tokens, as FlexAttention wants it; what is added sees itself
+TILE = 128  # `sight` is padded to a multiple of this, as FlexAttention needs it; a padding token sees itself
 
 
 @dataclass
@@ -68,7 +68,7 @@ class PrefixLayout:
         parts: the attentions that make up the whole.
         sight: of each token the start and end of the range that it sees of its prompt, start and end of the range that
             it sees of its answer, and its place, counted along prompt and answer.
-        made: masks, by what they are for; made when first asked for, and good for all layers and both passes.
+        made: masks by their use; made on first use, and shared by all layers and both passes.
     """
 
     prompt_lengths: tuple[int, ...]

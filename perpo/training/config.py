@@ -22,7 +22,7 @@ REFERENCES = ("precomputed", "adapter_off", "model", "data", "none")
 class PerPOConfig(TrainingArguments):
     """Settings of `PerPOTrainer`. Defaults that differ from `TrainingArguments` are those published with PerPO."""
 
-    # HfArgumentParser takes the second type of the union for that of the option.
+    # HfArgumentParser parses the option as the second type of the union.
     objective: Objective | str | None = field(
         default="perpo",
         metadata={
@@ -32,11 +32,13 @@ class PerPOConfig(TrainingArguments):
     )
     beta: float | None = field(
         default=None,
-        metadata={"help": "Strength of the pull towards the reference; default: the objective's own, as published."},
+        metadata={"help": "Strength of the pull towards the reference; default: that of the objective, as published."},
     )
     gamma: float | None = field(
         default=None,
-        metadata={"help": "Exponent of the reward margins in perpo's pair weights; 0 weighs all alike; default: 0.5."},
+        metadata={
+            "help": "Exponent of the reward margins in perpo's pair weights; 0 weighs all pairs alike; default: 0.5."
+        },
     )
     objective_options: dict[str, Any] | str | None = field(
         default=None,
@@ -96,8 +98,8 @@ class PerPOConfig(TrainingArguments):
     max_tokens_per_row: int | None = field(
         default=None,
         metadata={
-            "help": "Feed as many lists at once as so many tokens take, each list with its k candidates; a longer list "
-            "is fed alone. Counted by encoding every list once before training. Default: "
+            "help": "Budget of tokens for a forward pass: it takes as many lists, each with its k candidates, as fit. "
+            "A longer list is fed alone. Every list is encoded once before training to count its tokens. Default: "
             "per_device_train_batch_size lists."
         },
     )
@@ -117,12 +119,11 @@ class PerPOConfig(TrainingArguments):
         },
     )
 
-    # Settings of TrainingArguments whose defaults or effects are others here
+    # Settings of TrainingArguments that have another default or effect here
     bf16: bool = field(
         default=False,
         metadata={
-            "help": "Compute in bf16; weights that are trained are kept in fp32 all the same. Always so for a model "
-            "whose weights are bf16."
+            "help": "Compute in bf16; trained weights stay in fp32. Always on for a model whose weights are bf16."
         },
     )
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate."})
@@ -132,11 +133,11 @@ class PerPOConfig(TrainingArguments):
         default=1, metadata={"help": "Lists a device and forward pass, each with its k candidates."}
     )
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Lists a device and forward pass."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many optimizer steps."})
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "'true': go on from the last whole checkpoint of output_dir, if any; or a checkpoint's folder."
+            "help": "'true': resume from the last whole checkpoint of output_dir, if any; or a checkpoint's folder."
         },
     )
     remove_unused_columns: bool = field(

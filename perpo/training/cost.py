@@ -6,7 +6,7 @@ Memory is the sum of
     gradients     trained parameters × bytes
     optimizer     trained parameters × 8: AdamW's two moments in fp32
     activations   what autograd keeps for the backward pass: counted, by running the model's own layers on the meta
-                  device, which computes shapes and nothing else, and adding up what they save
+                  device, which computes only shapes, and adding up what they save
     momentary     the larger of two things that come one after the other: the loss (one chunk of logits, and the
                   gradient of the response states) and the backward pass of one layer (two tensors as wide as the widest
                   of its linear layers; with gradient checkpointing also what the layer keeps when it is run again)
@@ -135,7 +135,7 @@ class Planner:
         }
 
     def fitting(self, lists: ListShape, capacity: float) -> int:
-        """The most lists in one forward pass that a device of so many bytes holds; 0: not even one."""
+        """The most lists in one forward pass that fit into `capacity` bytes; 0: not even one does."""
         fixed = {"weights", "gradients", "optimizer"}
         parts = self.memory(lists)
         rest = capacity - sum(parts[name] for name in fixed)
@@ -147,7 +147,7 @@ class Planner:
         return lists.prompt_tokens * patches_per_token(self.config)
 
     def _saved(self, layout: PrefixLayout, n_layers: int, checkpointing: bool | None = None) -> int:
-        """Bytes that autograd keeps of a language model of so many layers, its weights apart."""
+        """Bytes that autograd keeps of a language model of `n_layers` layers, without its weights."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers = n_layers
@@ -178,10 +178,10 @@ class Planner:
 
 
 def patches_per_token(config: PreTrainedConfig) -> float:
-    """Patches of an image that the language model sees as one token, by what the families call it."""
+    """Patches of an image that become one token of the language model; each family has its own name for this."""
     vision = getattr(config, "vision_config", None)
     for owner, name in ((vision, "spatial_merge_size"), (config, "spatial_merge_size"), (config, "scale_factor")):
-        if isinstance(merged := getattr(owner, name, None), int):  # so many squared
+        if isinstance(merged := getattr(owner, name, None), int):  # of a square
             return merged**2
     if ratio := getattr(config, "downsample_ratio", None):
         return ratio**-2

@@ -54,7 +54,7 @@ def _preset(name: str, keywords: Mapping[str, Any]) -> Objective:
     known = list(inspect.signature(PRESETS[name]).parameters)
     for keyword in keywords:
         if keyword not in known:
-            raise ValueError(f"{keyword}: objective={name!r} has none; it has {', '.join(known)}")
+            raise ValueError(f"{keyword}: objective={name!r} does not take it; it takes {', '.join(known)}")
     return PRESETS[name](**keywords)
 
 

@@ -40,8 +40,8 @@ def check_sharing(
 def lists_to_compare(samples: Sequence[Sample]) -> list[Sample]:
     """The two lists whose second longest response is longest, each with its two longest responses.
 
-    Answers of one token would show nothing: it is predicted by the prompt, which is packed as it stands. Both have an
-    image, or none has: a row holds lists of one kind.
+    Answers of one token would show nothing: the prompt predicts that token, and packing does not change the
+    prompt. Both have an image, or none has: a row holds lists of one kind.
     """
     first = list(samples[:AMONG])
     kind = any(has_image(sample) for sample in first)

@@ -97,7 +97,7 @@ def test_mdpo_from_the_command_line(project: Path) -> None:
         (["--beta", "0"], "beta must be a finite number > 0, got 0.0"),
         (["--gamma", "-1"], "gamma must be a finite number >= 0"),
         (["--objective", "lippo"], "objective must be one of perpo, uniform_pairs, dpo,"),
-        (["--objective", "lipo", "--gamma", "1"], "gamma: objective='lipo' has none; it has beta"),
+        (["--objective", "lipo", "--gamma", "1"], "gamma: objective='lipo' does not take it; it takes beta"),
         (["--objective", "rosepo"], "train_dataset record 'r0' has no flip_probs, which objective='rosepo' takes"),
         (["--reference", "nothing"], "invalid choice: 'nothing'"),
         (["--max_candidates", "1"], "max_candidates must be ≥ 2"),

@@ -40,8 +40,11 @@ def test_settings_say_which_objective(settings: dict[str, Any], expected: Object
     ("settings", "message"),
     [
         ({"objective": "tis_dpo"}, "objective must be one of perpo, .*; got 'tis_dpo'"),
-        ({"objective": "dpo", "gamma": 0.5}, "gamma: objective='dpo' has none; it has beta"),
-        ({"objective": "dpo", "objective_options": {"epsilon": 1}}, "epsilon: objective='dpo' has none; it has beta"),
+        ({"objective": "dpo", "gamma": 0.5}, "gamma: objective='dpo' does not take it; it takes beta"),
+        (
+            {"objective": "dpo", "objective_options": {"epsilon": 1}},
+            "epsilon: objective='dpo' does not take it; it takes beta",
+        ),
         ({"beta": 0.1, "objective_options": {"beta": 0.2}}, "beta is given twice"),
         ({"objective_options": "[1]"}, "objective_options must be a mapping"),
         ({"objective_options": "{"}, "objective_options must be a JSON or YAML mapping"),
