@@ -268,7 +268,7 @@ def test_a_soft_cap_is_shared_where_separate_rows_have_it_and_it_is_worth_it(cap
         sharing.prepare(model, "on")
     model.set_attn_implementation("eager")
     assert sharing.prepare(model, "auto") is None
-    assert "there is no FlexAttention on 'cpu'" in caplog.text
+    assert "'cpu' has no FlexAttention" in caplog.text
     monkeypatch.setattr(flex_attention, "has_triton", lambda: True)
     assert sharing.prepare(model, "auto", "cuda") is not None
     assert sharing.prepare(model, "on") is not None
