@@ -119,6 +119,7 @@ def _evaluate(config: EvaluationConfig) -> Evaluation:
         for source in sources:
             identities[source.name] = source.identity(_answer_options(config))
             asked[source.name] = _ask(source, identities[source.name], records, contents, config, store)
+    notices += _seen_differently(records, asked)
     evaluated = []
     for task, members in tasks.items():
         answers = {}
@@ -136,6 +137,22 @@ def _evaluate(config: EvaluationConfig) -> Evaluation:
         text = json.dumps(_without_nan(evaluation.as_json()), indent=1, ensure_ascii=False, allow_nan=False)
         file.write(text.encode(errors="replace") + b"\n")
     return evaluation
+
+
+def _seen_differently(records: Sequence[ListRecord], asked: dict[str, dict[str, dict[str, Answers]]]) -> list[str]:
+    """Notices of models that saw the pictures in other sizes than the first one: they are not compared alike."""
+    first, *others = asked
+    notices = []
+    for other in others:
+        sizes = {model: {r.id: asked[model]["greedy"][r.id].image_size for r in records} for model in (first, other)}
+        differ = [r.id for r in records if sizes[first][r.id] != sizes[other][r.id]]
+        if differ:
+            shown = {model: "×".join(map(str, of[differ[0]] or ("no picture",))) for model, of in sizes.items()}
+            notices.append(
+                f"{first} and {other} saw {len(differ)} of {len(records)} pictures in other sizes (record {differ[0]!r}: "
+                f"{first}: {shown[first]} and {other}: {shown[other]}); their processors differ. --processor_options sets them alike, as in max_pixels"
+            )
+    return notices
 
 
 # ----------------------------------------------------------------------------------------------------------- asking

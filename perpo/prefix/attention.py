@@ -43,6 +43,7 @@ from transformers.utils import logging
 from perpo.prefix import flash_attention, flex_attention
 from perpo.prefix.flash_attention import Gradients, PackedRow
 from perpo.prefix.layout import PrefixLayout
+from perpo_kernels.problem import accumulation_dtype
 
 logger = logging.get_logger(__name__)
 
@@ -134,7 +135,7 @@ def masked_prefix_attention(
     """The definition: list by list, all scores and a mask. Float64-capable, differentiable by autograd, slow."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        scores = (q @ k.transpose(2, 3)).to(_wide(q.dtype)) * scale
+        scores = (q @ k.transpose(2, 3)).to(accumulation_dtype(q.dtype)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         return scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v
@@ -175,7 +176,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayou
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-        lse = query.new_empty(query.shape[1], query.shape[2], dtype=_wide(query.dtype))
+        lse = query.new_empty(query.shape[1], query.shape[2], dtype=accumulation_dtype(query.dtype))
         row = PackedRow(query, key, value, torch.empty_like(query), lse)
         for part in layout.parts:
             flash_attention.kernels_for(query).forward(row, part, scale)
@@ -227,7 +228,3 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
     """The model's own, which its source file holds under one name in all of transformers."""
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,7 +13,9 @@ from sacrebleu.metrics.bleu import BLEU
 
 import perpo.evaluation.metrics
 from perpo.data.record import ListRecord
+from perpo.evaluation.answer_store import Answers
 from perpo.evaluation.bootstrap import draw_counts, interval, resampled_sums
+from perpo.evaluation.evaluate import _seen_differently
 from perpo.evaluation.figures import ModelAnswers, expected_best, figures
 from perpo.evaluation.metrics import Judged, judge, metrics_of
 from perpo.evaluation.text_scores import bleu_from_sums, bleu_terms, check_tokenizer, why_no_meteor
@@ -271,3 +273,16 @@ def test_blank_pages_and_images_without_any_object_are_measured(
         assert of_page["f1"].greedy.value == right
         assert of_boxes["ap50"].greedy.value == of_boxes["mean_iou"].greedy.value == right
         assert of_page["unreadable"].greedy.value == of_boxes["unreadable"].greedy.value == 0
+
+
+def test_models_that_saw_the_pictures_in_other_sizes_are_named() -> None:
+    records = [ListRecord(name, None, "Where?", [[0, 0, 1, 1]], "grounding/qwen2.5-vl") for name in ("a", "b", "c")]
+
+    def answers(*sizes: tuple[int, int] | None) -> dict[str, dict[str, Answers]]:
+        return {"greedy": {r.id: Answers(("x",), size, 0) for r, size in zip(records, sizes, strict=True)}}
+
+    base = answers((28, 14), (56, 28), None)
+    assert _seen_differently(records, {"base": base, "adapter": answers((28, 14), (56, 28), None)}) == []
+    (notice,) = _seen_differently(records, {"base": base, "adapter": answers((28, 14), (42, 28), None)})
+    for words in ("base and adapter", "1 of 3", "'b'", "base: 56×28 and adapter: 42×28", "max_pixels"):
+        assert words in notice
