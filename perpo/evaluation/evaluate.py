@@ -147,10 +147,12 @@ def _seen_differently(records: Sequence[ListRecord], asked: dict[str, dict[str, 
         sizes = {model: {r.id: asked[model]["greedy"][r.id].image_size for r in records} for model in (first, other)}
         differ = [r.id for r in records if sizes[first][r.id] != sizes[other][r.id]]
         if differ:
-            shown = {model: "×".join(map(str, of[differ[0]] or ("no picture",))) for model, of in sizes.items()}
+            of_one = [sizes[model][differ[0]] or ("no picture",) for model in (first, other)]
+            shown = ["×".join(map(str, size)) for size in of_one]
             notices.append(
-                f"{first} and {other} saw {len(differ)} of {len(records)} pictures in other sizes (record {differ[0]!r}: "
-                f"{first}: {shown[first]} and {other}: {shown[other]}); their processors differ. --processor_options sets them alike, as in max_pixels"
+                f"{first} and {other} saw {len(differ)} of {len(records)} pictures in other sizes (of {differ[0]!r}, "
+                f"{first}: {shown[0]} and {other}: {shown[1]}); their processors differ. --processor_options sets them "
+                "alike, as in max_pixels"
             )
     return notices
 
