@@ -248,7 +248,8 @@ def linear_list_loss(
     def add_chunk(raw: Tensor, c: slice) -> None:
         if need_hidden:
             multiply(raw, weight, derivative[c])
-        gradient.add(raw, hidden[c], result.coefficients[c] / unit)
+        g = (result.coefficients[c] / unit).masked_fill_(labels[c] == ignore_index, 0.0)
+        gradient.add(raw, hidden[c], g)
 
     for segment in _segments(cu_seqlens, cu_lists, hidden.shape[0], rows):
         tokens = slice(segment.first_token, segment.last_token)
