@@ -82,11 +82,17 @@ def _bare(text: str) -> str:
     return words.strip(" .,;:!?\"'`*()[]") or words
 
 
+def finite(value: Any) -> float | None:
+    """A number as a finite float; None for anything else, also for an integer that no float can hold."""
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _true_number(answer: Any) -> float:
-    if isinstance(answer, str):
-        number = read_number(answer)
-    else:
-        number = float(answer) if isinstance(answer, Real) and math.isfinite(answer) else None
+    number = read_number(answer) if isinstance(answer, str) else finite(answer)
     if number is None:
         raise ValueError(f"answer must be a finite number or a text that states one, got {answer!r:.200}")
     return number

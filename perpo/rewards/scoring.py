@@ -234,7 +234,7 @@ def score_record(
     for text, result in zip(record.responses, results, strict=True):
         try:
             value = 0.0 if result is None else float(result)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
             raise ValueError(
