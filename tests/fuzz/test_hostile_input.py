@@ -105,7 +105,7 @@ def record(rng: random.Random, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_every_record_is_taken_whole_or_refused_by_its_line(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    rows = [record(rng, f"r{i}") for i in range(50)]
+    rows = [record(rng, f"r{i}") for i in range(300)]
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     taken, said = {}, []
@@ -132,7 +132,7 @@ def test_every_record_is_taken_whole_or_refused_by_its_line(tmp_path: Path, seed
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_every_answer_has_a_reward_between_0_and_1_or_its_truth_is_refused(seed: int) -> None:
     rng = random.Random(1000 + seed)
-    for _ in range(60):
+    for _ in range(400):
         text = "".join(
             rng.choice([*TEXTS, "0.5", ",", " ", "1", "[", "]", "{", "}", "\n"]) for _ in range(rng.randrange(6))
         )
@@ -154,7 +154,7 @@ def test_every_answer_has_a_reward_between_0_and_1_or_its_truth_is_refused(seed:
 def test_scoring_a_record_gives_as_many_rewards_as_answers_or_a_reason(seed: int) -> None:
     rng = random.Random(2000 + seed)
     n_scored = 0
-    for _ in range(80):
+    for _ in range(300):
         answers = [rng.choice(TEXTS) for _ in range(rng.randrange(1, 6))]
         task = rng.choice(["grounding", "ocr", "counting", "numeric", "exact", "os:system", "evil:f", "", "groundin"])
         try:
@@ -179,7 +179,7 @@ def tensors(rng: random.Random, g: torch.Generator, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_a_list_loss_is_the_definitions_and_no_absent_candidate_moves_it(seed: int) -> None:
     rng, g = random.Random(3000 + seed), torch.Generator().manual_seed(seed)
-    for _ in range(10):
+    for _ in range(80):
         sizes = [rng.randrange(6) for _ in range(rng.randrange(1, 4))]
         n = sum(sizes)
         if not n:
