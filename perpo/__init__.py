@@ -11,8 +11,8 @@ The rooms, from the bottom up; each imports only what stands above it in this li
     sampling     drawing k answers a question (transformers, vLLM) and scoring them
     training     configuration, reference log-probs, metrics, checkpoints, the trainer, what a step costs
     evaluation   did it work? Metrics, intervals, the report
-    demo         the whole of it on a small model
     cli          one file a command
+    demo         the whole of it on a small model, through the commands
 
 The names below are imported when they are first asked for, so that `import perpo` stays light.
 """
