@@ -15,7 +15,7 @@ def test_every_public_name_is_found_and_is_its_home_s(name: str) -> None:
 
 
 def test_a_name_that_is_none_is_refused_with_those_that_are() -> None:
-    with pytest.raises(AttributeError, match="'PerpoTrainer'; it has ListRecord, .*PerPOTrainer"):
+    with pytest.raises(AttributeError, match=r"'PerpoTrainer'; it has ListRecord, .*PerPOTrainer"):
         _ = perpo.PerpoTrainer
 
 
