@@ -28,7 +28,7 @@ from perpo.encoding.collator import Sample, records_of
 from perpo.encoding.encoder import Encoder
 from perpo.model.language_head import causal_lm
 from perpo.storage.checksums import CHECKSUMS, cut_off, damage, files_of, weights_of, write_checksums
-from perpo.storage.fingerprints import fingerprint, weights_fingerprint
+from perpo.storage.fingerprints import fingerprint, tensors_fingerprint, weights_fingerprint
 from perpo.storage.identity import IDENTITY, DamagedError, check, known_identity, write_identity
 from perpo.storage.lock import held
 from perpo.training.config import PerPOConfig
@@ -85,6 +85,7 @@ def run_identity(
         "model class": type(causal_lm(model)).__name__,
         "weights": weights_fingerprint(causal_lm(model)),
         "trained weights": fingerprint([trained, kinds]),
+        "weights of adapters": _starting_adapters(model),
         "reference weights": "none" if ref_model is None else weights_fingerprint(causal_lm(ref_model)),
         **encoder.fingerprint(),
         "lists": fingerprint([_of_list(record, args) for sample in samples for record in records_of(sample)]),
@@ -93,6 +94,13 @@ def run_identity(
         "precision": args.mixed_precision,
         **{name: str(settings[name]) for name in SETTINGS},
     }
+
+
+def _starting_adapters(model: nn.Module) -> str:
+    """Of adapters that an earlier run has trained; new ones change nothing yet: one factor of each is zero."""
+    weights = [(name, p) for name, p in model.named_parameters() if "lora_" in name or "modules_to_save." in name]
+    trained = any(bool(p.detach().any()) for name, p in weights if "lora_B" in name)
+    return tensors_fingerprint(weights) if trained else "new"
 
 
 def _of_list(record: ListRecord, args: PerPOConfig) -> list[object]:

@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 
 from perpo.storage.checksums import CHECKSUMS
 from perpo.storage.identity import IDENTITY, StaleError
+from perpo.training.checkpoints import run_identity
 from perpo.training.trainer import PerPOTrainer
 
 from .. import tiny_models, tiny_runs
@@ -171,3 +172,19 @@ def test_a_checkpoint_under_other_names_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2" / CHECKSUMS).unlink()
     with pytest.raises(ValueError, match=r"checkpoint lacks \d+ weights of LlavaForConditionalGeneration"):
         trainer(tmp_path, lora=False).train(resume_from_checkpoint=True)
+
+
+def test_two_runs_from_other_trained_adapters_are_two_runs(tmp_path: Path) -> None:
+    """New adapters change nothing yet, whatever their random factor is; trained ones decide what a run computes."""
+
+    def identity(value: float, seed: int = 0) -> str:
+        torch.manual_seed(seed)
+        runner = trainer(tmp_path / "a", seed=0)
+        for name, parameter in runner.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, value)
+        return run_identity(runner.model, runner.args, runner.encoder, tiny_runs.records())["weights of adapters"]
+
+    assert identity(0.0) == identity(0.0, seed=1) == "new"
+    assert identity(0.5) == identity(0.5) != identity(0.25)
+    assert identity(0.5) != "new"
