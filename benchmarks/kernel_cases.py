@@ -64,6 +64,8 @@ def row_cases(name: str, n_vocab: int, dtype: torch.dtype, z: LogitMap) -> Itera
     size = dtype.itemsize
     yield Case("log_prob_rows", name, lambda: kernels.log_prob_rows(logits, labels, z), size)
     yield Case("fused_rows_", name, lambda: kernels.fused_rows_(logits, labels, z), size)
+    if z.softcap is None:  # what is cleared does not depend on the map
+        yield Case("clear_rows_", name, lambda: kernels.clear_rows_(logits, g), size)
     yield Case("grad_rows_", name, lambda: kernels.grad_rows_(logits, labels, lse, g, z, logits), size)
     out = torch.empty_like(logits)
     yield Case("grad_rows_ (out)", name, lambda: kernels.grad_rows_(logits, labels, lse, g, z, out), size)
@@ -132,7 +134,7 @@ class NoDevice:
 def kernel_objects() -> list[Any]:
     where = {
         "log_prob_rows": ["log_prob_rows_kernel"],
-        "grad_rows": ["fused_rows_kernel", "grad_rows_kernel"],
+        "grad_rows": ["clear_rows_kernel", "fused_rows_kernel", "grad_rows_kernel"],
         "list_loss": ["list_loss_kernel"],
     }
     return [
