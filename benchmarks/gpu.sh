@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and one file of rows: three groups of at most 9 minutes each, 27 in all.
+# Everything that needs a GPU, in one command and one file of rows: three groups of at most 6.5 minutes each.
 #
 #   bash benchmarks/gpu.sh [WHEELS] [--group 1|2|3] [--stages a,b,...] [--out FILE] [--dry-run]
 #
@@ -7,17 +7,16 @@
 #                   pip download --no-deps --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64 \
 #                     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -r benchmarks/wheels.txt -d WHEELS
 #                 and once more with -r benchmarks/wheels-hopper.txt (quack, CuTe's compiler) if they may be large
-#   --group N     1 (540 s)  tests peers kernels list_loss from_logits accuracy: is it right, and the small questions
-#                 2 (540 s)  linear_loss pairs memory tune
-#                 3 (540 s)  step shared_prefix generation
+#   --group N     1 (390 s)  tests flex peers list_loss from_logits accuracy: is it right, and the small questions
+#                 2 (390 s)  linear_loss step shared_prefix tune: what it is for
+#                 3 (390 s)  kernels pairs memory generation: what says least that a CPU has not said
 #                 left out: all three
 #   --stages      some of these, in the order given
 #   --out FILE    default benchmarks/results/<date>-<gpu>.json; FILE.log gets what the stages print
 #   --dry-run     print what would be run, run nothing
 #
-# A group ends at its limit: what has not begun by then is written down as left out. Short of time, drop first tune (it
-# asks whether constants could be better), then generation, memory (the CPU's curves have the same shape), kernels (they
-# run in Triton's interpreter elsewhere).
+# A group ends at its limit: what has not begun by then is written down as left out. With a quarter of an hour of a GPU,
+# run groups 1 and 2.
 #
 # Needs Python >= 3.11 with torch, triton, pytest, pytest-benchmark and hypothesis (PYTHON=... picks it), and what
 # `pip install .[train]` brings for step, shared_prefix and generation. A stage that fails or runs out of time is
@@ -28,8 +27,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-GROUP_S=540
-GROUPS_=("" "tests peers kernels list_loss from_logits accuracy" "linear_loss pairs memory tune" "step shared_prefix generation")
+GROUP_S=390
+GROUPS_=("" "tests flex peers list_loss from_logits accuracy" "linear_loss step shared_prefix tune" "kernels pairs memory generation")
 ALL="${GROUPS_[*]:1}"
 groups="1 2 3" stages="" out="" wheels="" dry_run=""
 
@@ -60,23 +59,24 @@ bench=("${pytest[@]}" --benchmark-only $smoke --rows "@OUT@")
 # name: seconds it may take, then its command
 command_of() {
     case $1 in
-        tests) seconds=180; cmd=("${pytest[@]}" -m "not slow" -rfEs tests/gpu) ;;
-        peers) seconds=60; cmd=("${pytest[@]}" -m "not slow" -rfEs tests/benchmarks/test_peers_agree.py) ;;
+        tests) seconds=120; cmd=("${pytest[@]}" -m "not slow and not flex" -rfEs tests/gpu) ;;
+        flex) seconds=130; cmd=("${pytest[@]}" -m flex -rfEs ${workers[@]+"${workers[@]}"} tests/gpu) ;;
+        peers) seconds=50; cmd=("${pytest[@]}" -m "not slow" -rfEs tests/benchmarks/test_peers_agree.py) ;;
+        list_loss) seconds=50; cmd=("${bench[@]}" benchmarks/test_list_loss.py) ;;
+        from_logits) seconds=90; cmd=("${bench[@]}" benchmarks/test_from_logits.py) ;;
+        accuracy) seconds=50; cmd=("${bench[@]}" benchmarks/test_accuracy.py) ;;
+        linear_loss) seconds=150; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_linear_loss) ;;
+        step) seconds=140; cmd=("${bench[@]}" benchmarks/test_step.py) ;;
+        shared_prefix) seconds=80; cmd=("${bench[@]}" benchmarks/test_shared_prefix.py) ;;
+        tune) seconds=80; cmd=("$PYTHON" -m benchmarks.tune $smoke --rows "@OUT@" --seconds 60) ;;
         kernels) seconds=120; cmd=("${pytest[@]}" -m "not slow" -rfE ${workers[@]+"${workers[@]}"} tests/kernels) ;;
-        list_loss) seconds=60; cmd=("${bench[@]}" benchmarks/test_list_loss.py) ;;
-        from_logits) seconds=150; cmd=("${bench[@]}" benchmarks/test_from_logits.py) ;;
-        accuracy) seconds=60; cmd=("${bench[@]}" benchmarks/test_accuracy.py) ;;
-        linear_loss) seconds=280; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_linear_loss) ;;
         pairs) seconds=80; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_pairs_against_liger_dpo) ;;
-        memory) seconds=100; cmd=("${bench[@]}" benchmarks/test_memory.py) ;;
-        tune) seconds=110; cmd=("$PYTHON" -m benchmarks.tune $smoke --rows "@OUT@" --seconds 90) ;;
-        step) seconds=280; cmd=("${bench[@]}" benchmarks/test_step.py) ;;
-        shared_prefix) seconds=100; cmd=("${bench[@]}" benchmarks/test_shared_prefix.py) ;;
-        generation) seconds=180; cmd=("${bench[@]}" benchmarks/test_generation.py) ;;
+        memory) seconds=90; cmd=("${bench[@]}" benchmarks/test_memory.py) ;;
+        generation) seconds=120; cmd=("${bench[@]}" benchmarks/test_generation.py) ;;
     esac
 }
 
-# With many cores the kernel tests share the GPU; the GPU tests and timings have it to themselves.
+# With many cores the kernel tests, and those that wait for a compiler, share the GPU; timings have it to themselves.
 workers=()
 if [ "$(nproc)" -ge 8 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
 

@@ -159,7 +159,10 @@ def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) 
         return VllmSampler(name, encoder, config.sampling, settings | mapping("engine_options", config.engine_options))
     model = model_config.load_model(name, revision)
     encoder = Encoder.for_model(processor, model, max_prompt_length=length)
-    device = torch.device("cuda", _number("LOCAL_RANK", 0)) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", _number("LOCAL_RANK", 0))
+        torch.cuda.set_device(device)  # or every process takes memory on the first GPU too
     return TransformersSampler(model.to(device), encoder, config.sampling, answers_at_once=config.answers_at_once)
 
 

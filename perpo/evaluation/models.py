@@ -64,6 +64,8 @@ class ModelSource:
             check_weights(self.adapter)
             model = PeftModel.from_pretrained(model, self.adapter)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if place.type == "cuda" and place.index is not None:
+            torch.cuda.set_device(place)  # or what makes tensors on "cuda" takes memory on the first GPU too
         return model.to(place).eval(), Encoder.for_model(self.load_processor(settings), model)
 
     def load_processor(self, settings: LoadSettings) -> Any:

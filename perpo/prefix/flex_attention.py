@@ -2,7 +2,8 @@
 
 It skips tiles of 128 × 128 pairs in which nobody sees anybody and asks `mask_mod` only in tiles that are partly seen.
 The two ranges that each token sees give these tiles in T · T/128 comparisons, so that no mask of all pairs is
-made. Scale, soft cap and window are tensors: one kernel, compiled once, serves all layers and layouts.
+made. Scale, soft cap and window are tensors: one kernel, compiled once for a type, head size and kind of score, serves
+all layers and layouts.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as compiler
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 from torch.utils._triton import has_triton
 
 from perpo.prefix.layout import TILE, PrefixLayout
+
+MAX_KERNELS = 64  # in one process; the compiler's own limit is 8
 
 
 @torch.compiler.assume_constant_result
@@ -47,7 +51,7 @@ def attention(
     n_tokens = layout.n_tokens
     missing = layout.sight.shape[1] - n_tokens
     query, key, value = (pad(x, (0, 0, 0, missing)) for x in (query, key, value))
-    run = flex_attention if torch.compiler.is_compiling() else _compiled()  # the former in a model that is compiled
+    run = flex_attention if torch.compiler.is_compiling() else _run_compiled  # the former in a model that is compiled
     out = run(
         query,
         key,
@@ -106,6 +110,12 @@ def _score_mod(layout: PrefixLayout, scale: float, softcap: float | None, device
     return scaled if softcap is None else capped
 
 
+def _run_compiled(*args: Any, **options: Any) -> Tensor:
+    with compiler.patch(recompile_limit=MAX_KERNELS):
+        return _compiled()(*args, **options)
+
+
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+    """fullgraph: one kernel too many is an error, where the compiler would else go on unfused, with all scores in memory."""
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from perpo.prefix import flash_attention, flex_attention
 from perpo.prefix.attention import masked_prefix_attention, prefix_attention
@@ -31,12 +32,15 @@ def with_gradients(function: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def assert_as_good_as_the_definition(layout: Any, dtype: Any, dim: int, device: Any, **options: Any) -> None:
-    """Error against the definition in float64, beside that of the definition at this type."""
+    """Error against the definition in float64, beside that of the definition at this type; and ours is fused."""
     inputs = tensors(layout.n_tokens, dtype, dim, device)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = with_gradients(lambda *x: masked_prefix_attention(*x, layout, dim**-0.5, **options), exact)
     plain = with_gradients(lambda *x: masked_prefix_attention(*x, layout, dim**-0.5, **options), inputs)
-    ours = with_gradients(lambda *x: prefix_attention(*x, layout.map(lambda t: t.to(device)), **options), inputs)
+    on_device = layout.map(lambda t: t.to(device))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        ours = with_gradients(lambda *x: prefix_attention(*x, on_device, **options), inputs)
+    assert not {event.name for event in profiler.events()} & {"aten::matmul", "aten::bmm", "aten::softmax"}
     for name, e, a, b in zip(("out", "query", "key", "value"), expected, ours, plain, strict=True):
         error, theirs = ((x.double() - e).norm() / e.norm() for x in (a, b))
         assert error <= 2 * theirs + torch.finfo(dtype).eps / 2, name
@@ -58,6 +62,7 @@ def test_answers_of_one_token_are_not_taken_for_grouped_heads(device):
     assert_as_good_as_the_definition(prefix_layout([40, 9], [[1], [1]]), torch.bfloat16, 64, device)
 
 
+@pytest.mark.flex
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [32, 64, 256])
 @pytest.mark.parametrize(
@@ -71,6 +76,7 @@ def test_flex_attention_serves_windows_soft_caps_and_fp32(device, dtype, dim, wi
     assert_as_good_as_the_definition(layout, dtype, dim, device, window=window, softcap=softcap)
 
 
+@pytest.mark.flex
 def test_one_compiled_kernel_serves_all_layouts_windows_and_caps(device):
     def run(n: int, window: int | None, softcap: float) -> None:
         layout = prefix_layout([n, 77], [[24, 30], [40]])
@@ -84,7 +90,9 @@ def test_one_compiled_kernel_serves_all_layouts_windows_and_caps(device):
         run(1500, 200, 50.0)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 50, "softcap": 5.0}], ids=["parts", "flex"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"window": 50, "softcap": 5.0}, marks=pytest.mark.flex)], ids=["parts", "flex"]
+)
 def test_nothing_waits_for_the_gpu(device, options):
     layout = prefix_layout([n for n, _ in LISTS], [answers for _, answers in LISTS], BLOCKS)
     inputs = tensors(layout.n_tokens, torch.bfloat16, 64, device)

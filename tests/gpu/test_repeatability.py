@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import perpo_kernels as pk
+from perpo.prefix.attention import prefix_attention
+from perpo.prefix.layout import prefix_layout
 from tests.gpu import shapes
 
 
@@ -49,3 +51,21 @@ def test_list_loss(device, n_lists, k):
         return [loss.detach(), *torch.autograd.grad(loss, log_probs)]
 
     assert_same_bits(step)
+
+
+def test_attention_over_a_shared_prompt_where_deterministic_algorithms_are_asked_for(device):
+    """Flash attention's backward pass adds with atomics otherwise, and its gradients then differ in the last bits."""
+    layout = prefix_layout([1500], [[40] * 20])
+    inputs = [torch.randn(1, heads, layout.n_tokens, 128, device=device, dtype=torch.bfloat16) for heads in (8, 2, 2)]
+    inputs = [x.requires_grad_() for x in inputs]
+    layout = layout.map(lambda t: t.to(device))
+
+    def step():
+        out = prefix_attention(*inputs, layout)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same_bits(step)
+    finally:
+        torch.use_deterministic_algorithms(False)

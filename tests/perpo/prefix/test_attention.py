@@ -144,6 +144,7 @@ def test_flex_attention_leaves_out_no_tile_in_which_a_key_is_seen(shapes: Any, w
     assert torch.equal(full, full & tiles.all(-1).all(-1))
 
 
+HALF, WIDE = torch.bfloat16, torch.float32
 FLEX_CASES = [(None, None, None), (50, None, None), (None, 2.0, None), (50, 2.0, [[(10, 200)], [(0, 5), (20, 60)]])]
 
 
@@ -160,6 +161,28 @@ def test_flex_attention_is_the_definition(monkeypatch: Any) -> None:
     traced = torch.compile(torch_flex_attention, dynamic=True, backend="aot_eager")
     monkeypatch.setattr(flex_attention, "_compiled", lambda: traced)
     flex_against_the_definition()
+
+
+def test_more_kernels_than_the_compilers_limit_are_made_and_none_runs_unfused_unnoticed(monkeypatch: Any) -> None:
+    """Past its limit of recompilations the compiler would go on with plain attention and a warning."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    traced = torch.compile(torch_flex_attention, dynamic=True, fullgraph=True, backend="eager")
+    monkeypatch.setattr(flex_attention, "_compiled", lambda: traced)
+    layout = layout_of([(300, [24, 1, 60, 0]), (77, [40, 40])])
+    kinds = [(dim, dtype, softcap) for dim in (16, 32, 48) for dtype in (HALF, WIDE) for softcap in (None, 2.0)]
+
+    def run() -> None:
+        for dim, dtype, softcap in kinds:
+            inputs = (x.detach().to(dtype) for x in tensors(layout, torch.float32, dim=dim))
+            flex_attention.attention(*inputs, layout, 0.3, softcap)
+
+    run()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(kinds) > torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    monkeypatch.setattr(flex_attention, "MAX_KERNELS", 3)
+    with pytest.raises(Exception, match="fullgraph"):
+        run()
 
 
 def test_flex_attention_is_traced_into_a_compiled_model() -> None:
@@ -181,9 +204,6 @@ def test_flex_attentions_kernel_is_the_definition(monkeypatch: Any) -> None:
     compiled = torch.compile(torch_flex_attention, dynamic=False)
     monkeypatch.setattr(flex_attention, "_compiled", lambda: compiled)
     flex_against_the_definition()
-
-
-HALF, WIDE = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(
