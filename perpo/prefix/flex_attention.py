@@ -117,5 +117,5 @@ def _run_compiled(*args: Any, **options: Any) -> Tensor:
 
 @cache
 def _compiled() -> Any:
-    """fullgraph: one kernel too many is an error, where the compiler would else go on unfused, with all scores in memory."""
+    """fullgraph: one kernel too many is an error; the compiler would else go on unfused, with all scores in memory."""
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
