@@ -24,6 +24,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "align": Command(
+        "perpo.cli.align", "sample, train and evaluate in rounds, from labelled images to an aligned model"
+    ),
     "coco": Command("perpo.cli.coco", "grounding records from a COCO-style file"),
     "generate": Command("perpo.cli.generate", "sample and score candidate answers: lists for `perpo train`"),
     "plan": Command("perpo.cli.plan", "what a training step costs and what fits on a GPU"),

@@ -99,7 +99,7 @@ class TrainableConfig:
                 model.set_adapter(model.active_adapter)
                 remark = (
                     f"training continues with the adapters that the model comes with, r={_own(model).r}; the reference "
-                    "of adapter_off and precomputed is their base model"
+                    "of adapter_off and precomputed is their base model, that of start the model with them"
                 )
                 return Prepared(model, None, remark)
             model = merge_adapters(model, dtype)

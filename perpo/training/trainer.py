@@ -143,10 +143,10 @@ class PerPOTrainer(Trainer):
         if self.is_world_process_zero():
             self._identity = run_identity(model, args, self.encoder, self.train_dataset or [], ref_model)
         self.ref_model = ref_model and self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
-        if args.reference == "precomputed":
+        if args.reference in ("precomputed", "start"):
             if sharded:
                 raise ValueError(
-                    "reference='precomputed' needs the whole model on each device while it computes, which FSDP and "
+                    f"reference={args.reference!r} needs the whole model on each device while it computes, which FSDP and "
                     "DeepSpeed do not give; use reference='adapter_off' with adapters, or reference='data' with "
                     "records that hold ref_log_probs"
                 )
