@@ -57,9 +57,10 @@ class PerPOConfig(TrainingArguments):
         metadata={
             "help": "Where log-probs under the reference model come from: 'precomputed' (once, by the model as it is "
             "before training, adapters off; kept on disk), 'start' (the same with the adapters that it comes with: the "
-            "start of a second round), 'adapter_off' (the model without its adapters, at every step), 'model' (a second model, given to the trainer or named by ref_model_name_or_path), 'data' (the "
-            "records' ref_log_probs), 'none' (no reference). Default: 'precomputed', or 'none' for an objective "
-            "without a reference (simpo).",
+            "start of a second round), 'adapter_off' (the model without its adapters, at every step), 'model' (a "
+            "second model, given to the trainer or named by ref_model_name_or_path), 'data' (the records' "
+            "ref_log_probs), 'none' (no reference). Default: 'precomputed', or 'none' for an objective without a "
+            "reference (simpo).",
             "choices": list(REFERENCES),
         },
     )

@@ -146,8 +146,8 @@ class PerPOTrainer(Trainer):
         if args.reference in ("precomputed", "start"):
             if sharded:
                 raise ValueError(
-                    f"reference={args.reference!r} needs the whole model on each device while it computes, which FSDP and "
-                    "DeepSpeed do not give; use reference='adapter_off' with adapters, or reference='data' with "
+                    f"reference={args.reference!r} needs the whole model on each device while it computes, which FSDP "
+                    "and DeepSpeed do not give; use reference='adapter_off' with adapters, or reference='data' with "
                     "records that hold ref_log_probs"
                 )
             self._check_sharing(model)
