@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from perpo.data.images import ImageError, RowImage, resolve_image
+from perpo.data.images import ImageError, RowImage, orientation, resolve_image
 from perpo.data.record import ListRecord
 from perpo.storage.fingerprints import bytes_fingerprint, fingerprint
 
@@ -52,7 +52,11 @@ def image_fingerprint(image: Any, root: str | os.PathLike[str] | None = None) ->
     if isinstance(image, bytes):
         return _ends(len(image), image[: WHOLE // 2], image[max(WHOLE // 2, len(image) - WHOLE // 2) :])
     if isinstance(image, Image.Image):
-        colours = image.getpalette(), image.info.get("transparency")  # what the bytes of a palette image stand for
+        colours: tuple[Any, ...] = image.getpalette(), image.info.get("transparency")  # what bytes of a palette mean
+        if image.palette is not None and image.palette.mode != "RGB":
+            colours += image.palette.mode, image.getpalette(None)  # with its alpha
+        if (turned := orientation(image)) != 1:
+            colours += ("turned", turned)
         return bytes_fingerprint(f"{image.mode} {image.size} {colours} ".encode(), image.tobytes())
     try:
         with resolve_image(image, root).open("rb") as file:

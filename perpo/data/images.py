@@ -107,7 +107,7 @@ def image_size(
     """(width, height) of what `open_image` would return, without decoding it. Raises as `open_image`."""
     with _opened(image, root, max_pixels) as (opened, _):
         width, height = opened.size
-        turned = _orientation(opened) in (5, 6, 7, 8)
+        turned = orientation(opened) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
 
 
@@ -161,7 +161,7 @@ def _check_size(image: Image.Image, what: str, max_pixels: int) -> None:
         )
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1 (upright) where it cannot be read.
 
     `ImageOps.exif_transpose` is not used: it writes all tags back and fails on those that it cannot write.
@@ -175,7 +175,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
-    method = _UPRIGHT.get(_orientation(image))
+    method = _UPRIGHT.get(orientation(image))
     return image if method is None else image.transpose(method)
 
 

@@ -2,7 +2,7 @@
 
 Files are JSONL (one record per line), JSON (an array) or Parquet; a `datasets.Dataset` and any iterable of mappings
 work too. Before sampling and scoring, records have no responses or rewards; `require` names the fields that a reader
-needs.
+needs. All records are checked, and then wait on disk (`perpo.data.spool`): memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from perpo.data.columns import AUTHORS, FIELDS, Seen, further, names_of, note_pi
 from perpo.data.files import Row, read_rows
 from perpo.data.images import ImageError, open_image, resolve_image
 from perpo.data.record import FieldError, ListRecord, Where, plain, shown, without_nulls
+from perpo.data.spool import Spool
 from perpo.data.summary import summary
 
 FILLED = ("prompt", "responses", "rewards")  # must not be empty where required; an answer may be empty
 SCORED = ("responses", "rewards")  # what `perpo generate` makes
+AT_ONCE = 1024  # records whose images wait for a thread
 KEPT_ERRORS = 20  # of skipped records, to show; all are counted
 SKIP_HINT = "skip_bad leaves out such records and counts them"
 
@@ -109,11 +111,11 @@ def read_records(
     drop_inactive: bool = False,
     check_images: bool = False,
     root: Where | None = None,
-) -> tuple[list[ListRecord], ReadReport]:
+) -> tuple[Spool[ListRecord], ReadReport]:
     """All records of a file, `datasets.Dataset` or iterable, and what was noticed on the way.
 
     A record without an id gets its number in the source; of the authors' records that share an image_id, the second
-    becomes "7#2" and so on.
+    becomes "7#2" and so on. They are a sequence on disk, which makes a record anew at each access; `list` loads them.
 
     Args:
         require: fields that must be there: ("answer",) before sampling, the default for training. Prompt, responses
@@ -128,10 +130,8 @@ def read_records(
         ValueError: no usable record at all; a file that cannot be read any further; `require` names no field.
     """
     report = ReadReport(source=_label(source))
-    records = [
-        record
-        for _, record in _read(source, report, require, skip_bad, drop_inactive, partial(_resolve, root, check_images))
-    ]
+    rows = _read(source, report, require, skip_bad, drop_inactive, partial(_resolve, root, check_images))
+    records = Spool(record for _, record in rows)
     report.n_records = len(records)
     report.check_any()
     return records, report
@@ -180,7 +180,7 @@ def usable_records(
     bad_truths: Callable[[Sequence[ListRecord]], Mapping[str, str]] = lambda records: {},
     checks: Callable[[], Sequence[PromptCheck]] = tuple,
     show: bool = True,
-) -> tuple[list[ListRecord], ReadReport]:
+) -> tuple[Spool[ListRecord], ReadReport]:
     """The records that a run can use; opens every image, checks every prompt and prints what was left out.
 
     This comes first, so that no run fails on them after hours. The processes of a torch.distributed group share the
@@ -198,19 +198,20 @@ def usable_records(
             images, unless text_only.
     """
     report = ReadReport(source=_label(source))
-    found: list[tuple[str, ListRecord]] = []
+    records: Spool[ListRecord] = Spool()
+    places: list[str] = []
     try:
-        for one in _read(source, report, require, settings.skip_bad, drop_inactive, prepare):
-            found.append(one)
+        for place, record in _read(source, report, require, settings.skip_bad, drop_inactive, prepare):
+            records.append(record)
+            places.append(place)
     except RecordError as error:
         raise ValueError(f"{error}\n{SKIP_HINT}") from error
-    found = found[:limit]
-    truths = bad_truths([record for _, record in found])
-    found = _without(found, {i: truths[r.id] for i, (_, r) in enumerate(found) if r.id in truths}, settings, report)
+    records, places = records[:limit], places[:limit]
+    truths = bad_truths(records)
+    reasons = {i: truths[record.id] for i, record in enumerate(records) if record.id in truths} if truths else {}
+    records, places = _without(records, places, reasons, settings, report)
     asked = checks()
-    problems = _problems([record for _, record in found], root, asked, show)
-    reasons = {i: f"record {found[i][1].id!r}: {problem}" for i, problem in problems.items()}
-    records = [record for _, record in _without(found, reasons, settings, report)]
+    records, places = _without(records, places, _problems(records, root, asked, show), settings, report)
     if show:
         report.show()
     if any(check.sees_images for check in asked) and all(record.image is None for record in records):
@@ -225,22 +226,26 @@ def usable_records(
 
 
 def _without(
-    found: Sequence[tuple[str, ListRecord]], reasons: Mapping[int, str], settings: ReadSettings, report: ReadReport
-) -> list[tuple[str, ListRecord]]:
-    """The records without the bad ones; raises for these unless they may be skipped.
+    records: Spool[ListRecord],
+    places: Sequence[str],
+    reasons: Mapping[int, str],
+    settings: ReadSettings,
+    report: ReadReport,
+) -> tuple[Spool[ListRecord], list[str]]:
+    """The records and their places without the bad ones; raises for these unless they may be skipped.
 
     Args:
         reasons: number of each bad one -> why.
     """
-    bad = [RecordError(report.source, found[i][0], None, reasons[i]) for i in sorted(reasons)]
+    bad = [RecordError(report.source, places[i], None, reasons[i]) for i in sorted(reasons)]
     if bad and not settings.skip_bad:
         more = f" ({len(bad)} such records)" if len(bad) > 1 else ""
         raise ValueError(f"{bad[0]}{more}\n{SKIP_HINT}")
     report.skip(bad)
-    left = [one for i, one in enumerate(found) if i not in reasons]
+    left = [i for i in range(len(records)) if i not in reasons]
     report.n_records = len(left)
     report.check_any()
-    return left
+    return records.pick(left), [places[i] for i in left]
 
 
 def _problems(
@@ -252,10 +257,15 @@ def _problems(
     joined = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     mine = range(rank, len(records), world_size)
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as threads:
-        problems = threads.map(partial(_problem, root, checks), (records[i] for i in mine))
-        bar = tqdm(problems, desc="looking at images", total=len(mine), disable=not show or rank != 0)
-        found = [(i, problem) for i, problem in zip(mine, bar, strict=True) if problem is not None]
+    found: list[tuple[int, str]] = []
+    bar = tqdm(desc="looking at images", total=len(mine), disable=not show or rank != 0)
+    with bar, ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as threads:
+        for start in range(0, len(mine), AT_ONCE):
+            some = mine[start : start + AT_ONCE]
+            for i, problem in zip(some, threads.map(partial(_problem, root, checks, records), some), strict=True):
+                bar.update()
+                if problem is not None:
+                    found.append((i, problem))
     if joined:
         everyones: list[Any] = [None] * world_size
         dist.all_gather_object(everyones, found)
@@ -263,13 +273,14 @@ def _problems(
     return dict(sorted(found))
 
 
-def _problem(root: Where | None, checks: Sequence[PromptCheck], record: ListRecord) -> str | None:
+def _problem(root: Where | None, checks: Sequence[PromptCheck], records: Sequence[ListRecord], i: int) -> str | None:
+    record = records[i]
     try:
         image = None if record.image is None else open_image(record.image, root)
         for check in checks:
             check(record, image)
     except Exception as error:  # processors and decoders raise errors of any type
-        return reason_of(error)
+        return f"record {record.id!r}: {reason_of(error)}"
     return None
 
 

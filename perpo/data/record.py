@@ -9,6 +9,7 @@ All other columns are kept in `columns`, for custom rewards. `perpo.data.read` r
 import math
 import os
 import sys
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
@@ -26,6 +27,7 @@ Where = str | os.PathLike[str]
 _PER_RESPONSE = ("rewards", "ref_log_probs", "flip_probs", "complete")
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _TEXT, _NUMBER = frozenset({str}), frozenset({float})
+_IMAGES = (str, type(None), bytes, os.PathLike, Image.Image, Mapping, RowImage)  # the common ones first
 _LARGEST = sys.float_info.max  # compared with integers too, which may be beyond it
 _LARGEST_FP32 = float(np.finfo(np.float32).max)
 
@@ -76,14 +78,14 @@ class ListRecord:
 
     def __post_init__(self) -> None:
         for name in ("answer", "responses", *_PER_RESPONSE, "columns"):
-            object.__setattr__(self, name, plain(getattr(self, name)))
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, plain(value))
         for name in ("id", "task"):
             if not isinstance(getattr(self, name), str):
                 raise FieldError(name, f"must be a text, got {shown(getattr(self, name))}")
         if not self.id:
             raise FieldError("id", "must not be empty")
-        kinds = str | os.PathLike | bytes | Image.Image | Mapping | RowImage | None
-        if not isinstance(self.image, kinds) or self.image in ("", b""):
+        if not isinstance(self.image, _IMAGES) or self.image in ("", b""):
             raise FieldError("image", f"must be a path, bytes, an image or null, got {shown(self.image)}")
         _check_prompt(self.prompt)
         responses = self.responses
@@ -193,7 +195,7 @@ def _apart_in_fp32(rewards: tuple[float, ...]) -> tuple[float, ...]:
         raise FieldError(
             "rewards", f"must be numbers of fp32 and so must their differences, at most 3.4e38; got {low!r} to {high!r}"
         )
-    if len(set(np.asarray(rewards, dtype=np.float32).tolist())) == len(set(rewards)):
+    if len(set(array("f", rewards))) == len(set(rewards)):
         return rewards
     apart = list(rewards)
     before, before_fp32 = -math.inf, np.float32(-math.inf)

@@ -7,8 +7,6 @@ A folder with an adapter alone names its base model itself.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +18,12 @@ from torch import nn
 from transformers import AutoConfig
 
 from perpo.encoding.encoder import Encoder
+from perpo.model.adapters import base_of
 from perpo.model.settings import LoadSettings, check_place
 from perpo.storage.checksums import check_weights
-from perpo.storage.fingerprints import file_fingerprint, fingerprint
+from perpo.storage.fingerprints import fingerprint, model_fingerprints
 
-_ADAPTER = "adapter_config.json"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-# What lies beside a model without changing its answers.
-_NO_PART = re.compile(
-    r".*\.(md|png|jpg)|\..*|(checksums|optimizer|scheduler|scaler|rng_state|training_args|trainer_state).*"
-)
 
 
 @dataclass(frozen=True)
@@ -97,17 +91,9 @@ def _parse(text: str) -> ModelSource:
     base, plus, adapter = (part.strip() for part in path.partition(" + "))
     if not base or (plus and not adapter) or (equals and not name and path != text):
         raise ValueError(f"models: expected name=path or 'name=base + adapter', got {text!r}")
-    if not plus and (Path(base) / _ADAPTER).is_file():
-        base, adapter = _base_of(base), base
+    if not plus and Path(base).is_dir() and (found := base_of(base)) is not None:
+        base, adapter = found[0], base
     return ModelSource(name.strip() or Path(adapter or base).name, base, adapter or None)
-
-
-def _base_of(adapter: str) -> str:
-    base = json.loads((Path(adapter) / _ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"models: the adapter in {adapter} does not say which model it is for: '{adapter}' needs "
-                         f"'name=base + {adapter}'")  # fmt: skip
-    return str(base)
 
 
 def _content(place: str, trust_remote_code: bool) -> str | dict[str, str]:
@@ -115,5 +101,4 @@ def _content(place: str, trust_remote_code: bool) -> str | dict[str, str]:
     if not folder.is_dir():
         commit = getattr(AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code), "_commit_hash", None)
         return f"{place}@{commit}"
-    files = [file for file in folder.iterdir() if file.is_file() and not _NO_PART.fullmatch(file.name)]
-    return {file.name: file_fingerprint(file) for file in files}
+    return model_fingerprints(folder)

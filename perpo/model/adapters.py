@@ -35,7 +35,7 @@ def base_of(name_or_path: str, revision: str | None = None) -> tuple[str, str | 
     base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(
-            f"model_name_or_path: the adapters in {name_or_path} do not say which model they are for; write it into "
+            f"model: the adapters in {name_or_path} do not say which model they are for; write it into "
             "adapter_config.json as base_model_name_or_path"
         )
     return str(base), config.get("revision")

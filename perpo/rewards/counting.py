@@ -7,12 +7,11 @@ For two counts it is the smaller over the larger: it falls with every step away 
 """
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-from perpo.rewards.completions import score_each, without_marks
+from perpo.rewards.completions import composed, score_each, without_marks
 from perpo.rewards.numerals import read_count, read_number
 
 
@@ -78,7 +77,7 @@ def exact_match_reward(
 
 
 def _bare(text: str) -> str:
-    words = " ".join(unicodedata.normalize("NFKC", without_marks(text)).casefold().split())
+    words = " ".join(composed(without_marks(text), "NFKC").casefold().split())
     return words.strip(" .,;:!?\"'`*()[]") or words
 
 

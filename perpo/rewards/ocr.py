@@ -8,14 +8,13 @@ are compared in Unicode's composed form with every run of white space as one spa
 """
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
-from perpo.rewards.completions import score_each, without_marks
+from perpo.rewards.completions import composed, score_each, without_marks
 
 # Chinese characters and kana are words by themselves: their scripts put no spaces between words.
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -30,7 +29,7 @@ class WordScores(NamedTuple):
 
 def normalise(text: str) -> str:
     """Composed Unicode (NFC), white space as single spaces, none at the ends, without a model's own marks."""
-    return " ".join(unicodedata.normalize("NFC", without_marks(text)).split())
+    return " ".join(composed(without_marks(text), "NFC").split())
 
 
 def edit_similarity(text: str, truth: str) -> float:

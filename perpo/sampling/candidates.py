@@ -166,11 +166,12 @@ def generate(
         for record in share:
             if record.id in done:
                 worker.recall(finished[record.id])
-        todo = [record for record in share if record.id not in done]
+        left = [i for i, record in enumerate(share) if record.id not in done]
         label = "generate" if world_size == 1 else f"generate {rank}/{world_size}"
-        bar = tqdm(total=len(share), initial=len(share) - len(todo), desc=label, unit="list", disable=rank != 0)
+        bar = tqdm(total=len(share), initial=len(share) - len(left), desc=label, unit="list", disable=rank != 0)
+        del finished  # their memory is free while the others are answered
         with bar:
-            for one in worker.run(todo):
+            for one in worker.run(share, left):
                 shards.add(one)
                 worker.totals.add(one)
                 bar.set_postfix_str(worker.totals.short, refresh=False)
@@ -245,9 +246,10 @@ class _Worker:
         self.tally.total += len(one.responses)
         self.tally.unreadable += one.unreadable
 
-    def run(self, records: Sequence[ListRecord]) -> Iterator[Finished]:
-        for start in range(0, len(records), self.sampler.batch_size):
-            yield from self._batch(records[start : start + self.sampler.batch_size])
+    def run(self, records: Sequence[ListRecord], left: Sequence[int]) -> Iterator[Finished]:
+        """Those of these numbers."""
+        for start in range(0, len(left), self.sampler.batch_size):
+            yield from self._batch([records[i] for i in left[start : start + self.sampler.batch_size]])
 
     def _batch(self, records: Sequence[ListRecord]) -> Iterator[Finished]:
         asked: list[tuple[ListRecord, Question]] = []

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from perpo.encoding.encoder import Encoder
 from perpo.sampling.sampler import Answer, Question, Sampling
+from perpo.storage.fingerprints import fingerprint, model_fingerprints
 
 # Arguments of `vllm.LLM` that change time or memory alone. Answers may depend on all others, and so does the identity.
 ONLY_SPEED = {
@@ -63,7 +65,9 @@ class VllmSampler:
         self.sampling = sampling
         if encoder.sees_images:
             settings.setdefault("limit_mm_per_prompt", {"image": 1})
-        self._model = {"engine": "vllm", "model": model_name_or_path}
+        folder = Path(model_name_or_path)
+        content = fingerprint(model_fingerprints(folder)) if folder.is_dir() else model_name_or_path
+        self._model = {"engine": "vllm", "model": content}
         self._model |= {name: str(settings[name]) for name in sorted(settings.keys() - ONLY_SPEED) if settings[name]}
         # Its default, "auto", takes penalties, top-k and a largest number of tokens from the model's generation config.
         self._engine = self._vllm.LLM(model=model_name_or_path, generation_config="vllm", **settings)
@@ -87,6 +91,8 @@ class VllmSampler:
 
     def _prompt(self, question: Question) -> dict[str, Any]:
         """Token ids, since vLLM puts a begin-of-text token before any text; it fills in those of the image."""
+        if question.image is not None:
+            self.encoder.check_frame(question.image.size)
         if self.encoder.max_prompt_length is not None:
             self.encoder.prompt(question.prompt, question.image)  # raises where it is longer, image included
         text = self.encoder.render(question.prompt, question.image is not None)

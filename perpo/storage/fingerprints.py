@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DIGITS = 16  # hexadecimal: 64 bits
+# What lies beside a model without changing its answers.
+_NO_PART = re.compile(
+    r".*\.(md|png|jpg)|\..*|(checksums|optimizer|scheduler|scaler|rng_state|training_args|trainer_state).*"
+)
 SAMPLES = 256  # elements of each parameter that enter `weights_fingerprint`
 
 
@@ -33,6 +38,12 @@ def file_fingerprint(path: Path) -> str:
     """Of all bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+
+
+def model_fingerprints(folder: Path) -> dict[str, str]:
+    """Name -> fingerprint of each file in a folder that a model's answers may depend on."""
+    files = [file for file in folder.iterdir() if file.is_file() and not _NO_PART.fullmatch(file.name)]
+    return {file.name: file_fingerprint(file) for file in files}
 
 
 def seed_from(text: str, bits: int = 64) -> int:

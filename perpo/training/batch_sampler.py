@@ -99,9 +99,8 @@ def _count_tokens(trainer: Any, samples: Sequence[Sample]) -> list[int]:
     """What each list feeds, by encoding it once as in a step; shared out over ranks."""
     args = trainer.args
     rank, n_ranks = args.process_index, args.world_size
-    mine: list[Sample] = list(samples[rank::n_ranks])
     loader: DataLoader[Any] = DataLoader(
-        mine,  # type: ignore[arg-type]
+        samples[rank::n_ranks],  # type: ignore[arg-type]
         batch_size=1,
         collate_fn=trainer.data_collator,
         num_workers=args.dataloader_num_workers,

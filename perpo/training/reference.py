@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from perpo.data.record import ListRecord
+from perpo.data.spool import Spool
 from perpo.encoding.batch import ListBatch
 from perpo.encoding.collator import ListCollator, Sample, records_of
 from perpo.model import sharing
@@ -141,37 +142,53 @@ class Precomputed:
         if self.adapters:
             self.identity["weights of adapters"] = starting_adapters(model)
 
-    def attach(self, *datasets: Sequence[Sample] | None) -> list[list[Sample] | None]:
+    def attach(self, *datasets: Sequence[Sample] | None) -> list[Sequence[Sample] | None]:
         """Each data set with its reference log-probs: of records that the cache does not hold yet, computed."""
         args = self.args
         with args.main_process_first(desc="reference cache"):
             cache = ReferenceCache(args.reference_folder, self.identity, args.process_index, args.image_root)
-        records = [record for dataset in datasets for sample in dataset or [] for record in records_of(sample)]
+        keys = [cache.key(record) for record in _records(datasets)]
         self.accelerator.wait_for_everyone()  # all have read the folder before any writes to it
         if args.world_size > 1:  # machines need not share a disk
-            cache.update(gather_object(cache.entries(records)))
-        missing = [record for record in records if record not in cache]
-        mine = missing[args.process_index :: args.world_size]
-        computed = [cache.add(record, values) for record, values in self._log_probs(mine)]
+            cache.update(gather_object(cache.entries(keys)))
+        missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in cache}  # equal ones once
+        mine = dict(sorted((i, key) for key, i in missing.items())[args.process_index :: args.world_size])
+        records = Spool(
+            dataclasses.replace(record, ref_log_probs=None) for i, record in enumerate(_records(datasets)) if i in mine
+        )
+        found = zip(records, mine.values(), self._log_probs(records), strict=True)
+        computed = [cache.add(record, values, key) for record, key, values in found]
         if args.world_size > 1:
             cache.update(gather_object(computed))
-        return [None if dataset is None else [_attach(cache, sample) for sample in dataset] for dataset in datasets]
+        each = iter(keys)
+        return [
+            None if dataset is None else Spool(_attach(cache, sample, each) for sample in dataset)
+            for dataset in datasets
+        ]
 
-    def _log_probs(self, records: list[ListRecord]) -> Iterable[tuple[ListRecord, list[float]]]:
+    def _log_probs(self, records: Sequence[ListRecord]) -> Iterator[list[float]]:
         """One list at a time."""
         loader: DataLoader[ListBatch] = DataLoader(
-            [dataclasses.replace(record, ref_log_probs=None) for record in records],  # type: ignore[arg-type]
+            records,  # type: ignore[arg-type]
             batch_size=1,
             collate_fn=self.collate,
             num_workers=self.args.dataloader_num_workers,
         )
-        hidden = self.args.disable_tqdm or self.args.process_index > 0 or not records
+        hidden = self.args.disable_tqdm or self.args.process_index > 0 or not len(records)
         batches = tqdm(loader, desc="reference log-probs", unit="list", disable=hidden)
         with as_reference(self.model, self.adapters), self.accelerator.autocast():
-            for record, batch in zip(records, batches, strict=True):
-                yield record, sequence_log_probs(self.model, self.prepare(batch)).tolist()
+            for batch in batches:
+                yield sequence_log_probs(self.model, self.prepare(batch)).tolist()
 
 
-def _attach(cache: ReferenceCache, sample: Sample) -> Sample:
-    """The sample with its reference log-probs."""
-    return cache.attach(sample) if isinstance(sample, ListRecord) else tuple(map(cache.attach, sample))
+def _records(datasets: Iterable[Sequence[Sample] | None]) -> Iterator[ListRecord]:
+    """Of all samples."""
+    for dataset in datasets:
+        for sample in dataset or ():
+            yield from records_of(sample)
+
+
+def _attach(cache: ReferenceCache, sample: Sample, keys: Iterator[str]) -> Sample:
+    """The sample with its reference log-probs; takes the keys of its records."""
+    attached = tuple(cache.attach(record, next(keys)) for record in records_of(sample))
+    return attached[0] if isinstance(sample, ListRecord) else attached

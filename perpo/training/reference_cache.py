@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from perpo.storage.journal import Journal, read_journals
 SOURCE = ("image", "prompt", "responses", "complete")
 _FILES = "part-*.jsonl"
 
-Entry = tuple[str, tuple[float, ...]]  # key and log-probs of one record
+Entry = tuple[str, "array[float]"]  # key and log-probs of one record
 
 
 class ReferenceCache:
@@ -49,39 +50,40 @@ class ReferenceCache:
         self.path = self.folder / f"part-{part:05d}.jsonl"
         self.image_root = image_root
         claim(self.folder, identity, setting="reference_cache_dir", contents="reference log-probs", pattern=_FILES)
-        self._keys: dict[int, tuple[ListRecord, str]] = {}  # by identity: an image is read once
-        self._known: dict[str, tuple[float, ...]] = {}
+        self._known: dict[str, array[float]] = {}
         for place, row in read_journals(sorted(self.folder.glob(_FILES)), "their records are computed again"):
             try:
-                self._known[row["key"]] = tuple(row["log_probs"])
+                self._known[row["key"]] = array("d", row["log_probs"])
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{place} holds no reference log-probs ({error!r}); delete that line") from error
 
-    def __contains__(self, record: ListRecord) -> bool:
+    def __contains__(self, record: ListRecord | str) -> bool:
         return self._key(record) in self._known
 
-    def add(self, record: ListRecord, log_probs: Sequence[float]) -> Entry:
+    def key(self, record: ListRecord) -> str:
+        """What a record is known by here. Reads its image; the methods take the key for the record, to read it once."""
+        return record_fingerprint(record, SOURCE, self.image_root)
+
+    def add(self, record: ListRecord, log_probs: Sequence[float], key: str | None = None) -> Entry:
         """Keep the numbers of one record, on disk when this returns; raises as `Journal.append`."""
-        entry = self._key(record), tuple(float(x) for x in log_probs)
+        entry = self._key(key or record), array("d", log_probs)
         with Journal(self.path, wait=True) as file:  # for a moment: another run may share the folder
-            file.append({"key": entry[0], "log_probs": entry[1]}, what=f"the reference of record {record.id!r}")
+            line = {"key": entry[0], "log_probs": entry[1].tolist()}
+            file.append(line, what=f"the reference of record {record.id!r}")
         self.update([entry])
         return entry
 
-    def entries(self, records: Iterable[ListRecord]) -> list[Entry]:
+    def entries(self, keys: Iterable[str]) -> list[Entry]:
         """What is known of some records, to be sent to other processes."""
-        return [(key, self._known[key]) for key in map(self._key, records) if key in self._known]
+        return [(key, self._known[key]) for key in keys if key in self._known]
 
     def update(self, entries: Iterable[Entry]) -> None:
         """Take over what another process has computed or read."""
         self._known |= dict(entries)
 
-    def attach(self, record: ListRecord) -> ListRecord:
+    def attach(self, record: ListRecord, key: str | None = None) -> ListRecord:
         """The record with its reference log-probs."""
-        return dataclasses.replace(record, ref_log_probs=self._known[self._key(record)])
+        return dataclasses.replace(record, ref_log_probs=tuple(self._known[self._key(key or record)]))
 
-    def _key(self, record: ListRecord) -> str:
-        found = self._keys.get(id(record))
-        if found is None:
-            found = self._keys[id(record)] = record, record_fingerprint(record, SOURCE, self.image_root)
-        return found[1]
+    def _key(self, record: ListRecord | str) -> str:
+        return record if isinstance(record, str) else self.key(record)

@@ -66,8 +66,8 @@ class PerPOTrainer(Trainer):
     """
 
     args: PerPOConfig
-    train_dataset: list[Sample] | None
-    eval_dataset: list[Sample] | None
+    train_dataset: Sequence[Sample] | None
+    eval_dataset: Sequence[Sample] | None
 
     def __init__(
         self,

@@ -75,6 +75,32 @@ def test_the_mode_and_the_colours_of_an_image_in_memory_count() -> None:
     assert len({image_fingerprint(image) for image in images}) == 4
 
 
+def test_images_that_are_opened_differently_are_told_apart() -> None:
+    """Whatever the mode, and whatever tells beside the pixels how they look: alpha in a palette, EXIF."""
+    images = [Image.frombytes("P", (4, 2), bytes(range(8))) for _ in range(3)]
+    for image, alpha in zip(images, (255, 0, 128), strict=True):
+        image.putpalette([1, 2, 3, alpha] * 8, "RGBA")
+    for colour in (1, 9):
+        image = Image.new("PA", (4, 2))
+        image.putpalette([colour, 2, 3] * 4)
+        images.append(image)
+    images += [Image.frombytes(mode, (4, 2), bytes(16)) for mode in ("I;16", "I;16B", "LA", "La")]
+    for turn in (None, 3, 6):
+        image, exif = Image.new("RGB", (4, 2), "red"), Image.Exif()
+        if turn:
+            exif[0x0112] = turn
+            image.info["exif"] = exif.tobytes()
+        images.append(image)
+    assert len({image_fingerprint(image) for image in images}) == len(images)
+
+
+def test_the_fingerprints_of_ordinary_images_are_those_of_earlier_versions() -> None:
+    """Caches and unfinished runs hold them."""
+    made = {mode: image_fingerprint(Image.new(mode, (3, 2), 1)) for mode in ("RGB", "L", "RGBA", "1", "P")}
+    known = {"RGB": "2b82da77ddba8542", "L": "161efa94847acab1", "RGBA": "ca27a12732ed1563"}
+    assert made == known | {"1": "e214ec8e9c4845fe", "P": "508cbefa80c718d9"}
+
+
 def test_a_record_is_known_by_the_fields_that_are_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"one")
     record = ListRecord("r", "a.png", "What?", 3, "counting", ("1", "2"), (0.0, 1.0))

@@ -1,13 +1,17 @@
 """What is judged of a completion is its final answer: not its thoughts, and nothing where it was cut while thinking."""
 
+import re
 import time
+import unicodedata
 from typing import Any
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from perpo.data.record import ListRecord
 from perpo.evaluation.metrics import judge, metrics_of
-from perpo.rewards.completions import final_answer
+from perpo.rewards.completions import composed, final_answer
 from perpo.rewards.scoring import Tally, score_record
 
 RIGHT = {
@@ -88,3 +92,22 @@ def test_finding_the_answer_is_linear(unit: str) -> None:
     start = time.perf_counter()
     final_answer(unit * 100_000)
     assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("run", ["\u0301\u0327", "\u0f71\u0f72", "\u0f73", "\u0344\u0327"])
+def test_composing_a_run_of_marks_is_linear(run: str) -> None:
+    text = "a" + run * (200_000 // len(run))
+    start = time.process_time()
+    composed(text, "NFC")
+    composed(text, "NFKC")
+    assert time.process_time() - start < 4
+
+
+@given(
+    st.text(st.sampled_from("ae\u00e9\u0301\u0327\u0344\u0f73\u1100\u1161\uff21 "), max_size=40),
+    st.sampled_from(["NFC", "NFKC"]),
+)
+def test_what_people_write_is_composed_as_unicode_says(text: str, form: Any) -> None:
+    """Up to thirty marks in a row."""
+    assume(len(text) <= 30 or not re.search("[\u0301\u0327\u0344\u0f73]{30}", text))
+    assert composed(text, form) == unicodedata.normalize(form, text)

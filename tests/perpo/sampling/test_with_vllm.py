@@ -1,6 +1,7 @@
 """vLLM is asked for the same distribution as transformers; a stand-in takes the place of its engine."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,3 +124,27 @@ def test_without_vllm_the_message_says_what_to_install(vllm: StandIn, monkeypatc
     monkeypatch.setitem(sys.modules, "vllm", None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"pip install 'perpo\[vllm\]'"):
         VllmSampler("some/model", vllm.encoder, Sampling())
+
+
+def test_a_picture_of_which_the_model_sees_a_part_is_refused_before_anything_is_drawn(vllm: StandIn) -> None:
+    images = vllm.encoder.processor.image_processor
+    images.do_center_crop, images.size = True, {"shortest_edge": images.crop_size["height"]}
+    made = VllmSampler("some/model", vllm.encoder, Sampling())
+    with pytest.raises(ValueError, match=r"image: .* crops a picture of 60×44 to its centre"):
+        made.sample([ASKED], 1)
+    assert not vllm.asked
+
+
+def test_a_model_in_a_folder_is_known_by_what_is_in_it(vllm: StandIn, tmp_path: Path) -> None:
+    def identity(folder: Path) -> dict[str, str]:
+        return VllmSampler(str(folder), vllm.encoder, Sampling()).identity()
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    first = identity(tmp_path / "a")
+    assert identity(tmp_path / "b") == first
+    (tmp_path / "a" / "README.md").write_text("no part of it")
+    assert identity(tmp_path / "a") == first
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"trained")
+    assert {name for name, value in identity(tmp_path / "a").items() if value != first[name]} == {"model"}
