@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": Command("perpo.cli.plan", "what a training step costs and what fits on a GPU"),
     "train": Command("perpo.cli.train", "align a vision-language model with lists of scored answers"),
     "evaluate": Command("perpo.cli.evaluate", "compare models on held-out records, with and without the image"),
+    "merge": Command("perpo.cli.merge", "add an adapter to its base model's weights"),
 }
 
 
