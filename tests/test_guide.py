@@ -82,6 +82,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         {"id": f"r{i}", "image": f"{i:06}.png", "prompt": "When?", "answer": f"2024-05-{i + 10}"} for i in range(2)
     ]
     (folder / "dates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dates))
+    answers = [{"id": f"r{i % 2}", "response": f"2024-05-{i + 10}"} for i in range(6)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     before, path, threads = Path.cwd(), list(sys.path), torch.get_num_threads()
     os.chdir(folder)
     torch.set_num_threads(1)
@@ -232,7 +234,9 @@ def test_reading_text(project: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_reward_of_one_s_own(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(0)
-    for words, _shown in run_section("3", project, capsys):
+    for words, shown in run_section("3", project, capsys):
+        if words[1] == "score":
+            assert re.search(r"my_rewards:days_apart +2 +6 +0.511 +1.000 +0.0% +0.0% +100.0%", shown)
         if words[1] == "generate":
             lists = project / "date_lists.jsonl"
             answer_anew(lists, lambda _: f"On 2024-05-{draw.randint(10, 29)}.", reward=option(words, "--reward"))
@@ -242,6 +246,9 @@ def test_a_reward_of_one_s_own(project: Path, capsys: pytest.CaptureFixture[str]
     assert scope["days_apart"]([""] * 4, texts, answer=["2024-05-31"] * 4) == [0.5, 1.0, None, None]
     figures = json.loads((project / "runs/dates/evaluation/evaluation.json").read_text())["tasks"][0]
     assert figures["task"] == "my_rewards:days_apart"
+    first, second = read_records("scored.jsonl")[0]
+    assert first.rewards == pytest.approx((1, 1 / 3, 1 / 5))
+    assert second.rewards == pytest.approx((1, 1 / 3, 1 / 5))
 
 
 def test_a_trainer_of_one_s_own(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

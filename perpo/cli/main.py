@@ -26,6 +26,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "coco": Command("perpo.cli.coco", "grounding records from a COCO-style file"),
     "generate": Command("perpo.cli.generate", "sample and score candidate answers: lists for `perpo train`"),
+    "score": Command("perpo.cli.score", "rewards for answers that exist, from any source: lists for `perpo train`"),
     "plan": Command("perpo.cli.plan", "what a training step costs and what fits on a GPU"),
     "train": Command("perpo.cli.train", "align a vision-language model with lists of scored answers"),
     "evaluate": Command("perpo.cli.evaluate", "compare models on held-out records, with and without the image"),
