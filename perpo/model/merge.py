@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError
 
@@ -71,10 +73,22 @@ def save_merged(
             merged.save_pretrained(draft)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"{folder} could not be written, the disk may be full ({error})") from error
+        _copy_card(Path(source), draft)
         owner = _save_processor((source, revision), (base, base_revision), draft, trust_remote_code)
         write_checksums(draft, weights_of(draft))
     whole = list(getattr(config, "modules_to_save", None) or ())
     return Merged(base, layers, whole, str(merged.dtype).removeprefix("torch."), owner)
+
+
+def _copy_card(source: Path, folder: Path) -> None:
+    """The card of the adapter's run, of a model now."""
+    file = source / "README.md"
+    if not file.is_file():
+        return
+    card = ModelCard.load(file)
+    card.data.library_name = "transformers"
+    card.data.tags = [tag for tag in card.data.tags or [] if tag not in ("lora", "peft")] or None
+    card.save(folder / "README.md")
 
 
 def _save_processor(own: Any, of_base: Any, folder: Any, trust_remote_code: bool) -> str:
