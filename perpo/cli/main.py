@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = importlib.import_module(COMMANDS[name].module)
     import torch  # the usage above needs none
 
-    settings = importlib.import_module("perpo.cli.settings").parse(command.SETTINGS, rest, f"perpo {name}")
+    parse = importlib.import_module("perpo.cli.settings").parse
+    settings = parse(command.SETTINGS, rest, f"perpo {name}", COMMANDS[name].summary)
     try:
         command.run(*settings)
     except (*EXPECTED, torch.OutOfMemoryError) as error:

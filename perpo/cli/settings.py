@@ -57,12 +57,12 @@ class ModelConfig(LoadSettings):
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
 
 
-def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[Any, ...]:
-    """One object of each dataclass, from `--config FILE` and `--name value`.
+def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str, summary: str = "") -> tuple[Any, ...]:
+    """One object of each dataclass, from `--config FILE` and `--name value`; `--help` begins with `summary`.
 
     A setting that is misspelt, missing or of the wrong type ends the program with a message on stderr.
     """
-    parser = _Parser(kinds, prog)
+    parser = _Parser(kinds, prog, summary)
     words = parser.words_of_file(arguments)
     try:
         *objects, _, rest = parser.parse_args_into_dataclasses(
@@ -101,7 +101,7 @@ def _shell(value: Any) -> list[str]:
 class _Parser(HfArgumentParser):
     """Options of dataclasses, and `--config`."""
 
-    def __init__(self, kinds: Sequence[type], prog: str) -> None:
+    def __init__(self, kinds: Sequence[type], prog: str, summary: str) -> None:
         inherits = any(issubclass(kind, TrainingArguments) for kind in kinds)
         super().__init__(
             list(kinds),
@@ -112,6 +112,7 @@ class _Parser(HfArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--config", metavar="FILE", help="YAML file of these settings; the command line wins.")
+        self.summary = summary
         self.config_file = ""
         self.from_file: set[str] = set()  # names of the settings that the file alone gives
         self.given: set[str] = set()  # of all that are given
@@ -128,6 +129,10 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if action.dest not in own or action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
+
+    def format_help(self) -> str:
+        """What the command does comes first."""
+        return (f"{self.prog}: {self.summary}\n\n" if self.summary else "") + super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse. A setting is either of the file or of the command line, never of both."""
