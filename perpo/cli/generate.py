@@ -36,7 +36,11 @@ from perpo.sampling.with_vllm import VllmSampler
 class GenerateConfig(RewardSettings, ReadSettings):
     """Which records, how answers to them are drawn and scored, and where they go."""
 
-    records: str = field(metadata={"help": "Images, prompts and true answers: .jsonl, .json or .parquet."})
+    records: str = field(
+        metadata={
+            "help": "Images, prompts and true answers: .jsonl, .json or .parquet, or of the hub: hf://owner/name:split."
+        }
+    )
     output: str = field(
         metadata={"help": "Lists for `perpo train`: .jsonl or .parquet. Finished records are kept in OUTPUT.parts."}
     )

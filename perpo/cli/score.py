@@ -32,7 +32,9 @@ class ScoreConfig(RewardSettings):
     """Which answers, and what they are scored by."""
 
     records: str = field(
-        metadata={"help": "Prompts, true answers and responses: .jsonl, .json or .parquet. Rewards are replaced."}
+        metadata={
+            "help": "Prompts, true answers and responses: a file, or hf://owner/name:split. Rewards are replaced."
+        }
     )
     output: str = field(
         metadata={"help": "Lists for `perpo train`: .jsonl or .parquet. Finished records are kept in OUTPUT.parts."}

@@ -38,7 +38,9 @@ OUT_OF_MEMORY = """What takes less, the first two without a change in what is co
 class DataConfig(ReadSettings):
     """Which lists."""
 
-    train_file: str = field(metadata={"help": "Scored lists: .jsonl, .json or .parquet."})
+    train_file: str = field(
+        metadata={"help": "Scored lists: .jsonl, .json or .parquet, or of the hub: hf://owner/name:split."}
+    )
     eval_file: str | None = field(default=None, metadata={"help": "Scored lists to evaluate the loss on."})
     drop_inactive: bool = field(
         default=False, metadata={"help": "Leave out lists whose rewards are all equal: they have no gradient."}

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from perpo.data.fingerprints import record_fingerprint
+from perpo.data.hub import hub_data
 from perpo.data.record import ListRecord
 from perpo.model.language_head import causal_lm
 from perpo.model.settings import HUB_NAME
@@ -66,7 +67,7 @@ def is_own(card: Path) -> bool:
 def card_text(
     model: nn.Module,
     args: PerPOConfig,
-    records: Sequence[ListRecord],
+    records: Iterable[ListRecord],
     *,
     name: str,
     sees_images: bool,
@@ -84,6 +85,7 @@ def card_text(
         log: `trainer.state.log_history`. steps: taken.
     """
     origin = provenance or Provenance()
+    data_set = hub_data(origin.data)
     base = base_name(model)
     loss = args.list_objective
     adapted = isinstance(model, PeftModel)
@@ -91,7 +93,7 @@ def card_text(
         base_model=base if _on_the_hub(base) else None,
         library_name="peft" if adapted else "transformers",
         pipeline_tag="image-text-to-text" if sees_images else "text-generation",
-        datasets=[origin.data] if _on_the_hub(origin.data) else None,
+        datasets=[data_set.name] if data_set is not None and _on_the_hub(data_set.name) else None,
         model_name=name,
         **{**metadata, "tags": sorted({"perpo", *(["lora"] if adapted else []), *(metadata.get("tags") or [])})},
     )
@@ -101,7 +103,7 @@ def card_text(
         f"# {name}\n",
         f"{'Adapters for ' if adapted else ''}{shown}, aligned by perpo with lists of scored answers: "
         f"{_objective_words(args)}.\n",
-        _table("Data", _data_rows(records, origin)),
+        _table("Data", _data_rows(ListCounts.of(records), origin)),
         _table("Training", _training_rows(model, args, loss, steps)),
         _table("At the end of training", _log_rows(log)),
         "## Evaluation\n",
@@ -150,31 +152,57 @@ def _numbers(loss: Objective) -> list[tuple[str, Any]]:
     ]
 
 
-def _data_rows(records: Sequence[ListRecord], origin: Provenance) -> Iterable[tuple[str, str]]:
-    rewards = [record.rewards for record in records if record.rewards]
-    answers = [value for given in rewards for value in given]
-    sizes = sorted({record.k for record in records})
+@dataclass
+class ListCounts:
+    """What a card says of lists, counted in one pass."""
+
+    n: int = 0
+    n_images: int = 0
+    n_active: int = 0  # with a preference
+    n_tied: int = 0  # answers with the reward of another of their list
+    reward_sum: float = 0.0
+    best_sum: float = 0.0
+    sizes: Counter[int] = field(default_factory=Counter)  # k -> lists
+    tasks: Counter[str] = field(default_factory=Counter)
+    fingerprint: str = ""  # of ids, prompts, responses and rewards, in their order
+
+    @classmethod
+    def of(cls, records: Iterable[ListRecord]) -> ListCounts:
+        found = cls()
+        for record in records:
+            rewards = record.rewards or (0.0,)
+            found.n += 1
+            found.n_images += record.image is not None
+            found.n_active += record.has_preference
+            found.n_tied += sum(n for n in Counter(record.rewards).values() if n > 1)
+            found.reward_sum += sum(rewards)
+            found.best_sum += max(rewards)
+            found.sizes[record.k] += 1
+            found.tasks[record.task or "not named"] += 1
+            own = record_fingerprint(record, ("id", "prompt", "responses", "rewards"))
+            found.fingerprint = fingerprint(found.fingerprint + own)
+        return found
+
+
+def _data_rows(lists: ListCounts, origin: Provenance) -> Iterable[tuple[str, str]]:
+    answers = sum(k * n for k, n in lists.sizes.items())
     if not answers:
         return
-    tied = sum(n for given in rewards for n in Counter(given).values() if n > 1)
-    yield "lists", origin.data if _on_the_hub(origin.data) else Path(origin.data).name or "records given in Python"
-    fields = ("id", "prompt", "responses", "rewards")
-    yield "fingerprint (ids, prompts, responses, rewards)", _fingerprint(records, fields)
-    yield "number", f"{len(records)} lists of {f'{sizes[0]} to {sizes[-1]}' if sizes[1:] else sizes[0]} answers"
-    tasks = Counter(record.task or "not named" for record in records)
-    yield "tasks", ", ".join(f"{task} ({n})" for task, n in tasks.most_common())
-    yield "with an image", str(sum(record.image is not None for record in records))
-    yield "reward before training, mean of all answers", f"{sum(answers) / len(answers):.4g}"
-    yield "reward before training, mean of the best in a list", f"{sum(map(max, rewards)) / len(rewards):.4g}"
-    yield "lists with a preference", f"{sum(record.has_preference for record in records) / len(records):.1%}"
-    yield "answers tied with another of their list", f"{tied / len(answers):.1%}"
+    data_set = hub_data(origin.data)
+    file = Path(origin.data).name or "records given in Python"
+    yield "lists", file if data_set is None else f"{data_set.name}, {data_set.split}"
+    yield "fingerprint (ids, prompts, responses, rewards)", lists.fingerprint
+    least, most = min(lists.sizes), max(lists.sizes)
+    yield "number", f"{lists.n} lists of {least if least == most else f'{least} to {most}'} answers"
+    yield "tasks", ", ".join(f"{task} ({n})" for task, n in lists.tasks.most_common())
+    yield "with an image", str(lists.n_images)
+    yield "reward before training, mean of all answers", f"{lists.reward_sum / answers:.4g}"
+    yield "reward before training, mean of the best in a list", f"{lists.best_sum / lists.n:.4g}"
+    yield "lists with a preference", f"{lists.n_active / lists.n:.1%}"
+    yield "answers tied with another of their list", f"{lists.n_tied / answers:.1%}"
     sampled = [f"{name} {origin.sampled[name]}" for name in _SAMPLING if name in origin.sampled]
     if sampled:
         yield "answers", ", ".join(sampled)
-
-
-def _fingerprint(records: Iterable[ListRecord], fields: Sequence[str]) -> str:
-    return fingerprint([record_fingerprint(record, fields) for record in records])
 
 
 def _training_rows(model: nn.Module, args: PerPOConfig, loss: Objective, steps: int) -> Iterable[tuple[str, str]]:

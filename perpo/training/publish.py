@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 from transformers.utils import logging
 
-from perpo.data.record import ListRecord
 from perpo.encoding.collator import records_of
 from perpo.encoding.encoder import Encoder
 from perpo.storage.atomic import atomic_file
@@ -42,7 +40,7 @@ class Publishing(Trainer):
         text = card_text(
             self.accelerator.unwrap_model(self.model),
             self.args,
-            _lists(self.train_dataset or ()),
+            (records_of(sample)[0] for sample in self.train_dataset or ()),
             name=name,
             sees_images=self.encoder.sees_images,
             log=self.state.log_history,
@@ -91,8 +89,3 @@ def _leave_out(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as out:
             out.write("\n".join([*there.splitlines(), *missing, ""]).encode())
-
-
-def _lists(samples: Sequence[Any]) -> list[ListRecord]:
-    """The records of samples, without those that an objective adds with a corrupted image."""
-    return [records_of(sample)[0] for sample in samples]
