@@ -1,8 +1,8 @@
 """The guide's commands and code run: in order, in one folder, each section's Python in one scope.
 
 What is replaced, as the guide says: the model by a tiny Qwen2.5-VL, the data by a few pictures, torchrun's eight
-processes by two or one, hundreds of new tokens by a few, bf16 where there is no GPU. Every step is logged. A tiny
-model says nothing readable, so between sampling and training its answers become boxes, texts and dates near the true
+processes by two or one, hundreds of new tokens by a few, charts by none, bf16 where there is no GPU. Every step is
+logged. A tiny model says nothing readable, so between sampling and training its answers become boxes, texts and dates near the true
 ones.
 """
 
@@ -82,6 +82,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         {"id": f"r{i}", "image": f"{i:06}.png", "prompt": "When?", "answer": f"2024-05-{i + 10}"} for i in range(2)
     ]
     (folder / "dates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dates))
+    answers = [{"id": f"r{i % 2}", "response": f"2024-05-{i + 10}"} for i in range(6)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     before, path, threads = Path.cwd(), list(sys.path), torch.get_num_threads()
     os.chdir(folder)
     torch.set_num_threads(1)
@@ -128,6 +130,7 @@ def run_section(number: str, project: Path, capsys: pytest.CaptureFixture[str]) 
 def run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
     """One command of the guide, on the tiny model."""
     line = re.sub(r"--max_new_tokens \d+", "--max_new_tokens 6", line)
+    line = line.replace("--report_to tensorboard", "--report_to none")
     if re.search(r"perpo(\.cli)? train ", line):
         line += " --logging_steps 1"
     if not torch.cuda.is_available():
@@ -192,7 +195,8 @@ def test_grounding(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
             shown[produced] = printed
             if produced == "lists_of_eight.jsonl":
                 assert (project / produced).read_bytes() == (project / "lists.jsonl").read_bytes()
-                make_readable(project / "lists.jsonl")
+                for lists in ("lists.jsonl", "few_lists.jsonl"):
+                    make_readable(project / lists)
     framed = [str(one.message) for one in warned if issubclass(one.category, UnreadableAnswers)]
     assert all("answers could not be read" in message and "bbox_2d" in message for message in framed)
     assert len(framed) == 4  # both runs of `generate` in this process, and each model in `evaluate`
@@ -213,6 +217,8 @@ def test_grounding(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ends = [value for name, value in adapter.items() if "lora_B" in name]  # 0 before training
         assert ends
         assert all(value.any() for value in ends)
+    log = json.loads((project / "runs/watched/trainer_state.json").read_text())["log_history"]
+    assert any("eval_rewards/accuracies" in entry for entry in log)
     evaluation = json.loads((project / "runs/boxes/evaluation/evaluation.json").read_text())
     assert [model["name"] for model in evaluation["models"]] == ["base", "aligned"]
     assert evaluation["tasks"][0]["task"] == "grounding/qwen2.5-vl"
@@ -232,7 +238,9 @@ def test_reading_text(project: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_reward_of_one_s_own(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(0)
-    for words, _shown in run_section("3", project, capsys):
+    for words, shown in run_section("3", project, capsys):
+        if words[1] == "score":
+            assert re.search(r"my_rewards:days_apart +2 +6 +0.511 +1.000 +0.0% +0.0% +100.0%", shown)
         if words[1] == "generate":
             lists = project / "date_lists.jsonl"
             answer_anew(lists, lambda _: f"On 2024-05-{draw.randint(10, 29)}.", reward=option(words, "--reward"))
@@ -242,6 +250,9 @@ def test_a_reward_of_one_s_own(project: Path, capsys: pytest.CaptureFixture[str]
     assert scope["days_apart"]([""] * 4, texts, answer=["2024-05-31"] * 4) == [0.5, 1.0, None, None]
     figures = json.loads((project / "runs/dates/evaluation/evaluation.json").read_text())["tasks"][0]
     assert figures["task"] == "my_rewards:days_apart"
+    first, second = read_records("scored.jsonl")[0]
+    assert first.rewards == pytest.approx((1, 1 / 3, 1 / 5))
+    assert second.rewards == pytest.approx((1, 1 / 3, 1 / 5))
 
 
 def test_a_trainer_of_one_s_own(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,11 +279,15 @@ def test_the_guide_shows_records_and_messages_as_they_are() -> None:
     for block in (block for blocks in sections().values() for block in blocks):
         assert block.language in ("bash", "python", "yaml", "json", "text"), f"```{block.language} is not run"
         if block.language == "json":
+            if "rejected_response" in block.text:
+                (record,), report = read_records([json.loads(block.text)])
+                assert record.rewards == (1, 0)
+                continue
             (record,), report = read_records([json.loads(block.text)], require=("answer",))
             assert find_task(record.task).reward([""], ["none"], answer=[record.answer], image_size=[(28, 28)]) == [0]
             assert not report.ignored
             assert not report.further
-    used = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) - {"nproc-per-node"}
+    used = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) - {"nproc-per-node", "logdir"}
     known = "".join(help_of(command) for command in cli.COMMANDS)
     assert {name for name in used if f"--{name} " not in known} == set()
 

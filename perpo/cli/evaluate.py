@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from perpo.evaluation.cards import update_cards
 from perpo.evaluation.config import EvaluationConfig
 from perpo.evaluation.evaluate import ANSWERS, FIGURES, Evaluation, evaluate, only_evaluation
 from perpo.evaluation.report import write_report
@@ -14,8 +15,11 @@ def run(config: EvaluationConfig) -> None:
     with only_evaluation(config):
         evaluation = evaluate(config)
         report = write_report(evaluation)
+        cards = update_cards(evaluation)
     print(summary(evaluation))
     print(f"\nfigures: {report.with_name(FIGURES)}\nanswers: {report.with_name(ANSWERS)}\nreport:  {report}")
+    for card in cards:
+        print(f"card:    {card}")
 
 
 def summary(evaluation: Evaluation) -> str:

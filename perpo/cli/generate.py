@@ -10,7 +10,7 @@ torchrun sets them; each takes the GPU of its LOCAL_RANK.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from perpo.cli.rewarding import RewardSettings
 from perpo.cli.settings import ModelConfig
 from perpo.data.documents import mapping
 from perpo.data.read import ReadSettings, usable_records
-from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
 from perpo.encoding.prompt_check import PromptCheck
 from perpo.rewards.formats import box_format
@@ -33,10 +33,14 @@ from perpo.sampling.with_vllm import VllmSampler
 
 
 @dataclass
-class GenerateConfig(ReadSettings):
+class GenerateConfig(RewardSettings, ReadSettings):
     """Which records, how answers to them are drawn and scored, and where they go."""
 
-    records: str = field(metadata={"help": "Images, prompts and true answers: .jsonl, .json or .parquet."})
+    records: str = field(
+        metadata={
+            "help": "Images, prompts and true answers: .jsonl, .json or .parquet, or of the hub: hf://owner/name:split."
+        }
+    )
     output: str = field(
         metadata={"help": "Lists for `perpo train`: .jsonl or .parquet. Finished records are kept in OUTPUT.parts."}
     )
@@ -49,16 +53,6 @@ class GenerateConfig(ReadSettings):
     top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens with this probability."})
     max_new_tokens: int = field(default=128, metadata={"help": "An answer is cut after so many tokens."})
     seed: int = field(default=0, metadata={"help": "The same seed draws the same answers for the same record."})
-    task: str | None = field(
-        default=None, metadata={"help": "Task of records that name none: grounding, ocr, counting, numeric, exact, …"}
-    )
-    answer_format: str | None = field(
-        default=None, metadata={"help": "How the model writes boxes, for grounding tasks: llava, qwen2.5-vl, …"}
-    )
-    reward: str | None = field(
-        default=None,
-        metadata={"help": "Reward of all records, whatever their task: a name as in task, or package.module:function."},
-    )
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that image paths are under; default: any path is allowed."}
     )
@@ -91,23 +85,8 @@ class GenerateConfig(ReadSettings):
             raise ValueError(f"temperature=0 gives the same answer {self.k} times: set it above 0, or k=1")
         self.sampling = Sampling(self.temperature, self.top_p, self.max_new_tokens, self.seed)
         self.candidates = CandidateConfig(
-            self.k, self.max_samples, self._named(self.reward), self.skip_bad, self.image_root
+            self.k, self.max_samples, self.named(self.reward), self.skip_bad, self.image_root
         )
-
-    def with_task(self, record: ListRecord) -> ListRecord:
-        """The record with the task that its answers are scored by.
-
-        Raises:
-            ValueError: it names none, and neither does the command.
-        """
-        task = self._named(record.task or self.task)
-        if not (task or self.reward):
-            raise ValueError(f"record {record.id!r} names no task: set task or reward")
-        return replace(record, task=task or "")
-
-    def _named(self, task: str | None) -> str | None:
-        boxes = task in ("grounding", "grounding-giou")
-        return f"{task}/{self.answer_format}" if boxes and self.answer_format else task
 
 
 SETTINGS = (ModelConfig, GenerateConfig)

@@ -29,9 +29,11 @@ COMMANDS = {
     ),
     "coco": Command("perpo.cli.coco", "grounding records from a COCO-style file"),
     "generate": Command("perpo.cli.generate", "sample and score candidate answers: lists for `perpo train`"),
+    "score": Command("perpo.cli.score", "rewards for answers that exist, from any source: lists for `perpo train`"),
     "plan": Command("perpo.cli.plan", "what a training step costs and what fits on a GPU"),
     "train": Command("perpo.cli.train", "align a vision-language model with lists of scored answers"),
     "evaluate": Command("perpo.cli.evaluate", "compare models on held-out records, with and without the image"),
+    "merge": Command("perpo.cli.merge", "add an adapter to its base model's weights"),
 }
 
 
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = importlib.import_module(COMMANDS[name].module)
     import torch  # the usage above needs none
 
-    settings = importlib.import_module("perpo.cli.settings").parse(command.SETTINGS, rest, f"perpo {name}")
+    parse = importlib.import_module("perpo.cli.settings").parse
+    settings = parse(command.SETTINGS, rest, f"perpo {name}", COMMANDS[name].summary)
     try:
         command.run(*settings)
     except (*EXPECTED, torch.OutOfMemoryError) as error:

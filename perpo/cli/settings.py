@@ -13,7 +13,9 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
@@ -42,6 +44,8 @@ OFTEN_SET = {
     "seed",
 }
 
+_GIVEN = "_given"  # attribute: names of the settings of an object that were given
+
 
 @dataclass
 class ModelConfig(LoadSettings):
@@ -53,12 +57,12 @@ class ModelConfig(LoadSettings):
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
 
 
-def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[Any, ...]:
-    """One object of each dataclass, from `--config FILE` and `--name value`.
+def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str, summary: str = "") -> tuple[Any, ...]:
+    """One object of each dataclass, from `--config FILE` and `--name value`; `--help` begins with `summary`.
 
     A setting that is misspelt, missing or of the wrong type ends the program with a message on stderr.
     """
-    parser = _Parser(kinds, prog)
+    parser = _Parser(kinds, prog, summary)
     words = parser.words_of_file(arguments)
     try:
         *objects, _, rest = parser.parse_args_into_dataclasses(
@@ -68,13 +72,36 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str) -> tuple[A
         parser.error(str(error))
     if rest:
         parser.error(f"{rest[0]!r} does not belong to a setting; write --name value")
+    for one in objects:  # no field, and so in no comparison and no file
+        vars(one)[_GIVEN] = parser.given & {field.name for field in dataclasses.fields(one)}
     return tuple(objects)
+
+
+def command(prog: str, objects: Sequence[Any]) -> str:
+    """The command line that gives what `parse` was given, files included, without tokens of the hub."""
+    words = [prog]
+    for one in objects:
+        for name in sorted(getattr(one, _GIVEN, ())):
+            value = getattr(one, name)
+            if name == "report_to" and not value:  # what "none" becomes
+                value = "none"
+            if value not in (None, []) and not name.endswith("hub_token"):
+                words += [f"--{name}", *_shell(value)]
+    return " ".join(words)
+
+
+def _shell(value: Any) -> list[str]:
+    if isinstance(value, list | tuple):
+        return [word for one in value for word in _shell(one)]
+    if isinstance(value, Mapping):
+        return [shlex.quote(json.dumps(value))]
+    return [shlex.quote(str(value).lower() if isinstance(value, bool) else str(getattr(value, "value", value)))]
 
 
 class _Parser(HfArgumentParser):
     """Options of dataclasses, and `--config`."""
 
-    def __init__(self, kinds: Sequence[type], prog: str) -> None:
+    def __init__(self, kinds: Sequence[type], prog: str, summary: str) -> None:
         inherits = any(issubclass(kind, TrainingArguments) for kind in kinds)
         super().__init__(
             list(kinds),
@@ -85,8 +112,10 @@ class _Parser(HfArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--config", metavar="FILE", help="YAML file of these settings; the command line wins.")
+        self.summary = summary
         self.config_file = ""
         self.from_file: set[str] = set()  # names of the settings that the file alone gives
+        self.given: set[str] = set()  # of all that are given
         self.hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
         self.names = {"help": "help", "config": "config"}  # name or alias, as users write it -> name of the field
         inherited = {one.name for one in dataclasses.fields(TrainingArguments)} if inherits else set()
@@ -101,6 +130,10 @@ class _Parser(HfArgumentParser):
             if action.dest not in own or action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
 
+    def format_help(self) -> str:
+        """What the command does comes first."""
+        return (f"{self.prog}: {self.summary}\n\n" if self.summary else "") + super().format_help()
+
     def error(self, message: str) -> NoReturn:
         """Called by argparse. A setting is either of the file or of the command line, never of both."""
         name = re.match(r"argument --(\w+)", message)
@@ -112,6 +145,7 @@ class _Parser(HfArgumentParser):
         """The settings of the file as arguments, without those that the command line gives too."""
         options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
         given = {self._field_of(option[2:], f"{option} is not a setting", negated=True) for option in options}
+        self.given = set(given)
         if "config" not in given:
             return []
         first = argparse.ArgumentParser(self.prog, add_help=False, allow_abbrev=False)
@@ -132,6 +166,7 @@ class _Parser(HfArgumentParser):
                 self.error(f"config: {self.config_file} sets {name!r} twice")
             if name not in given:
                 self.from_file.add(name)
+                self.given.add(name)
                 words += self._words(name, value)
         return words
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from perpo.cli.settings import ModelConfig
+from perpo.cli.settings import ModelConfig, command
 from perpo.data.read import SCORED, ReadSettings, usable_records
 from perpo.data.record import ListRecord
 from perpo.encoding.encoder import Encoder
@@ -17,6 +17,7 @@ from perpo.encoding.prompt_check import PromptCheck
 from perpo.model.trainable import TrainableConfig, trained_parts
 from perpo.sampling.candidates import parts_folder
 from perpo.storage.identity import known_identity
+from perpo.training.card import Provenance
 from perpo.training.checkpoints import check_free, clear_disk_errors, only_run
 from perpo.training.config import PerPOConfig
 from perpo.training.trainer import PerPOTrainer
@@ -37,7 +38,9 @@ OUT_OF_MEMORY = """What takes less, the first two without a change in what is co
 class DataConfig(ReadSettings):
     """Which lists."""
 
-    train_file: str = field(metadata={"help": "Scored lists: .jsonl, .json or .parquet."})
+    train_file: str = field(
+        metadata={"help": "Scored lists: .jsonl, .json or .parquet, or of the hub: hf://owner/name:split."}
+    )
     eval_file: str | None = field(default=None, metadata={"help": "Scored lists to evaluate the loss on."})
     drop_inactive: bool = field(
         default=False, metadata={"help": "Leave out lists whose rewards are all equal: they have no gradient."}
@@ -76,6 +79,11 @@ def _train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConf
         eval_dataset=eval_lists,
         peft_config=prepared.peft_config,
         ref_model=None if reference is None else model_config.load_model(reference),
+    )
+    trainer.provenance = Provenance(
+        data.train_file,
+        command("perpo train", (model_config, data, trainable, args)),
+        known_identity(parts_folder(data.train_file)),
     )
     if args.process_index == 0:
         print("\n".join(line for line in (prepared.remark, trained_parts(trainer.model)) if line))

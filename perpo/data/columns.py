@@ -40,6 +40,7 @@ class Seen:
 
     further: Counter[str] = field(default_factory=Counter)  # kept: custom rewards can use them
     ignored: Counter[str] = field(default_factory=Counter)  # dropped: JSON cannot hold them
+    preferences: Counter[str] = field(default_factory=Counter)  # whose form -> rows that were read as lists of two
     like_picture: Counter[str] = field(default_factory=Counter)  # in rows without an image: perhaps it is one, misspelt
 
 

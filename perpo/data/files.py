@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 
 from perpo.data.documents import UNREADABLE, regular_file
+from perpo.data.hub import hub_data, load_hub
 from perpo.data.images import RowImage
 from perpo.storage.atomic import atomic_file
 
@@ -30,7 +31,8 @@ class Row(NamedTuple):
 
 
 def read_rows(source: Any) -> Iterator[Row]:
-    """The rows of a file (by its suffix), a `datasets.Dataset` (images stay in it), or an iterable of mappings.
+    """The rows of a file (by its suffix), of a data set of the hub (see `perpo.data.hub`), of a `datasets.Dataset`
+    (images stay in it), or an iterable of mappings.
 
     Raises:
         OSError: no such file, or a folder or pipe.
@@ -38,11 +40,17 @@ def read_rows(source: Any) -> Iterator[Row]:
         TypeError: not a source.
         ImportError: Parquet without pyarrow.
     """
-    if isinstance(source, str | os.PathLike):
+    named = hub_data(source) if isinstance(source, str) else None
+    if named is not None:
+        yield from _read_dataset(load_hub(named))
+    elif isinstance(source, str | os.PathLike):
         path = Path(source)
         readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
         if path.suffix not in readers:
-            raise ValueError(f"records must be in a {', '.join(readers)} file, got {os.fspath(source)!r}")
+            raise ValueError(
+                f"records must be in a {', '.join(readers)} file, or in a data set of the hub, hf://owner/name:split; "
+                f"got {os.fspath(source)!r}"
+            )
         yield from readers[path.suffix](regular_file(path))
     elif type(source).__module__.partition(".")[0] == "datasets" and not isinstance(source, Mapping):
         yield from _read_dataset(source)

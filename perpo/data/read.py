@@ -1,8 +1,9 @@
 """Read records from files, data sets and iterables, and find those that a run can use.
 
-Files are JSONL (one record per line), JSON (an array) or Parquet; a `datasets.Dataset` and any iterable of mappings
-work too. Before sampling and scoring, records have no responses or rewards; `require` names the fields that a reader
-needs. All records are checked, and then wait on disk (`perpo.data.spool`): memory does not grow with their number.
+Files are JSONL (one record per line), JSON (an array) or Parquet; data sets of the hub, a `datasets.Dataset` and any
+iterable of mappings work too. Before sampling and scoring, records have no responses or rewards; `require` names the
+fields that a reader needs. All records are checked, and then wait on disk (`perpo.data.spool`): memory does not grow
+with their number.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from perpo.data.columns import AUTHORS, FIELDS, Seen, further, names_of, note_picture_like, picture
 from perpo.data.files import Row, read_rows
 from perpo.data.images import ImageError, open_image, resolve_image
+from perpo.data.preferences import preference_form, preference_list
 from perpo.data.record import FieldError, ListRecord, Where, plain, shown, without_nulls
 from perpo.data.spool import Spool
 from perpo.data.summary import summary
@@ -75,6 +77,7 @@ class ReadReport(Seen):
         named = f" (is {' or '.join(map(repr, self.like_picture))} one? name it 'image')" if self.like_picture else ""
         return summary(
             f"{self.source}: {self.n_records} lists of {spread or 0} answers",
+            *(f"{n} from preferences as {form} keeps them: rewards 1 and 0" for form, n in self.preferences.items()),
             (self.n_bad, "bad records skipped"),
             (self.n_without_image, f"without an image{named}"),
             (self.n_inactive, f"without any preference ({f'{self.n_dropped} left out' if self.n_dropped else 'kept'})"),
@@ -348,6 +351,9 @@ def _parse(
             continue
         names: Mapping[str, str] = {}
         try:
+            if (form := preference_form(row)) is not None:
+                row = preference_list(row, form)
+                report.preferences[form] += 1
             names = names_of(row)
             record = _record(row, names, number, report, require, seen)
             if record.id in places:

@@ -21,7 +21,9 @@ class EvaluationConfig(LoadSettings, ReadSettings):
             "help": "name=path, 'name=base + adapter', or paths alone; the others are compared with the first one."
         }
     )
-    records: str = field(metadata={"help": "Held-out records with answers: .jsonl, .json or .parquet."})
+    records: str = field(
+        metadata={"help": "Held-out records with answers: .jsonl, .json or .parquet, or hf://owner/name:split."}
+    )
     output: str = field(metadata={"help": "Folder for answers.jsonl, evaluation.json and report.html."})
     image_root: str | None = field(default=None, metadata={"help": "Folder that the records' images are under."})
     reward: str | None = field(

@@ -52,7 +52,12 @@ def merge_adapters(model: PeftModel, dtype: torch.dtype | str | None = None) -> 
     Args:
         dtype: that the result is rounded to, with a warning of how much of the adapters' effect that costs. None,
             "auto" and "float32": fp32.
+
+    Raises:
+        ValueError: an adapter is on a weight that another module shares (a language head tied to the embeddings),
+            which would change with it; adapters that change no weights.
     """
+    _check_mergeable(model)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     model = model.float()
     rounded = isinstance(wanted, torch.dtype) and wanted != torch.float32
@@ -66,6 +71,22 @@ def merge_adapters(model: PeftModel, dtype: torch.dtype | str | None = None) -> 
         )
     merged.config.dtype = next(merged.parameters()).dtype
     return merged
+
+
+def _check_mergeable(model: PeftModel) -> None:
+    config: Any = model.active_peft_config
+    if config.is_prompt_learning:
+        raise ValueError(f"model: a {config.peft_type.value} adapter changes no weights, so it cannot be merged")
+    sharing: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        sharing.setdefault(id(parameter), []).append(name)
+    for layer in adapted_layers(model).values():
+        names = sharing.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+        if len(names) > 1:
+            raise ValueError(
+                f"model: {' and '.join(names)} are one weight, and the adapter is on one of them alone; merged, it "
+                "would change both. Use the adapter as it is, or train one without that layer"
+            )
 
 
 def _rounding(model: nn.Module, dtype: Any) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from perpo.model.adapters import base_of, merge_adapters
+from perpo.model.adapters import base_of
 from perpo.storage.checksums import check_weights
 
 
@@ -42,31 +41,13 @@ def load_model(
     base = base_of(name_or_path, revision)
     if base is not None:
         check_weights(base[0])
-        model = _load_whole(base[0], base[1], options)
+        model = load_whole(base[0], base[1], options)
         return PeftModel.from_pretrained(model, name_or_path, **({} if revision is None else {"revision": revision}))
-    return _load_whole(name_or_path, revision, options)
+    return load_whole(name_or_path, revision, options)
 
 
-def save_merged(
-    source: str | os.PathLike[str], folder: str | os.PathLike[str], dtype: torch.dtype | str | None = None
-) -> None:
-    """Merge the adapters in `source` into their base model and write it, with its processor, to `folder`.
-
-    Args:
-        dtype: as `merge_adapters`.
-
-    Raises:
-        ValueError: `source` holds no adapters.
-    """
-    model = load_model(os.fspath(source), dtype=torch.float32)
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"{os.fspath(source)!r} holds no adapters: there is nothing to merge")
-    merged: Any = merge_adapters(model, dtype)
-    merged.save_pretrained(folder)
-    load_processor(os.fspath(source)).save_pretrained(folder)
-
-
-def _load_whole(name_or_path: str, revision: str | None, options: dict[str, Any]) -> Any:
+def load_whole(name_or_path: str, revision: str | None, options: dict[str, Any]) -> Any:
+    """A model of which all weights are saved; `options` are those of transformers' `from_pretrained`."""
     if revision is not None:
         options = {**options, "revision": revision}
     try:

@@ -19,6 +19,7 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from perpo.model.adapters import adapted_layers, merge_adapters
 from perpo.model.language_head import causal_lm
+from perpo.storage.atomic import atomic_folder
 
 logger = logging.get_logger(__name__)
 
@@ -151,13 +152,8 @@ def _save_base(model: Any, folder: Path) -> None:
     """Once a machine, and written to its end or not at all."""
     state = PartialState()
     if state.is_local_main_process:
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        model.save_pretrained(unfinished)
-        if folder.is_dir():
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
-        unfinished.rename(folder)
+        with atomic_folder(folder, "output_dir", replace=True) as draft:
+            model.save_pretrained(draft)
     state.wait_for_everyone()
     model.name_or_path = model.config._name_or_path = str(folder)
 

@@ -7,6 +7,7 @@ process to finish writes the output atomically, in the order of the records.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class Totals:
     n_cut: int = 0
     n_unreadable: int = 0
     n_active: int = 0  # lists with a preference
+    n_tied: int = 0  # answers with the reward of another answer of their list
     reward_sum: float = 0.0
     best_sum: float = 0.0
 
@@ -85,7 +87,9 @@ class Totals:
         self.n_repeats += len(one.responses) - len(set(one.responses))
         self.n_cut += one.complete.count(False)
         self.n_unreadable += one.unreadable
-        self.n_active += len(set(one.rewards)) > 1
+        rewards = Counter(one.rewards)
+        self.n_active += len(rewards) > 1
+        self.n_tied += sum(n for n in rewards.values() if n > 1)
         self.reward_sum += sum(one.rewards)
         self.best_sum += max(one.rewards)
 

@@ -8,7 +8,7 @@ wait for another.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -77,9 +77,11 @@ class Shards(Journal):
         self.append(asdict(finished), what=f"record {finished.id!r}")
 
 
-def source_of(record: ListRecord, image_root: str | os.PathLike[str] | None = None) -> dict[str, str]:
+def source_of(
+    record: ListRecord, image_root: str | os.PathLike[str] | None = None, names: Sequence[str] = SOURCE
+) -> dict[str, str]:
     """Fingerprints of the fields that answers and rewards depend on."""
-    return field_fingerprints(record, SOURCE, image_root)
+    return field_fingerprints(record, names, image_root)
 
 
 def check_sources(
@@ -87,6 +89,7 @@ def check_sources(
     finished: Mapping[str, Finished],
     folder: Path,
     image_root: str | os.PathLike[str] | None = None,
+    names: Sequence[str] = SOURCE,
 ) -> None:
     """That finished records were made of these.
 
@@ -97,7 +100,7 @@ def check_sources(
         known = finished.get(record.id)
         if known is None or known.error is not None:
             continue
-        now = source_of(record, image_root)
-        different = [name for name in SOURCE if known.source.get(name) != now[name]]
+        now = source_of(record, image_root, names)
+        different = [name for name in names if known.source.get(name) != now[name]]
         if different:
             raise stale(folder, "output", "answers", f"record {record.id!r} has another {' and '.join(different)} now")

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
@@ -29,6 +29,7 @@ from perpo.model import sharing
 from perpo.model.language_head import accept_rows, causal_lm, check_language_head, perpo_output
 from perpo.model.trainable import keep_in_fp32, set_precision
 from perpo.training.batch_sampler import ListBatchSampler, batch_sampler
+from perpo.training.card import Provenance
 from perpo.training.checkpoints import (
     check_loaded,
     claim_run,
@@ -42,6 +43,7 @@ from perpo.training.checkpoints import (
 from perpo.training.config import PerPOConfig
 from perpo.training.lists import training_lists
 from perpo.training.metrics import ListMetrics
+from perpo.training.publish import Publishing
 from perpo.training.reference import Precomputed, check_reference, second_model, with_reference
 from perpo.training.sharing_check import check_sharing
 from perpo.training.stopping import StopOnSignal, StoppedBySignal
@@ -50,7 +52,7 @@ from perpo_kernels import LinearPerPOOutput
 logger = logging.get_logger(__name__)
 
 
-class PerPOTrainer(Trainer):
+class PerPOTrainer(Publishing):
     """Trains any Hugging Face vision-language model on lists of scored candidates.
 
     Args:
@@ -113,6 +115,7 @@ class PerPOTrainer(Trainer):
         positions = sharing.prepare(model, args.prefix_sharing, args.device)
         self._sharing_unchecked = positions is not None
         self._evaluated: Any = None
+        self.provenance = Provenance(str(train_dataset) if isinstance(train_dataset, str | Path) else "")
         self._batches: ListBatchSampler | None = None
         self._eval_batches: ListBatchSampler | None = None
         self._n_cut = self._n_responses = 0
@@ -189,10 +192,13 @@ class PerPOTrainer(Trainer):
         return found[0]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with names_of_model(self.model) if _internal_call else contextlib.nullcontext():
+        of_checkpoint = _internal_call and not self.pushing
+        with names_of_model(self.model) if of_checkpoint else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.args.should_save:
-            seal_weights(Path(output_dir or str(self.args.output_dir)))
+            folder = Path(output_dir or str(self.args.output_dir))
+            seal_weights(folder)
+            self.write_card(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

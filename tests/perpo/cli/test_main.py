@@ -280,6 +280,29 @@ def test_help_is_quick_and_lists_the_commands() -> None:
     assert "train " in done.stdout
 
 
+FIRST_LINES = """\
+perpo coco: grounding records from a COCO-style file
+perpo generate: sample and score candidate answers: lists for `perpo train`
+perpo score: rewards for answers that exist, from any source: lists for `perpo train`
+perpo plan: what a training step costs and what fits on a GPU
+perpo train: align a vision-language model with lists of scored answers
+perpo evaluate: compare models on held-out records, with and without the image
+perpo merge: add an adapter to its base model's weights
+"""
+
+
+def test_help_begins_with_what_a_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    first = []
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        line, empty, usage = capsys.readouterr().out.split("\n")[:3]
+        assert not empty
+        assert usage.startswith(f"usage: perpo {command} ")
+        first.append(line + "\n")
+    assert "".join(first) == FIRST_LINES
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_takes_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--config FILE.yaml holds them" in cli.usage()

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from perpo.model.adapters import adapted_layers, merge_adapters
 from perpo.model.language_head import causal_lm
-from perpo.model.load import load_model, load_processor, save_merged
+from perpo.model.load import load_model, load_processor
+from perpo.model.merge import save_merged
 from perpo.model.trainable import TrainableConfig, freeze, language_lora, projector_names, trained_parts
 
 from .. import tiny_models
