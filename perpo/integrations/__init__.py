@@ -1,0 +1,1 @@
+"""The loss in trainers that are not ours: any loop, `transformers.Trainer`, Lightning, TRL."""
