@@ -136,6 +136,15 @@ def chunk_bytes(value: int | None) -> int:
     return value
 
 
+def logits_dtype(value: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    """None stands for the dtype of the head."""
+    if value is None or value == dtype:
+        return dtype
+    if value != torch.float32 or dtype == torch.float64:
+        raise ValueError(f"logits_dtype must be torch.float32 or None for a head of {dtype}, got {value!r}")
+    return value
+
+
 def reduction(value: str) -> None:
     if value not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {value!r}")
