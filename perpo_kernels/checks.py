@@ -216,6 +216,18 @@ def layout(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be one-dimensional with at least the element 0, got {_shape(x)}")
     if x.device.type != "cpu":
         same_device(name, x, device)
+    elif device.type == "cuda" and not torch.compiler.is_compiling() and _is_capturing():
+        raise ValueError(
+            f"{name} must be on {device} while a CUDA graph is captured, got one on the CPU: the graph would read the "
+            f"same address at every replay; use {name}.to({str(device)!r})"
+        )
+
+
+def _is_capturing() -> bool:
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # fake tensors of a GPU, by a PyTorch built without
+        return False
 
 
 def sequences(log_probs: Tensor, cu_lists: Tensor | None) -> None:

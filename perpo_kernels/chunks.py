@@ -180,22 +180,29 @@ def fp32_block(device: torch.device) -> int:
 
 
 def wide_products(x: Tensor) -> bool:
-    """Whether `x`'s device multiplies its dtype into fp32: on CUDA and, by some of its libraries, on ROCm."""
+    """Whether `x`'s device multiplies its dtype into fp32: CUDA does, ROCm and TunableOp are asked."""
     if x.device.type != "cuda":
         return False
     tunable = getattr(torch._C, "_cuda_tunableop_is_enabled", None)  # no part of a build for the CPU
+    if torch.version.hip is None and not (tunable is not None and tunable()):
+        return True
     return _wide_products(x.device, x.dtype, tunable is not None and tunable())
+
+
+def fp32_copies(x: Tensor) -> bool:
+    """Whether factors are copied into fp32 where their product can't be: exact, but on a GPU many times slower."""
+    return x.device.type != "cuda"
 
 
 @functools.cache
 def _wide_products(device: torch.device, dtype: torch.dtype, tunable: bool) -> bool:
-    """Found out by trying, once: what ROCm's libraries and TunableOp refuse is not told otherwise."""
+    """Found out by trying, once for each device and setting: what a library refuses is not told otherwise."""
     a = torch.ones(16, 16, device=device, dtype=dtype)
     out = torch.empty(16, 16, device=device, dtype=torch.float32)
     try:
         torch.mm(a, a, out_dtype=out.dtype, out=out)
         torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
-    except (RuntimeError, TypeError):
+    except RuntimeError:
         return False
     return True
 
@@ -222,7 +229,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
     elif wide_products(a):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif a.device.type == "cuda":
+    elif not fp32_copies(a):
         out.copy_(torch.mm(a, b))  # at the speed of the low-precision product, for one more rounding to its dtype
     else:
         out.zero_()

@@ -195,10 +195,20 @@ def scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
 
     Rows with g = 0 are 0 whatever x holds there: what takes part in nothing is selected away, not multiplied by 0.
     """
+    return _write_scaled(x, g, torch.empty_like(x, dtype=dtype))
+
+
+def _write_scaled(x: Tensor, g: Tensor, out: Tensor) -> Tensor:
     if g.dim() == 0:
-        return torch.mul(x, g, out=torch.empty_like(x, dtype=dtype))
-    out = torch.mul(x, g.unsqueeze(1), out=torch.empty_like(x, dtype=dtype))
-    return out.masked_fill_((g == 0).unsqueeze(1), 0.0)
+        return torch.mul(x, g, out=out)
+    return torch.mul(x, g.unsqueeze(1), out=out).masked_fill_((g == 0).unsqueeze(1), 0.0)
+
+
+def _scaled_last(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of what a backward pass had saved: in place if it is released after this pass."""
+    if x.dtype != dtype or is_observed(x, g) or torch._C._autograd._get_current_graph_task_keep_graph():
+        return scaled(x, g, dtype)
+    return _write_scaled(x, g, x).detach()
 
 
 @scaled.register_fake
@@ -226,7 +236,7 @@ def _log_probs_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor
         ignore_index = ctx.settings[0]
         grad = grad.masked_fill(labels == ignore_index, 0.0)
         if need_hidden:
-            d_hidden = scaled(derivative, grad, ctx.hidden_dtype)
+            d_hidden = _scaled_last(derivative, grad, ctx.hidden_dtype)
         if any(need):
             gradients = linear_log_probs_head_backward(grad, *saved, labels, ctx.numbers, traced, *ctx.settings, need)
             d_weight, d_bias = (x if needed else None for x, needed in zip(gradients, need, strict=True))
@@ -392,21 +402,14 @@ def _list_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, .
         factors, derivative, kept, bias_sum, unit, hidden = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if need_hidden:
-            d_hidden = scaled(derivative, factors * grad, ctx.dtype)
+            d_hidden = _scaled_last(derivative, factors * grad, ctx.dtype)
         if need_weight and ctx.of_derivative:
             d_weight = kept_head_gradient(kept, hidden, factors, unit, grad, ctx.n_vocab)
-        elif need_weight and kept.dtype == ctx.dtype and _is_last_backward(kept, grad):
-            d_weight = kept.mul_(grad).detach()
         elif need_weight:
-            d_weight = scaled(kept, grad, ctx.dtype)
+            d_weight = _scaled_last(kept, grad, ctx.dtype)
         if need_bias:
-            d_bias = scaled(bias_sum, grad, ctx.dtype)
+            d_bias = _scaled_last(bias_sum, grad, ctx.dtype)
     return d_hidden, d_weight, d_bias, ctx.no_gradient, *(None,) * 7
-
-
-def _is_last_backward(*tensors: Tensor) -> bool:
-    """Whether what was saved for this backward pass is released after it, and may be overwritten."""
-    return not is_observed(*tensors) and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 linear_list_loss.register_autograd(_list_loss_backward, setup_context=_list_loss_setup)

@@ -156,4 +156,6 @@ def test_linear_list_loss(head, lists, backend, given):
     problem = token_problem(head, lists, token_weights=torch.rand_like(head.hidden[:, 0]))
     numbers = given(MAP, problem.objective.numbers())
     leaves = (leaf(head.hidden), leaf(head.weight), leaf(head.bias))
-    opcheck(ops.linear_list_loss, (*leaves, problem.pack(), *numbers, -100, 0, torch.float32, backend, [True, True, True]))
+    opcheck(
+        ops.linear_list_loss, (*leaves, problem.pack(), *numbers, -100, 0, torch.float32, backend, [True, True, True])
+    )
