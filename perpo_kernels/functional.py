@@ -70,6 +70,7 @@ def linear_token_log_probs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [...] fp32
     """Log-probability of each label under the language head, without the logits [..., V] ever existing.
@@ -88,6 +89,8 @@ def linear_token_log_probs(
         temperature, softcap, logit_scale: > 0; softcap None means none.
         ignore_index: positions with this label give 0 and get no gradient.
         max_chunk_bytes: budget of one chunk of logits; None: 100 MiB on the CPU, 1 GiB elsewhere.
+        logits_dtype: torch.float32 has the product of a bf16 or fp16 head write fp32 logits, as an fp32 head would;
+            None keeps the dtype of the head. The gradient of the logits has the head's dtype either way.
         backend: "auto", "triton", "eager" or "reference".
 
     Returns:
@@ -99,9 +102,9 @@ def linear_token_log_probs(
     hidden, weight, bias = checks.head(hidden, weight, bias)
     checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
-    chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
+    memory = checks.chunk_bytes(max_chunk_bytes), checks.logits_dtype(logits_dtype, weight.dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return _linear_log_probs(rows, weight, bias, labels.reshape(-1), z, chunk_bytes, backend).view(labels.shape)
+    return _linear_log_probs(rows, weight, bias, labels.reshape(-1), z, *memory, backend).view(labels.shape)
 
 
 def perpo_loss(
@@ -237,6 +240,7 @@ def linear_perpo_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     objective: Objective | None = None,
     backend: str = "auto",
 ) -> LinearPerPOOutput:
@@ -249,7 +253,8 @@ def linear_perpo_loss(
     Args:
         hidden: [T, H], the states that predict the labels: response positions only, all candidates of all lists one
             after another.
-        weight, bias, temperature, softcap, logit_scale, ignore_index, max_chunk_bytes: as `linear_token_log_probs`.
+        weight, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype: as `linear_token_log_probs`.
+        max_chunk_bytes: likewise; None lets the D of a trainable head take as much as its weight's gradient in fp32.
         labels: int64 [T].
         rewards: [S], as `perpo_loss`.
         cu_seqlens: int32 [S + 1], tokens of candidate i are cu_seqlens[i] .. cu_seqlens[i + 1]. A candidate without a
@@ -296,7 +301,7 @@ def linear_perpo_loss(
     checks.pair_weights(pair_weights, cu_lists, hidden.device)
     checks.reduction(reduction)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
-    chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
+    memory = checks.chunk_bytes(max_chunk_bytes), checks.logits_dtype(logits_dtype, weight.dtype)
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if any(need[1:]) and reduction != "none" and not _is_reference(backend):
         total, _, candidates, active, *_ = linear.linear_list_loss(
@@ -306,13 +311,13 @@ def linear_perpo_loss(
             problem.each(_normal).pack(),
             *pack_numbers([*z.numbers(), *problem.objective.numbers()]),
             ignore_index,
-            chunk_bytes,
+            *memory,
             backend,
             need,
         )
         losses = active  # as long; only its length is read
     else:
-        tokens = _linear_log_probs(hidden, weight, bias, labels, z, chunk_bytes, backend)
+        tokens = _linear_log_probs(hidden, weight, bias, labels, z, *memory, backend)
         total, losses, candidates, active = _list_loss(tokens, problem, backend)
     loss = _reduce(total, losses, reduction)
     log_probs, scores, ranked_rewards = candidates.detach()
@@ -329,10 +334,18 @@ def _is_reference(backend: str) -> bool:
 
 
 def _linear_log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, z: LogitMap, chunk_bytes: int, backend: str
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [T]
+    z: LogitMap,
+    chunk_bytes: int,
+    logits_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:  # [T]
     if _is_reference(backend):
         checks.label_values(labels, weight.shape[0], z.ignore_index)
+        hidden, weight, bias = (None if x is None else x.to(logits_dtype) for x in (hidden, weight, bias))
         logits = reference.head_logits(hidden, weight, bias, z.softcap, z.logit_scale)
         wide = logits.to(accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)
@@ -345,6 +358,7 @@ def _linear_log_probs(
         *pack_numbers(z.numbers()),
         z.ignore_index,
         chunk_bytes,
+        logits_dtype,
         backend,
         keep_derivative,
     )[0]
