@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._library.custom_ops import _maybe_get_opdef
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from perpo_kernels.backends import triton as kernels
 
@@ -66,6 +66,7 @@ class FakeGpu(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.mode = FakeTensorMode()
         self.launches: list[Launch] = []
         self.products: list[tuple[int, int, int]] = []  # (m, k, n) of [m, k] times [k, n]
         self.copies: list[Copy] = []
@@ -90,9 +91,22 @@ class FakeGpu(TorchDispatchMode):
             definition: Any = _maybe_get_opdef(func)
             with self:
                 return definition._init_fn(*args, **kwargs)
+        if func.namespace == "aten":
+            with self:
+                parts = func.decompose(*args, **kwargs)  # .to, .reshape and others that are made of operators
+            if parts is not NotImplemented:
+                return parts
+        leaves = tree_leaves((args, kwargs))
+        if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
+            with unset_fake_temporarily():  # of the CPU alone: the real thing
+                return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
         out = func(*args, **kwargs)
         self._note(func, args, kwargs, out)
         return out
+
+    def _fake(self, x: Tensor) -> Tensor:
+        return x if isinstance(x, FakeTensor) else self.mode.from_tensor(x)
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func.overloadpacket.__name__
@@ -156,7 +170,7 @@ def _recorded_kernels(notes: FakeGpu) -> Iterator[None]:
 
 @contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
-    """Inside, tensors on CUDA are fake. Tensors on the CPU that are made outside keep their numbers."""
+    """Inside, tensors on CUDA are fake, and those on the CPU are real."""
     notes = FakeGpu()
-    with _recorded_kernels(notes), FakeTensorMode(allow_non_fake_inputs=True), notes:
+    with _recorded_kernels(notes), notes.mode, notes:
         yield notes
