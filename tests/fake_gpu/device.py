@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.custom_ops import _maybe_get_opdef
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +34,14 @@ _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
 
 
+class Kind(NamedTuple):
+    """What is noted of a tensor; the tensor itself would be kept alive."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+
+
 class Launch(NamedTuple):
     """Of a Triton kernel."""
 
@@ -43,13 +51,9 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]  # of the kernel by name, and the launch's options
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: x for name, x in self.arguments.items() if isinstance(x, Tensor)}
-
-    @property
     def devices(self) -> set[torch.device]:
         """Of its tensors."""
-        return {x.device for x in self.tensors.values()}
+        return {x.device for x in self.arguments.values() if isinstance(x, Kind)}
 
 
 class Copy(NamedTuple):
@@ -149,7 +153,8 @@ class _Recorded:
         grid = grid(arguments) if callable(grid) else tuple(grid)
         assert math.prod(grid) > 0, f"{self.name}: an empty grid"
         current = torch.device("cuda", torch.cuda.current_device())
-        self.notes.launches.append(Launch(self.name, grid, current, {**arguments, **options}))
+        noted = tree_map_only(Tensor, lambda x: Kind(x.device, x.dtype, x.shape), {**arguments, **options})
+        self.notes.launches.append(Launch(self.name, grid, current, noted))
 
 
 @contextmanager
@@ -169,8 +174,25 @@ def _recorded_kernels(notes: FakeGpu) -> Iterator[None]:
 
 
 @contextmanager
-def fake_gpu() -> Iterator[FakeGpu]:
+def fake_gpu(notes: Any = None) -> Iterator[Any]:
     """Inside, tensors on CUDA are fake, and those on the CPU are real."""
-    notes = FakeGpu()
+    notes = notes or FakeGpu()
     with _recorded_kernels(notes), notes.mode, notes:
         yield notes
+
+
+def move(model: nn.Module, device: str = "cuda", dtype: torch.dtype | None = None) -> None:
+    """Give every parameter and buffer a fake one in its place, tied ones the same; floating-point ones of `dtype`."""
+    made: dict[int, Tensor] = {}
+
+    def new(x: Tensor) -> Tensor:
+        if id(x) not in made:
+            like = torch.empty(x.shape, dtype=dtype if dtype and x.is_floating_point() else x.dtype, device=device)
+            made[id(x)] = nn.Parameter(like, x.requires_grad) if isinstance(x, nn.Parameter) else like
+        return made[id(x)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is not None:
+                    tensors[name] = new(x)  # type: ignore[assignment]

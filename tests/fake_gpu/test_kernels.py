@@ -14,7 +14,7 @@ from torch import Tensor
 import perpo_kernels as pk
 from perpo_kernels import objectives
 from tests.fake_gpu.device import FakeGpu, fake_gpu
-from tests.fake_gpu.losses import CHUNK_ROWS, K, LISTS, N_CANDIDATES, LossCase, differentiate, layouts
+from tests.fake_gpu.losses import CHUNK_ROWS, LISTS, N_CANDIDATES, K, LossCase, differentiate, layouts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BOTH = (False, True)
