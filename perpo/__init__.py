@@ -10,6 +10,7 @@ The rooms, from the bottom up; each imports only what stands above it in this li
     model        loading, the language head, what is trained, whether prompts may be shared
     sampling     drawing k answers a question (transformers, vLLM) and scoring them
     training     configuration, reference log-probs, metrics, checkpoints, the trainer, what a step costs
+    integrations the list loss in other people's trainers
     evaluation   did it work? Metrics, intervals, the report
     cli          one file a command
     demo         the whole of it on a small model, through the commands
@@ -31,6 +32,8 @@ _HOME = {
     "PerPOConfig": "perpo.training.config",
     "PerPOTrainer": "perpo.training.trainer",
     "language_lora": "perpo.model.trainable",
+    "ListDPOConfig": "perpo.integrations.trl_dpo_config",
+    "ListDPOTrainer": "perpo.integrations.trl_dpo",
 }
 __all__ = list(_HOME)
 
