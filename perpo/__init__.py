@@ -10,7 +10,7 @@ The rooms, from the bottom up; each imports only what stands above it in this li
     model        loading, the language head, what is trained, whether prompts may be shared
     sampling     drawing k answers a question (transformers, vLLM) and scoring them
     training     configuration, reference log-probs, metrics, checkpoints, the trainer, what a step costs
-    integrations the list loss in other people's trainers
+    integrations the loss in other people's trainers
     evaluation   did it work? Metrics, intervals, the report
     cli          one file a command
     demo         the whole of it on a small model, through the commands
@@ -32,8 +32,12 @@ _HOME = {
     "PerPOConfig": "perpo.training.config",
     "PerPOTrainer": "perpo.training.trainer",
     "language_lora": "perpo.model.trainable",
+    "list_loss": "perpo.integrations.list_loss",
+    "sequence_log_probs": "perpo.integrations.list_loss",
     "ListDPOConfig": "perpo.integrations.trl_dpo_config",
     "ListDPOTrainer": "perpo.integrations.trl_dpo",
+    "ListGRPOConfig": "perpo.integrations.trl_grpo_config",
+    "ListGRPOTrainer": "perpo.integrations.trl_grpo",
 }
 __all__ = list(_HOME)
 

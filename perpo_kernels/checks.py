@@ -29,7 +29,8 @@ def tensor(name: str, x: object) -> None:
     if type(x).__name__ == "DTensor":
         raise TypeError(
             f"{name} must be a tensor that is whole on this device, got a DTensor (as FSDP2 has it "
-            f"outside the module's forward); compute the loss inside forward, or pass {name}.full_tensor()"
+            f"outside the module's forward); use perpo.list_loss, which calls the model as a whole, compute the loss "
+            f"inside forward, or pass {name}.full_tensor()"
         )
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got a tensor of layout {x.layout} (sparse); use {name}.to_dense()")
@@ -80,6 +81,14 @@ def labels(x: Tensor, shape: torch.Size, of: str, device: torch.device) -> None:
     same_device("labels", x, device)
 
 
+def padded_labels(x: Tensor) -> None:
+    tensor("labels", x)
+    if x.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {x.dtype}; use labels.long()")
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"labels must be [B, L], a row for every answer, got {_shape(x)}")
+
+
 def head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -89,7 +98,8 @@ def head(
     if weight.shape == (0,):
         raise ValueError(
             "weight must be [V, H], got [0]: a weight that is sharded (ZeRO-3 leaves an empty one on every rank); "
-            "compute the loss inside the module's forward, or under deepspeed.zero.GatheredParameters(weight)"
+            "use perpo.list_loss, which calls the model as a whole, or compute the loss inside the module's forward, "
+            "or under deepspeed.zero.GatheredParameters(weight)"
         )
     if weight.dim() != 2:
         raise ValueError(f"weight must be [V, H], got {_shape(weight)}")
@@ -267,9 +277,9 @@ def label_values(labels: Tensor, n_vocab: int, ignore_index: int) -> None:
 
 def list_values(p: ListProblem, n_log_probs: int) -> None:
     """The values of a problem whose log-probs have this length."""
-    _cumulative_values("cu_lists", p.cu_lists, p.rewards.numel(), "candidates")
+    cumulative_values("cu_lists", p.cu_lists, p.rewards.numel(), "candidates")
     if p.cu_seqlens is not None:
-        _cumulative_values("cu_seqlens", p.cu_seqlens, n_log_probs, "tokens")
+        cumulative_values("cu_seqlens", p.cu_seqlens, n_log_probs, "tokens")
     if p.pair_weights is not None and p.cu_lists.numel() > 1 and values_are_checked(p.cu_lists):
         pair_weights(p.pair_weights, p.cu_lists, p.pair_weights.device, int(p.cu_lists.diff().max()))
     if p.lengths is not None and values_are_checked(p.lengths):
@@ -286,7 +296,7 @@ def _values(name: str, x: Tensor, right: Tensor, expected: str) -> None:
         raise ValueError(f"{name} must {expected}, got {x.flatten()[at].item()} at {at}")
 
 
-def _cumulative_values(name: str, counts: Tensor, total: int, of: str) -> None:
+def cumulative_values(name: str, counts: Tensor, total: int, of: str) -> None:
     if not values_are_checked(counts):
         return
     values = counts.tolist()

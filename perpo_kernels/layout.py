@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from perpo_kernels import checks
+
 
 def cumulative(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
     """Lengths [n] -> cumulative counts int32 [n + 1], starting at 0.
@@ -22,6 +24,40 @@ def cumulative(lengths: Sequence[int] | Tensor, device: torch.device | str | Non
     out = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=out[1:])
     return out
+
+
+class PackedLabels(NamedTuple):
+    """The labelled tokens of a padded batch, packed."""
+
+    rows: Tensor  # int64 [T], in the flattened [B · L], of the states that predict them: hidden.flatten(0, 1)[rows]
+    labels: Tensor  # int64 [T]
+    cu_seqlens: Tensor  # int32 [B + 1], on the CPU
+
+
+def pack_labels(labels: Tensor, *, ignore_index: int = -100) -> PackedLabels:
+    """Labels [B, L] as every trainer has them -> what the loss takes. They are shifted here, once.
+
+    labels[b, t] is the token at position t of row b, or `ignore_index` where no token is trained on; the state at
+    position t − 1 predicts it. What stands in the first column is predicted by nothing, and left out, as in
+    transformers. A row without a label is a candidate of no tokens: it takes part in no pair.
+
+    Labels on the CPU cost no synchronisation. For labels on a device the host waits once, for the B numbers of
+    tokens: without them nobody knows how long the result is.
+
+    Raises:
+        ValueError, TypeError: labels that are not int64 [B, L].
+
+    >>> pack_labels(torch.tensor([[-100, -100, 5, 6], [-100, 7, -100, -100]]))
+    PackedLabels(rows=tensor([1, 2, 4]), labels=tensor([5, 6, 7]), cu_seqlens=tensor([0, 2, 3], dtype=torch.int32))
+    """
+    checks.padded_labels(labels)
+    n_columns = labels.shape[1]
+    predicted = labels[:, 1:] != ignore_index  # [B, L − 1]
+    cu_seqlens = cumulative(predicted.sum(1).tolist())
+    nth = torch.arange(1, int(cu_seqlens[-1]) + 1, device=labels.device)
+    at = torch.searchsorted(predicted.flatten().cumsum(0), nth)  # where the n-th labelled token stands in [B · (L − 1)]
+    rows = at + at // max(n_columns - 1, 1)
+    return PackedLabels(rows, labels.flatten()[rows + 1], cu_seqlens)
 
 
 def equal_lists(n_lists: int, k: int, device: torch.device) -> Tensor:

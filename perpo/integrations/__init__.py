@@ -1,1 +1,1 @@
-"""The list loss in other people's trainers: thin, and each tested against the real thing."""
+"""The loss in trainers that are not ours: any loop, `transformers.Trainer`, Lightning, TRL."""

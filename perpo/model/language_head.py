@@ -9,12 +9,14 @@
 Everything goes through the outermost module (DDP, FSDP, PeftModel, a compiled model), so that gradients are
 synchronised and sharded weights gathered as in any forward pass; and `f` runs as the forward pass of the head module
 itself, so that whatever watches over its weights (sharding hooks, DDP's search for unused parameters) sees them used.
+`through_head` is such a call, and gives what `f` gave in the dtype in which it gave it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import MethodType
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from perpo.encoding.batch import ListBatch
 from perpo.prefix.attention import packed_forward
@@ -55,19 +58,61 @@ def accept_rows(model: nn.Module) -> None:
     """Let `model(…)` and whatever wraps it accept `response_rows` and `head_call`. Other calls are left as they are.
 
     Raises:
-        ValueError: a model without a language head or without a separate body.
+        ValueError: a model without a language head or without a separate body, or of which the rows are not those of
+            its input.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     core = causal_lm(model)
-    if hasattr(core, "_perpo_plain_forward"):
+    is_plain = getattr(core.forward, "__func__", None) is type(core).forward  # again, if accelerate took wrappers off
+    if hasattr(core, "_perpo_plain_forward") and not is_plain:
         return
-    if core.get_output_embeddings() is None or core.base_model is core:
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "model: nn.DataParallel cuts a batch into pieces, and lists with it; use one process a GPU "
+            "(DistributedDataParallel, torchrun), or hide the other GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    head = getattr(core, "get_output_embeddings", None)
+    if head is None or head() is None or core.base_model is core:
         raise ValueError(
             f"model: {type(core).__name__} has no language head that get_output_embeddings() finds above a body; load "
             "it with AutoModelForImageTextToText or AutoModelForCausalLM"
         )
+    if getattr(core.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model: {type(core).__name__} is an encoder with a decoder, and answers are no continuation of its input; "
+            "call pk.linear_perpo_loss with the decoder's states"
+        )
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    if isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"model: {inner.active_peft_config.peft_type.value} puts rows of its own before those of the input; use "
+            "LoRA (perpo.language_lora)"
+        )
     # Bound methods that hold no model themselves: copy.deepcopy then binds them to the copy.
     core._perpo_plain_forward = core.forward
-    core.forward = MethodType(_forward_like(core.forward), core)
+    core.forward = MethodType(_forward_like(core.forward, core), core)
+
+
+def through_head(model: nn.Module, call: HeadCall, **keywords: Any) -> Any:
+    """`call(hidden [T, H], head)` within the forward pass of `model`, and what it returns.
+
+    Its numbers keep their dtype. FSDP2 with `output_dtype`, which accelerate sets under mixed precision, turns
+    everything that a forward pass returns into 16 bits, and a log-prob of −300 would be off by one. Its hooks are on
+    the tensors from before that, which are returned here.
+
+    Args:
+        keywords: of the model's forward pass, and `response_rows`.
+    """
+    accept_rows(model)
+    kept: list[Any] = []
+
+    def keeping(hidden: Tensor, head: LanguageHead) -> Any:
+        kept.append(call(hidden, head))
+        return kept[-1]
+
+    output = model(**keywords, head_call=keeping)
+    return output if _dtypes(output) == _dtypes(kept[0]) else kept[0]
 
 
 def response_hidden_states(model: nn.Module, batch: ListBatch) -> Tensor:  # [T, H]
@@ -78,65 +123,68 @@ def response_hidden_states(model: nn.Module, batch: ListBatch) -> Tensor:  # [T,
 
 def token_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [T] fp32
     """log π(y_t) of every response token."""
-    accept_rows(model)
 
     def call(hidden: Tensor, head: LanguageHead) -> Tensor:
         weight, bias, softcap, logit_scale = head
         return linear_token_log_probs(hidden, weight, batch.labels, bias, softcap=softcap, logit_scale=logit_scale)
 
-    return model(**batch.keywords, head_call=call)
+    return through_head(model, call, **batch.keywords)
 
 
 def sequence_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [S] fp32
     """Σ_t log π(y_t) of every response, detached; by the very operations of the loss, so that a model scored against
     itself has scores of exactly 0."""
-    accept_rows(model)
 
     def call(hidden: Tensor, head: LanguageHead) -> Tensor:
         return perpo_output(hidden, head, plain).log_probs
 
     plain = replace(batch, ref_log_probs=None, flip_probs=None, pair_weights=None)
     with torch.no_grad():
-        return model(**batch.keywords, head_call=call)
+        return through_head(model, call, **batch.keywords)
 
 
-def check_language_head(model: nn.Module) -> None:
-    """Compare the head that was found with the model's own logits on four tokens of text.
+def check_language_head(model: nn.Module, inputs: Mapping[str, Any] | None = None, rows: Tensor | None = None) -> None:
+    """Compare what is done here with the model's own logits, at some positions of a batch or on four tokens of text.
 
-    Catches any model that does something to its logits that is not known here.
+    Catches any model that does something to its hidden states or logits that is not known here; on a batch with
+    pictures, also one whose body does not take them. Everything goes through the outermost module, so that all ranks
+    of a sharded model take part. Nothing is compiled for it.
+
+    Args:
+        inputs: keywords of the forward pass. rows: positions [n] in its flattened [B · L]; a few are enough.
 
     Raises:
         ValueError: they differ.
     """
     accept_rows(model)
     core = causal_lm(model)
-    ids = torch.arange(5, 9, device=next(core.parameters()).device).unsqueeze(0)
-    rows = torch.arange(ids.shape[1], device=ids.device)
-    was_training = core.training
-    core.eval()
+    if inputs is None or rows is None:
+        ids = torch.arange(5, 9, device=next(core.parameters()).device).unsqueeze(0)
+        inputs, rows = {"input_ids": ids}, torch.arange(ids.shape[1], device=ids.device)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        with torch.no_grad():
-            logits = core(input_ids=ids, use_cache=False).logits[0]
-            ours = core(input_ids=ids, response_rows=rows, head_call=_plain_logits)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logits = model(**inputs, response_rows=rows, head_call=None, own_logits=True)
+            ours = through_head(model, _plain_logits, **inputs, response_rows=rows)
     finally:
-        core.train(was_training)
+        for module, mode in training.items():
+            module.training = mode
     error = (ours.float() - logits.float()).abs().max()
-    allowed = 16 * torch.finfo(logits.dtype).eps * logits.float().abs().max().clamp(min=1)
+    allowed = 16 * _rounding(logits) * logits.float().abs().max().clamp(min=1)
     if not bool(error <= allowed):
         raise ValueError(
             f"model: {type(core).__name__} maps hidden states to logits in a way that is not known here (its logits "
-            f"and those of its language head differ by {error:.2g}); please report the model class"
+            f"and those of its language head differ by {error:.2g}); please report the model class, and meanwhile take "
+            "its logits: pk.token_log_probs and pk.perpo_loss"
         )
 
 
 # ----------------------------------------------------------------------------------------------------------- details
 
 
-def _forward_like(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`_forward` with the signature of a model's own: `generate` and `Trainer` read off it what a model takes.
-
-    Not functools.wraps: accelerate follows `__wrapped__` when it takes its own wrappers off, and would take this too.
-    """
+def _forward_like(plain: Callable[..., Any], core: Any) -> Callable[..., Any]:
+    """`_forward` with the signature of a model's own: `generate` and `Trainer` read off it what a model takes."""
     signature = inspect.signature(plain)
     named = list(signature.parameters.values())
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
@@ -145,6 +193,10 @@ def _forward_like(plain: Callable[..., Any]) -> Callable[..., Any]:
         return _forward(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[this, *named])  # type: ignore[attr-defined]
+    # accelerate follows __wrapped__ when it takes its own wrappers off. It must not take this off as well, if it is
+    # within them; it cannot leave it on if it is around them.
+    if "_original_forward" in core.__dict__:
+        forward.__wrapped__ = getattr(plain, "__func__", plain)  # type: ignore[attr-defined]
     return forward
 
 
@@ -154,18 +206,62 @@ def _forward(
     response_rows: Tensor | None = None,
     prefix_layout: PrefixLayout | None = None,
     head_call: HeadCall | None = None,
+    own_logits: bool = False,
     **kwargs: Any,
 ) -> Any:
     if response_rows is None:
         return self._perpo_plain_forward(*args, **kwargs)
     given = {name: x for name, x in kwargs.items() if x is not None}  # PeftModel passes every keyword it knows
-    if prefix_layout is None:
-        states = self.base_model(*args, **given, use_cache=False)[0]  # [B, L, H]
-    else:
-        with packed_forward(self):
-            states = self.base_model(*args, **given, prefix_layout=prefix_layout, use_cache=False)[0]  # [1, T, H]
-    hidden = states.reshape(-1, states.shape[-1])[response_rows]
-    return hidden if head_call is None else _call_head(self, hidden, head_call)
+    if own_logits:
+        return _own_logits(self, response_rows, *args, **given)
+    with _autocast_within(self):
+        if prefix_layout is None:
+            states = self.base_model(*args, **given, use_cache=False)[0]  # [B, L, H]
+        else:
+            with packed_forward(self):
+                states = self.base_model(*args, **given, prefix_layout=prefix_layout, use_cache=False)[0]  # [1, T, H]
+        hidden = states.reshape(-1, states.shape[-1])[response_rows]
+        return hidden if head_call is None else _call_head(self, hidden, head_call)
+
+
+def _own_logits(core: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # [n, V]
+    """Logits at some rows by the model's own forward pass, in which the head is given no other rows.
+
+    Notes whether the model turns autocast on for its forward pass: accelerate writes that around the forward pass of
+    the model that it prepares, and `_forward` is outside of it where it was installed later.
+    """
+    module = _head_module(core.get_output_embeddings())
+    plain, device = module.forward, rows.device.type
+    outside = torch.is_autocast_enabled(device)
+
+    def forward(x: Tensor) -> Any:
+        if torch.is_autocast_enabled(device) and not outside:
+            core._perpo_autocast = device, torch.get_autocast_dtype(device)
+        return plain(x.reshape(-1, x.shape[-1])[rows].unsqueeze(0))
+
+    with _runs(module, forward):
+        logits = core._perpo_plain_forward(*args, **kwargs, use_cache=False).logits
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def _autocast_within(core: Any) -> contextlib.AbstractContextManager[Any]:
+    """What `_own_logits` found."""
+    device, dtype = getattr(core, "_perpo_autocast", None) or ("cpu", None)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+@contextlib.contextmanager
+def _runs(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, `forward` is the forward pass of `module`, with the hooks that it has."""
+    previous = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous
 
 
 @torch.compiler.disable  # a compiler does not follow a module whose forward pass is swapped; the loss is fused anyway
@@ -179,15 +275,8 @@ def _call_head(core: Any, hidden: Tensor, head_call: HeadCall) -> Any:
         x, weight, bias = _linear_map(module, x)
         return head_call(x, LanguageHead(weight, bias, softcap, logit_scale))
 
-    previous = module.__dict__.get("forward")
-    module.forward = forward
-    try:
+    with _runs(module, forward):
         return module(hidden)
-    finally:
-        if previous is None:
-            del module.forward
-        else:
-            module.forward = previous
 
 
 def _head_module(module: nn.Module) -> nn.Module:
@@ -264,6 +353,16 @@ def _logit_map(core: Any) -> tuple[float | None, float]:
 def _plain_logits(hidden: Tensor, head: LanguageHead) -> Tensor:
     logits = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _rounding(x: Tensor) -> float:
+    """Of products in the dtype of x; TF32 has ten bits."""
+    is_tf32 = x.dtype == torch.float32 and x.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return 2.0**-10 if is_tf32 else torch.finfo(x.dtype).eps
+
+
+def _dtypes(output: Any) -> list[torch.dtype]:
+    return [x.dtype for x in tree_leaves(output) if isinstance(x, Tensor)]
 
 
 def perpo_output(hidden: Tensor, head: LanguageHead, batch: ListBatch, **options: Any) -> Any:
