@@ -34,6 +34,10 @@ _HOME = {
     "language_lora": "perpo.model.trainable",
     "list_loss": "perpo.integrations.list_loss",
     "sequence_log_probs": "perpo.integrations.list_loss",
+    "ListDPOConfig": "perpo.integrations.trl_dpo_config",
+    "ListDPOTrainer": "perpo.integrations.trl_dpo",
+    "ListGRPOConfig": "perpo.integrations.trl_grpo_config",
+    "ListGRPOTrainer": "perpo.integrations.trl_grpo",
 }
 __all__ = list(_HOME)
 

@@ -53,9 +53,9 @@ class ListCollator:
         records = [record for one_list in lists for record in one_list]
         prompts = [self._prompt(record) for record in records]
         whole = [self._responses(record) for record in records]
-        limit = self.encoder.max_response_length
-        responses = [[ids[:limit] for ids in of_record] for of_record in whole]
-        records = [_level_cut(*pair, limit) for pair in zip(records, whole, strict=True)]
+        limits = [self._limit(*pair) for pair in zip(records, prompts, strict=True)]
+        responses = [[ids[:limit] for ids in of_record] for of_record, limit in zip(whole, limits, strict=True)]
+        records = [_level_cut(*one) for one in zip(records, whole, limits, strict=True)]
         each = iter(records)
         lists = [tuple(islice(each, len(one_list))) for one_list in lists]
         known = candidate_tensors(
@@ -68,7 +68,9 @@ class ListCollator:
             if all(len(one_list) == 2 for one_list in lists)
             else None,
         )
-        known["n_cut"] = sum(_is_cut(ids, limit) for of_record in whole for ids in of_record)
+        known["n_cut"] = sum(
+            _is_cut(ids, limit) for of_record, limit in zip(whole, limits, strict=True) for ids in of_record
+        )
         if self.positions is None:
             inputs, rows, n_tokens = separate_rows(prompts, responses, self.encoder.pad_id, self.encoder.answer_values)
             return ListBatch(inputs, rows, **known, n_tokens=n_tokens)
@@ -79,6 +81,12 @@ class ListCollator:
         """Not cut yet."""
         ended = record.complete or (True,) * record.k
         return [self.encoder.whole_response(text, end) for text, end in zip(record.responses, ended, strict=True)]
+
+    def _limit(self, record: ListRecord, prompt: dict[str, Tensor]) -> int | None:
+        try:
+            return self.encoder.response_limit(prompt["input_ids"].shape[1])
+        except ValueError as error:
+            raise SampleError(f"record {record.id!r}: {error}") from error
 
     def _prompt(self, record: ListRecord) -> dict[str, Tensor]:
         try:

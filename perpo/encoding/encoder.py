@@ -58,6 +58,7 @@ class Encoder:
         max_prompt_length: longest prompt in tokens, image included; a longer one is an error, since cutting it would
             cut the image or the question. None: no limit.
         max_response_length: tokens after which a response is cut (it then has no end-of-turn token). None: no limit.
+        max_length: tokens of prompt and response together, past which the response is cut. None: no limit.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Encoder:
         *,
         max_prompt_length: int | None = None,
         max_response_length: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -78,6 +80,7 @@ class Encoder:
             raise ValueError("end_ids: neither the generation config nor the tokenizer names an end-of-turn token")
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
+        self.max_length = max_length
         self._seen_sizes: dict[Size, Size] = {}
         self._cropped: dict[Size, str | None] = {}
         self._check_template()
@@ -167,6 +170,22 @@ class Encoder:
             return ids[: end + 1]
         return [*ids, *[self.turn.end_id] * complete]
 
+    def response_limit(self, n_prompt: int) -> int | None:
+        """Tokens after which a response to a prompt of n_prompt tokens is cut.
+
+        Raises:
+            ValueError: the prompt leaves no room for a response.
+        """
+        if self.max_length is None:
+            return self.max_response_length
+        if n_prompt >= self.max_length:
+            raise ValueError(
+                f"max_length={self.max_length}: this prompt has {n_prompt} tokens, image included, which leaves none "
+                "for a response; raise the limit, shorten the prompt, or give the image processor fewer pixels"
+            )
+        room = self.max_length - n_prompt
+        return room if self.max_response_length is None else min(room, self.max_response_length)
+
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of generated ids, up to the first end token: what `response` makes the same ids of.
 
@@ -215,6 +234,8 @@ class Encoder:
             "image processor": pixels,
             "response format": f"with special tokens, {self.turn} {self.max_response_length}",
         }
+        if self.max_length is not None:
+            parts["response format"] += f" {self.max_length}"
         return {name: fingerprint(part) for name, part in parts.items()}
 
     # ------------------------------------------------------------------------------------------------------- details

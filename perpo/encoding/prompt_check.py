@@ -23,11 +23,13 @@ class PromptCheck:
 
     Args:
         processor: as for `Encoder`.
-        max_prompt_length: as for `Encoder`; every prompt is encoded to count its tokens.
+        max_prompt_length, max_length: as for `Encoder`; every prompt is encoded to count its tokens.
     """
 
-    def __init__(self, processor: Any, max_prompt_length: int | None = None) -> None:
-        self.encoder = Encoder(processor, [0], max_prompt_length=max_prompt_length)  # answers are not encoded
+    def __init__(self, processor: Any, max_prompt_length: int | None = None, max_length: int | None = None) -> None:
+        limits = {"max_prompt_length": max_prompt_length, "max_length": max_length}
+        self.encoder = Encoder(processor, [0], **limits)  # answers are not encoded
+        self._counts = any(limit is not None for limit in limits.values())
         self.sees_images = self.encoder.sees_images
         self._lock = threading.Lock()  # callers use threads, and tokenizers are not thread-safe
 
@@ -44,8 +46,9 @@ class PromptCheck:
         for token in self._video:
             if token in written:
                 raise ValueError(f"prompt: {token!r} stands for a video, and records have none; remove it")
-        if odd or self.encoder.max_prompt_length is not None or any(token in written for token in self._special):
-            self.encoder.prompt(record.prompt, image)  # type: ignore[arg-type]
+        if odd or self._counts or any(token in written for token in self._special):
+            encoded = self.encoder.prompt(record.prompt, image)  # type: ignore[arg-type]
+            self.encoder.response_limit(encoded["input_ids"].shape[1])
         else:
             self.encoder.tokenizer(text, add_special_tokens=False)
 

@@ -41,6 +41,11 @@ def base_of(name_or_path: str, revision: str | None = None) -> tuple[str, str | 
     return str(base), config.get("revision")
 
 
+def has_trained_adapters(model: nn.Module) -> bool:
+    """Whether it has adapters that an earlier run has trained; new ones change nothing yet: one factor of each is 0."""
+    return any(bool(p.detach().any()) for name, p in model.named_parameters() if "lora_B" in name)
+
+
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """Layers with an adapter, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

@@ -26,6 +26,7 @@ from perpo.data.fingerprints import record_fingerprint
 from perpo.data.record import ListRecord
 from perpo.encoding.collator import Sample, records_of
 from perpo.encoding.encoder import Encoder
+from perpo.model.adapters import has_trained_adapters
 from perpo.model.language_head import causal_lm
 from perpo.storage.checksums import CHECKSUMS, cut_off, damage, files_of, weights_of, write_checksums
 from perpo.storage.fingerprints import fingerprint, tensors_fingerprint, weights_fingerprint
@@ -97,10 +98,8 @@ def run_identity(
 
 
 def starting_adapters(model: nn.Module) -> str:
-    """Of adapters that an earlier run has trained; new ones change nothing yet: one factor of each is zero."""
     weights = [(name, p) for name, p in model.named_parameters() if "lora_" in name or "modules_to_save." in name]
-    trained = any(bool(p.detach().any()) for name, p in weights if "lora_B" in name)
-    return tensors_fingerprint(weights) if trained else "new"
+    return tensors_fingerprint(weights) if has_trained_adapters(model) else "new"
 
 
 def _of_list(record: ListRecord, args: PerPOConfig) -> list[object]:

@@ -71,7 +71,7 @@ class PerPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Folder of precomputed reference log-probs; default: output_dir/reference. Runs with the same "
-            "model, processor and max_response_length can share one."
+            "model, processor, max_response_length and max_length can share one."
         },
     )
     max_candidates: int | None = field(
@@ -88,6 +88,13 @@ class PerPOConfig(TrainingArguments):
     )
     max_response_length: int | None = field(
         default=1024, metadata={"help": "Responses are cut after this many tokens, and then have no end-of-turn token."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses are also cut where prompt, image included, and response have this many tokens. A prompt "
+            "that leaves none for a response is an error."
+        },
     )
     image_root: str | None = field(
         default=None,
@@ -168,7 +175,7 @@ class PerPOConfig(TrainingArguments):
             raise ValueError(
                 f"max_candidates must be ≥ 2 and ≥ min_candidates={self.min_candidates}, got {self.max_candidates}"
             )
-        for name in ("max_prompt_length", "max_response_length", "max_tokens_per_row", "max_chunk_bytes"):
+        for name in ("max_prompt_length", "max_response_length", "max_length", "max_tokens_per_row", "max_chunk_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be ≥ 1 or left out, got {value}")

@@ -111,6 +111,7 @@ class PerPOTrainer(Publishing):
             causal_lm(model),
             max_prompt_length=args.max_prompt_length,
             max_response_length=args.max_response_length,
+            max_length=args.max_length,
         )
         positions = sharing.prepare(model, args.prefix_sharing, args.device)
         self._sharing_unchecked = positions is not None
@@ -253,10 +254,12 @@ class PerPOTrainer(Publishing):
 
     def _count_cut(self, batch: ListBatch, training: bool) -> None:
         if batch.n_cut:
+            limits = {name: getattr(self.args, name) for name in ("max_response_length", "max_length")}
+            allowed = " or ".join(f"{name}={limit}" for name, limit in limits.items() if limit is not None)
             logger.warning_once(
                 f"{batch.n_cut} of {batch.cu_seqlens.numel() - 1} responses of a batch have more than "
-                f"max_response_length={self.args.max_response_length} tokens and are cut there; responses/cut in the "
-                "logs is their share. Cut responses of which the same is left are no pair"
+                f"{allowed} tokens and are cut there; responses/cut in the logs is their share. Cut responses of which "
+                "the same is left are no pair"
             )
         if training:
             self._n_cut += batch.n_cut

@@ -164,6 +164,17 @@ def test_a_long_response_is_cut_and_then_has_no_end() -> None:
     assert encoder.turn.end_id not in encoder.response("far too long")
 
 
+@pytest.mark.parametrize(("options", "limit"), [({}, 9), ({"max_response_length": 5}, 5)])
+def test_prompt_and_response_share_max_length(options: dict[str, int], limit: int) -> None:
+    model, processor = tiny_models.build("llava")
+    encoder = Encoder.for_model(processor, model, max_length=50, **options)
+    assert encoder.response_limit(41) == limit
+    assert Encoder.for_model(processor, model, **options).response_limit(41) == options.get("max_response_length")
+    with pytest.raises(ValueError, match="max_length=50: this prompt has 50 tokens, image included, which leaves none"):
+        encoder.response_limit(50)
+    assert encoder.fingerprint() != Encoder.for_model(processor, model, **options).fingerprint()
+
+
 def test_without_a_chat_template_the_image_comes_before_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_models.build("llava")
     processor.chat_template = None
