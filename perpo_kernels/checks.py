@@ -89,6 +89,12 @@ def padded_labels(x: Tensor) -> None:
         raise ValueError(f"labels must be [B, L], a row for every answer, got {_shape(x)}")
 
 
+@torch.compiler.assume_constant_result  # before torch 2.13, a compiler cannot follow the call
+def has_autocast(device_type: str) -> bool:
+    """Whether there is an autocast for a kind of device; asking whether it is on is an error where there is none."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -114,7 +120,7 @@ def head(
             raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {_shape(bias)}")
         same_device("bias", bias, hidden.device)
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    if has_autocast(device) and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, x in (("weight", weight), ("bias", bias)):

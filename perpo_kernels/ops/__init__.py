@@ -81,6 +81,12 @@ def is_observed(*args: object) -> bool:
     )
 
 
+def is_traced() -> bool:
+    """Whether a compiler records what is done. Up to torch 2.12 `is_compiling` is False while it traces a backward pass."""
+    proxies = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(proxies) is not None
+
+
 def first_derivative_only(op: str) -> None:
     """Called in each backward: what it reads was saved as a constant; differentiating it would be silently wrong."""
     if torch.is_grad_enabled():

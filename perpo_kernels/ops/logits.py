@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perpo_kernels import backends, checks
-from perpo_kernels.ops import first_derivative_only, no_autocast, operator
+from perpo_kernels.ops import first_derivative_only, is_traced, no_autocast, operator
 from perpo_kernels.problem import LogitMap, accumulation_dtype, unpack_numbers
 
 
@@ -124,7 +124,7 @@ def _token_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | No
         return (None,) * 7
     logits, labels, lse, traced = ctx.saved_tensors
     args = (grad, lse, logits, labels, ctx.numbers, traced, ctx.ignore_index, ctx.backend)
-    if ctx.inplace and not torch.compiler.is_compiling() and _can_be_overwritten(logits):
+    if ctx.inplace and not is_traced() and _can_be_overwritten(logits):
         with torch.no_grad():
             token_log_probs_backward_(*args)
         return logits.detach(), *(None,) * 6
