@@ -94,7 +94,7 @@ def _read(file: str, data: DataConfig, args: PerPOConfig, processor: Callable[[]
         require=SCORED,
         root=args.image_root,
         drop_inactive=data.drop_inactive,
-        checks=lambda: [PromptCheck(processor(), args.max_prompt_length)],
+        checks=lambda: [PromptCheck(processor(), args.max_prompt_length, every=data.skip_bad)],
         show=shown and not args.disable_tqdm,
     )
     if shown and args.disable_tqdm:
