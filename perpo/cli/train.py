@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -86,7 +86,7 @@ def _train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConf
         trainer.save_state()
 
 
-def _read(file: str, data: DataConfig, args: PerPOConfig, processor: Callable[[], Any]) -> list[ListRecord]:
+def _read(file: str, data: DataConfig, args: PerPOConfig, processor: Callable[[], Any]) -> Sequence[ListRecord]:
     shown = args.process_index == 0  # joins the processes, if there are several
     records, report = usable_records(
         file,
