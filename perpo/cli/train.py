@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -94,7 +94,7 @@ def _train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConf
         trainer.save_state()
 
 
-def _read(file: str, data: DataConfig, args: PerPOConfig, processor: Callable[[], Any]) -> list[ListRecord]:
+def _read(file: str, data: DataConfig, args: PerPOConfig, processor: Callable[[], Any]) -> Sequence[ListRecord]:
     shown = args.process_index == 0  # joins the processes, if there are several
     records, report = usable_records(
         file,
@@ -102,7 +102,7 @@ def _read(file: str, data: DataConfig, args: PerPOConfig, processor: Callable[[]
         require=SCORED,
         root=args.image_root,
         drop_inactive=data.drop_inactive,
-        checks=lambda: [PromptCheck(processor(), args.max_prompt_length, args.max_length)],
+        checks=lambda: [PromptCheck(processor(), args.max_prompt_length, args.max_length, every=data.skip_bad)],
         show=shown and not args.disable_tqdm,
     )
     if shown and args.disable_tqdm:

@@ -149,7 +149,10 @@ class ReadSettings:
 
     skip_bad: bool = field(
         default=False,
-        metadata={"help": "Leave out bad records (a damaged image makes one too) and count them."},
+        metadata={
+            "help": "Leave out bad records (a damaged image makes one too) and count them. To find those that only the "
+            "model's processor refuses, train and evaluate then encode each once at the beginning."
+        },
     )
     text_only: bool = field(
         default=False,
@@ -217,15 +220,24 @@ def usable_records(
     records, places = _without(records, places, _problems(records, root, asked, show), settings, report)
     if show:
         report.show()
-    if any(check.sees_images for check in asked) and all(record.image is None for record in records):
-        names = " or ".join(map(repr, report.like_picture))
-        hint = f"the column {names} looks like one: name it 'image'" if names else "its field is 'image'"
-        if not settings.text_only:
-            raise ValueError(
-                f"{report.source}: none of {len(records)} records has an image, and the model takes images: {hint}. "
-                "For records about text alone set text_only"
-            )
+    expected = any(check.sees_images for check in asked) and not settings.text_only
+    if expected and (problem := without_pictures(report.source, records, report.like_picture)):
+        raise ValueError(f"{problem}. For records about text alone set text_only")
     return records, report
+
+
+def without_pictures(source: str, records: Sequence[Any], like_picture: Collection[str] = ()) -> str | None:
+    """What to say of records for a model that takes images, if none of them has one; None if one has.
+
+    Args:
+        source: of the records.
+        like_picture: columns whose names resemble those of images.
+    """
+    if any(record.image is not None for record in records):
+        return None
+    names = " or ".join(map(repr, like_picture))
+    hint = f"the column {names} looks like one: name it 'image'" if names else "its field is 'image'"
+    return f"{source}: none of {len(records)} records has an image, and the model takes images: {hint}"
 
 
 def _without(

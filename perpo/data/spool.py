@@ -117,7 +117,7 @@ class _File:
         if len(data) != end - start:
             raise OSError(f"{_folder()}: a temporary file with records was cut off")
         unpickler = pickle.Unpickler(io.BytesIO(data))
-        unpickler.persistent_load = self.held.__getitem__  # type: ignore[method-assign, assignment]
+        unpickler.persistent_load = self.held.__getitem__  # type: ignore[method-assign]
         return unpickler.load()
 
     def flush(self) -> None:

@@ -13,6 +13,7 @@ from itertools import islice
 from torch import Tensor
 
 from perpo.data.images import open_image
+from perpo.data.read import reason_of
 from perpo.data.record import ListRecord
 from perpo.encoding.batch import ListBatch, candidate_tensors, separate_rows
 from perpo.encoding.corruption import CorruptedRecord, image_pairs
@@ -94,8 +95,8 @@ class ListCollator:
             if image is not None and isinstance(record, CorruptedRecord):
                 image = record.corrupt(image)
             return self.encoder.prompt(_messages(record), image)
-        except ValueError as error:
-            raise SampleError(f"record {record.id!r}: {error}") from error
+        except Exception as error:  # processors and decoders raise errors of any type
+            raise SampleError(f"record {record.id!r}: {reason_of(error)}") from error
 
 
 def _is_cut(ids: Sequence[int], limit: int | None) -> bool:

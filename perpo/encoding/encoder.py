@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from perpo.encoding.frame import Size, cropped, pads_to_square, seen_size
+from perpo.rewards.completions import open_thought
 from perpo.storage.fingerprints import fingerprint
 
 logger = logging.get_logger(__name__)
@@ -222,6 +223,17 @@ class Encoder:
         end_id = ends[0] if ends else end_id
         gap = before.removeprefix(open_turn) if before.startswith(open_turn) else ""
         return Turn(gap if gap.isspace() and self._is_one_tokenization(open_turn, gap) else "", end_id)
+
+    @cached_property
+    def opened(self) -> str:
+        """The mark with which the template opens a thought before every response ("<think>"), or "".
+
+        It is part of the prompt. Where a response is judged it goes in front of it: else one that was cut while
+        thinking would look like an answer.
+        """
+        if self._template is None:
+            return ""
+        return open_thought(self._apply_template(self._messages("?", with_image=False), add_generation_prompt=True))
 
     def fingerprint(self) -> dict[str, str]:
         """Fingerprints of all that turns records into token ids and pixels."""

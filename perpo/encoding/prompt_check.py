@@ -1,7 +1,8 @@
-"""Whether a processor accepts the prompt and image of a record, without encoding every record."""
+"""Whether a processor accepts the prompt and image of a record, before a run begins."""
 
 from __future__ import annotations
 
+import copy
 import threading
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ NARROW = 8  # and beyond this ratio of the sides, an image is encoded to see whe
 
 
 class PromptCheck:
-    """See `perpo.data.read.PromptCheck`. Every prompt is rendered; only those that may fail are encoded.
+    """See `perpo.data.read.PromptCheck`. Every prompt is rendered; those that may fail are encoded.
 
     Processors refuse very narrow or small images, and prompts with special tokens (those of a video, say) or too many
     tokens.
@@ -24,18 +25,33 @@ class PromptCheck:
     Args:
         processor: as for `Encoder`.
         max_prompt_length, max_length: as for `Encoder`; every prompt is encoded to count its tokens.
+        every: encode every prompt with its image, as a step does: whatever a processor refuses is found. Takes as long
+            as the data loader takes for one pass.
     """
 
-    def __init__(self, processor: Any, max_prompt_length: int | None = None, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_prompt_length: int | None = None,
+        max_length: int | None = None,
+        *,
+        every: bool = False,
+    ) -> None:
         limits = {"max_prompt_length": max_prompt_length, "max_length": max_length}
         self.encoder = Encoder(processor, [0], **limits)  # answers are not encoded
         self._counts = any(limit is not None for limit in limits.values())
         self.sees_images = self.encoder.sees_images
+        self.every = every
         self._lock = threading.Lock()  # callers use threads, and tokenizers are not thread-safe
+        self._own = threading.local()  # an encoder a thread, where each record is encoded
 
     def __call__(self, record: ListRecord, image: Image.Image | None) -> None:
         with self._lock:
             self._check(record, image)
+            if self.every and not hasattr(self._own, "encoder"):
+                self._own.encoder = copy.deepcopy(self.encoder)
+        if self.every:
+            self._own.encoder.prompt(record.prompt, image)
 
     def _check(self, record: ListRecord, image: Image.Image | None) -> None:
         text = self.encoder.render(record.prompt, image is not None)  # type: ignore[arg-type]

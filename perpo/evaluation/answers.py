@@ -22,7 +22,7 @@ def ask(
     *,
     blank: bool = False,
 ) -> list[Answers]:
-    """n answers to each record, all records given to the sampler at once.
+    """n answers to each record, all records given to the sampler at once; with the thought that the template opens.
 
     Args:
         image_root: the folder of the records' images, see `perpo.data.images.open_image`.
@@ -35,7 +35,7 @@ def ask(
         questions.append(Question(record.id, prompt, blanked(image) if image is not None and blank else image))
     return [
         Answers(
-            tuple(answer.text for answer in answers),
+            tuple(sampler.encoder.opened + answer.text for answer in answers),
             None if question.image is None else sampler.encoder.seen_size(question.image.size),
             sum(not answer.complete for answer in answers),
         )

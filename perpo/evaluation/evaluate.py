@@ -103,7 +103,7 @@ def _evaluate(config: EvaluationConfig) -> Evaluation:
         limit=config.limit,
         prepare=partial(_with_task, config),
         bad_truths=partial(bad_truths, reward=config.reward),
-        checks=lambda: [PromptCheck(source.load_processor(config)) for source in sources],
+        checks=lambda: [PromptCheck(source.load_processor(config), every=config.skip_bad) for source in sources],
     )
     n_bad = report.n_bad
     notices = [f"{n_bad} bad records were skipped; the first: {report.errors[0]}"] if n_bad else []

@@ -58,7 +58,8 @@ def final_answer(text: str) -> str | None:
     """What follows the last `</think>`, inside `<answer>…</answer>` if there is one; None if cut while thinking.
 
     The marks of other families (`◁think▷`, `[THINK]`) are known too. Chat templates often open the thought themselves,
-    so that `</think>` may come without its opening.
+    so that `</think>` may come without its opening. Where neither comes, a thought that was cut looks like an answer:
+    put `Encoder.opened` in front of what such a model wrote, as `perpo generate` and `perpo evaluate` do.
     """
     last = None
     for last in _THOUGHT.finditer(text):  # noqa: B007 - the last one
@@ -68,6 +69,16 @@ def final_answer(text: str) -> str | None:
             return None
         text = text[last.end() :]
     return text.rpartition("<answer>")[2].partition("</answer>")[0]
+
+
+def open_thought(prompt: str) -> str:
+    """The mark at the end of a prompt that opens a thought, with the white space after it; "" where there is none."""
+    last = None
+    for last in _THOUGHT.finditer(prompt):  # noqa: B007 - the last one
+        pass
+    if last is None or "/" in last[0] or prompt[last.end() :].strip():
+        return ""
+    return prompt[last.start() :]
 
 
 def completion_text(completion: Any) -> str:

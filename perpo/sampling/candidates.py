@@ -288,7 +288,7 @@ class _Worker:
         columns = {} if question.image is None else {"image_size": self.sampler.encoder.seen_size(question.image.size)}
         unreadable = self.tally.unreadable
         scored = score_record(
-            record.answered([answer.text for answer in answers]),
+            record.answered([self.sampler.encoder.opened + answer.text for answer in answers]),
             self.tasks.get(self.config.reward or record.task),
             self.tally,
             columns,
@@ -296,7 +296,7 @@ class _Worker:
         return Finished(
             record.id,
             source_of(record, self.config.image_root),
-            list(scored.responses),
+            [answer.text for answer in answers],
             list(scored.rewards or ()),
             [answer.complete for answer in answers],
             self.tally.unreadable - unreadable,

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from perpo.encoding.collator import Sample, has_image
+from perpo.training.failures import of_all
 
 OPEN = 16  # batches that are being filled at the same time
 
@@ -106,5 +106,5 @@ def _count_tokens(trainer: Any, samples: Sequence[Sample]) -> list[int]:
         num_workers=args.dataloader_num_workers,
     )
     batches = tqdm(loader, desc="tokens of each list", unit="list", disable=args.disable_tqdm or rank > 0)
-    counts = [(rank + i * n_ranks, batch.n_tokens) for i, batch in enumerate(batches)]
-    return [n for _, n in sorted(counts if n_ranks == 1 else gather_object(counts))]
+    counts = of_all(n_ranks, lambda: [(rank + i * n_ranks, batch.n_tokens) for i, batch in enumerate(batches)])
+    return [n for _, n in sorted(counts)]

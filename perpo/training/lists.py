@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers.utils import logging
 
-from perpo.data.read import read_records
+from perpo.data.read import read_records, without_pictures
 from perpo.data.record import ListRecord
 from perpo.data.spool import Spool
 from perpo.encoding.collator import Sample
@@ -18,19 +18,25 @@ from perpo.training.config import PerPOConfig
 logger = logging.get_logger(__name__)
 
 
-def training_lists(name: str, source: Any, args: PerPOConfig) -> Spool[Sample]:
+def training_lists(name: str, source: Any, args: PerPOConfig, sees_images: bool) -> Spool[Sample]:
     """The lists of a run, on disk, with what its objective and its reference need and nothing that they do not use.
 
     Args:
         name: of the argument that `source` is, for errors.
         source: records, or what `perpo.data.read.read_records` reads.
+        sees_images: the model takes images; lists of which none has one are then warned of.
 
     Raises:
         ValueError: no list is left; a record lacks what the settings need, by name.
     """
+    place: str = name
+    like_picture: Collection[str] = ()
     if not (isinstance(source, Sequence) and all(isinstance(record, ListRecord) for record in source)):
-        source, report = read_records(source, root=args.image_root)
+        source, report = read_records(source, root=args.image_root, check_images=True)
+        place, like_picture = report.source, report.like_picture
         logger.info(report.summary())
+    if sees_images and (problem := without_pictures(place, source, like_picture)):
+        logger.warning(problem)
     needed = {"rewards": "; score it first"}
     if args.reference == "data":
         needed["ref_log_probs"] = ", which reference='data' takes; use reference='precomputed'"

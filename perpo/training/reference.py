@@ -31,6 +31,7 @@ from perpo.model.load import load_model
 from perpo.storage.fingerprints import weights_fingerprint
 from perpo.training.checkpoints import starting_adapters
 from perpo.training.config import PerPOConfig
+from perpo.training.failures import of_all
 from perpo.training.reference_cache import ReferenceCache
 
 
@@ -157,9 +158,7 @@ class Precomputed:
             dataclasses.replace(record, ref_log_probs=None) for i, record in enumerate(_records(datasets)) if i in mine
         )
         found = zip(records, mine.values(), self._log_probs(records), strict=True)
-        computed = [cache.add(record, values, key) for record, key, values in found]
-        if args.world_size > 1:
-            cache.update(gather_object(computed))
+        cache.update(of_all(args.world_size, lambda: [cache.add(record, values, key) for record, key, values in found]))
         each = iter(keys)
         return [
             None if dataset is None else Spool(_attach(cache, sample, each) for sample in dataset)

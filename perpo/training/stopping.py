@@ -2,7 +2,7 @@
 
 Several processes stop after the same step, whichever of them the signal reached first: each adds its vote to the
 numbers that all exchange at the beginning of a step, so stopping costs no communication of its own. A second signal
-has its usual effect at once.
+has its usual effect at once. A process that could not make its batch votes too; then nothing of the step is kept.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FAILED = 1 << 10  # the vote of a process that has no batch; above all signals
 
 
 class StoppedBySignal(SystemExit):
@@ -44,19 +45,21 @@ class StopOnSignal(TrainerCallback):
 
     Attributes:
         received: the first signal that reached this process.
-        stopped: the signal that ended training, in all processes after the same step.
+        stopped: the signal that ended training, in all processes after the same step; FAILED if it was none.
+        failure: what kept this process from making its batch.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.stopped: int | None = None
+        self.failure: Exception | None = None
         self._several = False
         self._votes: Tensor | None = None  # on the CPU once `_copied` is over
         self._copied: Any = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self.received, self.stopped = None, None
+        self.received, self.stopped, self.failure = None, None, None
         self._several, self._votes, self._copied = False, None, None
         if threading.current_thread() is threading.main_thread():  # elsewhere no handler can be set
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -70,7 +73,7 @@ class StopOnSignal(TrainerCallback):
     @property
     def vote(self) -> int:
         """What this process adds to the numbers that all exchange: the signal that it has received, or 0."""
-        return self.received or 0
+        return (self.received or 0) if self.failure is None else FAILED
 
     def count(self, votes: Tensor) -> None:
         """Take the votes of all processes; they are looked at when the step ends, so that nothing waits for them."""
@@ -79,14 +82,17 @@ class StopOnSignal(TrainerCallback):
         self._copied = torch.cuda.current_stream(votes.device).record_event() if votes.is_cuda else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step < state.max_steps and (agreed := self._agreed()):
+        agreed = self._agreed()
+        if agreed == FAILED or (agreed and state.global_step < state.max_steps):
             self.stopped = agreed
             control.should_training_stop = True
-            control.should_save = args.save_strategy != "no"
+            control.should_save = agreed != FAILED and args.save_strategy != "no"
+            if agreed == FAILED:
+                control.should_evaluate = control.should_log = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """`Trainer` calls this also where an epoch was broken off: what belongs to its end comes after the resume."""
-        if self.stopped and abs(state.epoch - round(state.epoch)) > 1e-6:
+        if self.stopped and (self.stopped == FAILED or abs(state.epoch - round(state.epoch)) > 1e-6):
             control.should_save = control.should_evaluate = False
 
     def _agreed(self) -> int | None:

@@ -7,8 +7,9 @@ step, over all accumulated batches and all ranks, so it does not matter how list
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,13 @@ from perpo.training.checkpoints import (
     unseal,
 )
 from perpo.training.config import PerPOConfig
+from perpo.training.failures import of_all
 from perpo.training.lists import training_lists
 from perpo.training.metrics import ListMetrics
 from perpo.training.publish import Publishing
 from perpo.training.reference import Precomputed, check_reference, second_model, with_reference
-from perpo.training.sharing_check import check_sharing
-from perpo.training.stopping import StopOnSignal, StoppedBySignal
+from perpo.training.sharing_check import AMONG, check_sharing
+from perpo.training.stopping import FAILED, StopOnSignal, StoppedBySignal
 from perpo_kernels import LinearPerPOOutput
 
 logger = logging.get_logger(__name__)
@@ -126,8 +128,8 @@ class PerPOTrainer(Publishing):
             model=model,
             args=args,
             data_collator=ListCollator(self.encoder, args.image_root, positions),
-            train_dataset=None if train_dataset is None else training_lists("train_dataset", train_dataset, args),
-            eval_dataset=None if eval_dataset is None else training_lists("eval_dataset", eval_dataset, args),
+            train_dataset=self._lists("train_dataset", train_dataset, args),
+            eval_dataset=self._lists("eval_dataset", eval_dataset, args),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -159,6 +161,9 @@ class PerPOTrainer(Publishing):
             precomputed = Precomputed(model, args, self.accelerator, identity, self.data_collator, prepare)
             self.train_dataset, self.eval_dataset = precomputed.attach(self.train_dataset, self.eval_dataset)
 
+    def _lists(self, name: str, source: Any, args: PerPOConfig) -> Sequence[Sample] | None:
+        return None if source is None else training_lists(name, source, args, self.encoder.sees_images)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
         """As `Trainer.train`; True: from the newest checkpoint that was written to its end, or from the start.
 
@@ -171,12 +176,41 @@ class PerPOTrainer(Publishing):
             self.metrics["train"].reset()
             with self._stop:
                 output = super().train(resume_from_checkpoint=checkpoint, **options)
+        if self._stop.stopped == FAILED:
+            of_all(self.args.world_size, self._failed)
         if number := self._stop.stopped:
             stopped = StoppedBySignal(number, self.state.global_step, self.args)
             if self.is_world_process_zero():
                 logger.warning(stopped.message)
             raise stopped
         return output
+
+    def _failed(self) -> list[Any]:
+        if self._stop.failure is not None:
+            raise self._stop.failure
+        return []
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[ListBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[ListBatch], Any]:
+        """As `Trainer`'s. Where one of several processes cannot make a batch, all of them end with this step."""
+        if self.args.world_size == 1:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = []
+        try:
+            for batch in islice(epoch_iterator, num_batches):
+                batches.append(batch)
+        except Exception as error:
+            self._stop.failure = error
+            batches += [self._stand_in(error)] * (num_batches - len(batches))
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _stand_in(self, error: Exception) -> ListBatch:
+        """Any batch, for the exchanges of a step of which nothing is kept."""
+        for sample in islice(self.train_dataset or (), AMONG):
+            with contextlib.suppress(Exception):
+                return self.data_collator([sample])
+        raise error
 
     def _claim_folder(self, block: contextlib.ExitStack, resume: str | bool | None) -> str | None:
         """The checkpoint to resume from. Until the end of the block no other run can have the folder."""

@@ -14,7 +14,7 @@ class Counting:
     """Answers "how many?" by a hash of record and attempt; stops after `stop` records as if killed."""
 
     def __init__(self, batch_size: int = 1, stop: int | None = None, **settings: str) -> None:
-        self.encoder: Any = SimpleNamespace(seen_size=lambda size: size)
+        self.encoder: Any = SimpleNamespace(seen_size=lambda size: size, opened="")
         self.batch_size = batch_size
         self.stop = stop
         self.settings = settings

@@ -47,7 +47,10 @@ def train(folder: Path, kill_at: int = 0, stop_at: int = 0, **options: Any) -> N
     family, n_lists, lora = options.pop("family", "llava"), options.pop("n_lists", 4), options.pop("lora", True)
     resume, dropout = options.pop("resume", None), options.pop("dropout", 0.0)
     evaluate, blind = options.pop("evaluate", False), options.pop("without_image", ())
+    broken = options.pop("broken", None)
     data = [replace(one, image=None) if i in blind else one for i, one in enumerate(tiny_runs.records(n_lists))]
+    if broken is not None:
+        data[broken] = replace(data[broken], prompt="<image> or <image>?")
     runner = tiny_runs.trainer(family, folder, lora=lora, data=data, dropout=dropout, **options)
     if kill_at:
         runner.add_callback(KillAt(kill_at))

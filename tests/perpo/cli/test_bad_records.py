@@ -10,6 +10,7 @@ from PIL import Image
 
 from perpo.cli import main as cli
 from perpo.data.read import read_records
+from perpo.encoding.encoder import Encoder
 from perpo.encoding.prompt_check import PromptCheck
 
 from .. import tiny_models
@@ -128,6 +129,26 @@ def test_whatever_a_processor_raises_makes_a_bad_record(
     assert run("generate", model, folder, [record("good"), record("bad")]) == 1
     assert "records.jsonl:2: record 'bad': RuntimeError: no such tile" in capsys.readouterr().err
     assert run("generate", model, folder, [record("good"), record("bad")], "--skip_bad") == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_record_that_only_encoding_refuses_can_be_skipped(
+    command: str, model: Path, folder: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing about it is odd, and the processor does not even raise a ValueError."""
+    encode = Encoder.prompt
+
+    def prompt(self: Encoder, asked: Any, image: Any = None) -> Any:
+        if "refused" in str(asked):
+            raise RuntimeError("no such tile")
+        return encode(self, asked, image)
+
+    monkeypatch.setattr(Encoder, "prompt", prompt)
+    rows = [record("good"), record("bad", prompt="To be refused."), record("fine", prompt="What is it?")]
+    assert run(command, model, folder, rows, "--skip_bad") == 0
+    shown = capsys.readouterr()
+    assert "1 bad records skipped" in shown.out
+    assert "record 'bad': RuntimeError: no such tile" in shown.out + shown.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -200,6 +200,16 @@ def test_a_prompt_begins_once_whoever_writes_the_beginning(with_image: bool, mon
         assert (ids == bos).nonzero().flatten().tolist() == [0]
 
 
+@pytest.mark.parametrize("opened", ["", "<think>\n", "◁think▷", "[THINK]", "<think>\n\n</think>\n\n", "think"])
+def test_a_thought_that_the_template_opens_is_known(opened: str) -> None:
+    _, processor = tiny_models.build("llava")
+    processor.chat_template += f"{{% if add_generation_prompt %}}{opened}{{% endif %}}"
+    encoder = Encoder(processor, [0])
+    assert encoder.render("Is <think> a word?", with_image=False).endswith(opened)
+    thinks = opened not in ("", "think") and "/" not in opened
+    assert encoder.opened == (opened if thinks else "")
+
+
 def test_a_chat_model_without_any_chat_template_is_refused() -> None:
     model, processor = tiny_models.build("llava")
     processor.chat_template = None

@@ -11,7 +11,9 @@ from PIL import Image
 
 from perpo.data.read import read_records
 from perpo.data.record import ListRecord
-from perpo.rewards.scoring import UnreadableAnswers
+from perpo.evaluation.answers import ask
+from perpo.evaluation.metrics import judge
+from perpo.rewards.scoring import Tally, UnreadableAnswers
 from perpo.sampling.candidates import CandidateConfig, generate
 from perpo.sampling.sampler import Answer, Question
 from perpo.storage.identity import StaleError
@@ -54,6 +56,28 @@ def test_answers_that_were_cut_are_known_in_the_lists(ends: tuple[bool, ...], tm
     assert outcome.totals.n_cut == ends.count(False)
     (record,), _ = read_records(tmp_path / "out.jsonl")
     assert record.complete == (None if all(ends) else ends)
+
+
+def test_an_answer_cut_in_a_thought_that_the_template_opened_scores_nothing(tmp_path: Path) -> None:
+    """Only the prompt shows that it is a thought. The lists hold what the model wrote, which training feeds."""
+    texts = ("I see 3", "I see 2</think>3", "I see 3</think>2")
+
+    class Thinking(Counting):
+        def one(self, question: Question, n: int, attempt: int) -> list[Answer]:
+            return [Answer(text, "</think>" in text) for text in texts]
+
+    made = Thinking()
+    made.encoder.opened = "<think>\n"
+    outcome = run(tmp_path, records(1), made, k=3)
+    (record,), _ = read_records(tmp_path / "out.jsonl")
+    assert record.responses == texts
+    assert record.rewards is not None
+    assert record.rewards[0] == 0 < record.rewards[2] < record.rewards[1] == 1
+    assert outcome.totals.n_unreadable == 1
+    answers = ask(made, records(1), 3)[0].texts
+    judged = judge(records(1)[0], answers, "counting", None, Tally())
+    assert [one.readable for one in judged] == [False, True, True]
+    assert judged[0].final is None
 
 
 def test_a_reward_gets_the_further_columns_of_its_record_and_they_stay_in_the_list(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_stops_on_sigterm(tmp_path: Path) -> None:
-    config = str(tiny_runs.save_run(tmp_path, max_steps=40, save_steps=100) / "run.yaml")
+    config = str(tiny_runs.save_run(tmp_path, max_steps=1000, save_steps=1000) / "run.yaml")
     first = start(sys.executable, "-c", SLOWLY, "train", "--config", config)
     wait_for(first, "step 2")
     second = start(sys.executable, "-m", "perpo", "train", "--config", config)

@@ -14,6 +14,7 @@ from perpo.data.record import ListRecord
 from perpo.encoding.batch import ListBatch
 from perpo.encoding.collator import ListCollator
 from perpo.model.trainable import freeze
+from perpo.training import lists
 from perpo.training.trainer import PerPOTrainer
 from perpo_kernels import perpo_loss
 
@@ -253,6 +254,27 @@ def test_a_response_that_was_cut_is_trained_without_an_end_of_turn(tmp_path: Pat
     assert first[-1] == end
     assert end not in second
     assert len(second) == len(first)  # one letter more
+
+
+def test_lists_of_which_none_has_an_image_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the commands do; the trainer may be given anything."""
+    said: list[str] = []
+    monkeypatch.setattr(lists.logger, "warning", said.append)
+    blind = [dataclasses.replace(one, image=None) for one in tiny_runs.records()]
+    rows = [{"prompt": one.prompt, "responses": one.responses, "rewards": one.rewards, "imgae": "a"} for one in blind]
+    for data in (blind, rows, [*blind, *tiny_runs.records(5)[4:]]):
+        tiny_runs.trainer("llava", tmp_path, data=data, reference="none")
+    assert said == [
+        "train_dataset: none of 4 records has an image, and the model takes images: its field is 'image'",
+        "list: none of 4 records has an image, and the model takes images: the column 'imgae' looks like one: name it "
+        "'image'",
+    ]
+
+
+def test_an_image_that_is_not_there_is_named_before_training(tmp_path: Path) -> None:
+    rows = [{"prompt": "?", "image": "gone.png", "responses": ["a", "b"], "rewards": [0.0, 1.0]}]
+    with pytest.raises(ValueError, match=r"row 1: image: image .*gone.png' does not exist"):
+        tiny_runs.trainer("llava", tmp_path, data=rows, reference="none", image_root=str(tmp_path))
 
 
 def test_lists_of_which_none_has_a_preference_are_an_error(tmp_path: Path) -> None:

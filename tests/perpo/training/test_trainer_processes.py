@@ -4,11 +4,14 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from perpo.training.checkpoints import finished_checkpoints, problems
 
 from ..run_training import train
 
@@ -104,6 +107,26 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert [entry["step"] for entry in our_log] == [entry["step"] for entry in their_log]
     assert [e.get("loss") for e in our_log[:-1]] == pytest.approx([e.get("loss") for e in their_log[:-1]])
     assert (tmp_path / "killed" / "reference" / "part-00000.jsonl").read_text() == reference  # nothing computed again
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"reference": "none"}, {"reference": "precomputed"}, {"reference": "none", "max_tokens_per_row": 999}],
+    ids=["step", "reference", "tokens"],
+)
+def test_a_list_that_one_process_cannot_encode_ends_both_and_both_name_it(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"max_steps": 4, "n_lists": 8, "broken": 5, "save_strategy": "steps", "save_steps": 1} | options
+    start = time.monotonic()
+    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
+    assert two.returncode == 1
+    assert "FailedElsewhere: process " in two.stderr
+    assert two.stderr.count("record 'r5': prompt: 2 places for a picture") >= 2
+    assert "Connection" not in two.stderr
+    assert not (tmp_path / "two" / "trained.pt").exists()
+    assert all(not problems(one) for one in finished_checkpoints(tmp_path / "two"))
+    assert time.monotonic() - start < 200
 
 
 @pytest.mark.slow
