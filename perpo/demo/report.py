@@ -128,7 +128,7 @@ def sampled(scored: Sequence[Scored]) -> list[Scored]:
 def sample_caption(job: Job, scored: Sequence[Scored]) -> str:
     """How the pictures were chosen, and what holds for all that they were chosen from."""
     risen, fallen = (sum(sign * (after - before) > 0 for _, before, after in scored) for sign in (1, -1))
-    before, after = (statistics.mean(one[i] for one in scored) for i in (1, 2))
+    before, after = statistics.mean(one[1] for one in scored), statistics.mean(one[2] for one in scored)
     return (
         f"{min(PICTURED, len(scored))} of {len(scored)} held-out pictures of seed {job.seed}, drawn at random (seed "
         f"{PICKED_BY}), from the largest fall to the largest rise.\nOf all {len(scored)}: mean {REWARDS[job.task]} "
