@@ -4,6 +4,7 @@ Colours are those of Okabe and Ito, which the colour-blind can distinguish. Each
 so that both of two lines on top of each other show.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,14 @@ REPEATED = {
     "step": f"{OURS}, rows",
     "generation": "a prefill for each answer",
 }
+SHARED = {
+    "step": "A whole training step",
+    "shared_prefix": "Attention alone, forward and backward",
+    "generation": "Sampling the answers",
+}
+IDEAL = "ideal: by the number of tokens, in attention of pairs"
+FAMILIES = {"llava": "LLaVA", "qwen2_5_vl": "Qwen2.5-VL"}
+AXES = {"T": "T, response tokens", "V": "V, vocabulary", "k": "k, answers in the list"}
 OURS_COLOR = "#D55E00"
 COLORS = ("#0072B2", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osDv^Pphx*"
@@ -104,7 +113,8 @@ def memory(rows: Iterable[Row]) -> Any:
         return None
     heads = list(dict.fromkeys(row["shapes"]["head"] for row in counted))
     curves = list(dict.fromkeys(row["shapes"]["curve"] for row in counted))
-    styles = styles_of(row["peer"] for row in counted)
+    drawn = one_of_each(counted)
+    styles = styles_of(drawn)
     size = {"figsize": (4 * len(curves), 3.2 * len(heads))}
     figure, grid = plt.subplots(len(heads), len(curves), squeeze=False, **size)
     for (i, head), (j, curve) in product(enumerate(heads), enumerate(curves)):
@@ -123,16 +133,36 @@ def memory(rows: Iterable[Row]) -> Any:
             )
             if points:
                 look = {"color": style.color, "linestyle": style.dashes, "linewidth": style.width}
-                axes.plot(*zip(*points, strict=True), marker=style.marker, markersize=5, label=peer, alpha=0.9, **look)
-        axes.set_xlabel(curve)
+                label = "\n= ".join(drawn[peer])
+                axes.plot(*zip(*points, strict=True), marker=style.marker, markersize=5, label=label, alpha=0.9, **look)
+        at = sorted({row["shapes"][curve] for row in here})
+        axes.set_xticks(at, [f"{x:,}" for x in at], fontsize=8)
+        axes.set_xlabel(AXES.get(curve, curve))
         axes.set_title(f"{head} head", fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=-0.03 * axes.get_ylim()[1])  # a curve along 0 shows
         axes.grid(alpha=0.3)
         if j == 0:
             axes.set_ylabel("extra MiB")
     grid[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     return figure
+
+
+def one_of_each(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The peers to draw, each with those that need as much memory everywhere, to 1 %: one would hide the other."""
+    needs: dict[str, dict[tuple[Any, ...], float]] = {}
+    for row in rows:
+        at = tuple(sorted((name, str(value)) for name, value in row["shapes"].items()))
+        needs.setdefault(row["peer"], {})[at] = row["peak_extra_bytes"]
+    drawn: dict[str, list[str]] = {}
+    for peer, found in needs.items():
+        same = (
+            other
+            for other in drawn
+            if needs[other].keys() == found.keys() and all(abs(found[x] / needs[other][x] - 1) < 0.01 for x in found)
+        )
+        drawn.setdefault(next(same, peer), []).append(peer)
+    return drawn
 
 
 def prefix_sharing(rows: Iterable[Row]) -> Any:
@@ -144,17 +174,43 @@ def prefix_sharing(rows: Iterable[Row]) -> Any:
     ]
     if not repeated:
         return None
-    names = [name_of(row) for row in repeated]
-    at = range(len(repeated), 0, -1)
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.34 * len(repeated)))
-    axes.barh(at, [row["extra"]["ideal_ratio"] for row in repeated], height=0.7, color="#d1d5db", label="ideal")
-    axes.barh(at, [row["ratio_to_ours"] for row in repeated], height=0.4, color=OURS_COLOR, label="measured")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(at, names, fontsize=8)
-    axes.set_xlabel("time with the prompt repeated / time with it shared")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8)
+    parts = {question: [r for r in repeated if r["question"] == question] for question in SHARED}
+    parts = {question: sorted(found, key=_sizes) for question, found in parts.items() if found}
+    figure, grid = plt.subplots(
+        len(parts),
+        sharex=True,
+        squeeze=False,
+        figsize=(8, 1.2 + 0.42 * len(parts) + 0.32 * len(repeated)),
+        height_ratios=[len(found) + 0.4 for found in parts.values()],
+        layout="constrained",
+    )
+    for axes, (question, found) in zip(grid[:, 0], parts.items(), strict=True):
+        at = range(len(found), 0, -1)
+        axes.barh(at, [row["extra"]["ideal_ratio"] for row in found], height=0.7, color="#d1d5db", label=IDEAL)
+        axes.barh(at, [row["ratio_to_ours"] for row in found], height=0.4, color=OURS_COLOR, label="measured")
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_yticks(at, [in_words(row["case"]) for row in found], fontsize=8)
+        axes.set_ylim(0.3, len(found) + 0.7)
+        axes.set_title(SHARED[question], fontsize=9, loc="left")
+        axes.grid(axis="x", alpha=0.3)
+    grid[-1, 0].set_xlabel("time with the prompt repeated for every answer / time with it shared; 1: no gain")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=2)
     return figure
+
+
+def _sizes(row: Row) -> tuple[Any, ...]:
+    """Cases of a size stand together, the largest gain on top."""
+    return -row["extra"]["ideal_ratio"], row["case"]
+
+
+def in_words(case: str) -> str:
+    """ "llava P576 R24 k20" -> "LLaVA: 576 prompt tokens, 20 answers of 24"; another text as it is."""
+    found = re.fullmatch(r"(?:(\w+) )?P(\d+) R(\d+) k(\d+)", case)
+    if found is None:
+        return case
+    family, prompt, response, k = found.groups()
+    named = f"{FAMILIES.get(family, family)}: " if family else ""
+    return f"{named}{int(prompt):,} prompt tokens, {k} answers of {response}"
 
 
 def name_of(row: Row) -> str:

@@ -143,7 +143,7 @@ def demo_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "demo_output" / "grounding" / "seed0"
     folder.mkdir(parents=True)
     make_records(TASKS["grounding"], 16, "train", 0, folder, "train")
-    make_records(TASKS["grounding"], 24, "test", 0, folder, "held_out")
+    make_records(TASKS["grounding"], 30, "test", 0, folder, "held_out")
     (tmp_path / "perpo").symlink_to(ROOT / "perpo")
     monkeypatch.chdir(tmp_path)
     return tmp_path

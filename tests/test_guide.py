@@ -2,8 +2,8 @@
 
 What is replaced, as the guide says: the model by a tiny Qwen2.5-VL, the data by a few pictures, torchrun's eight
 processes by two or one, hundreds of new tokens by a few, charts by none, bf16 where there is no GPU. Every step is
-logged. A tiny model says nothing readable, so between sampling and training its answers become boxes, texts and dates near the true
-ones.
+logged. A tiny model says nothing readable, so between sampling and training its answers become boxes, texts and dates
+near the true ones.
 """
 
 from __future__ import annotations

@@ -30,12 +30,12 @@ def summary(evaluation: Evaluation) -> str:
         lines += ["", f"{task.task}: {len(task.records)} records", " " * 22 + "".join(f"{m[:24]:>26}" for m in models)]
         for metric in task.metrics:
             found = [task.figures.by_model[model][metric.name] for model in models]
-            cells = [f"{f.greedy.value:.3f} [{f.greedy.low:.3f}, {f.greedy.high:.3f}]" for f in found]
+            cells = [f"{f.greedy.value:.3f} {f.greedy.words()}" for f in found]
             lines.append(f"{metric.label:22}" + "".join(f"{cell:>26}" for cell in cells))
         metric = task.metrics[0]
         gaps = [task.figures.by_model[model][metric.name].gap for model in models]
         if any(gaps):
-            cells = [f"{g.value:+.3f} [{g.low:+.3f}, {g.high:+.3f}]" if g else "–" for g in gaps]
+            cells = [f"{g.value:+.3f} {g.words(sign='+')}" if g else "–" for g in gaps]
             lines.append(f"{'gap without image':22}" + "".join(f"{cell:>26}" for cell in cells))
     lines += [f"\nNOTE {notice}" for notice in evaluation.notices]
     return "\n".join(lines).strip()

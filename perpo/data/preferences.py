@@ -82,7 +82,7 @@ def preference_list(row: Mapping[str, Any], form: str) -> dict[str, Any]:
         if any(message["role"] == "system" for message in messages):
             raise FieldError("system", "is given twice, here and as a message")
         messages = [{"role": "system", "content": _text("system", row["system"])}, *messages]
-    references = list((row.get("objects") or {}).get("ref") or []) if form == "ms-swift" else []
+    references = _references(row.get("objects")) if form == "ms-swift" else []
     parts, n_images = [], 0
     for message in messages:
         content, n_here = _with_places(message["content"], references)
@@ -98,6 +98,15 @@ def preference_list(row: Mapping[str, Any], form: str) -> dict[str, Any]:
     plain_question = len(parts) == 1 and isinstance(parts[0]["content"], str)
     prompt = parts[0]["content"] if plain_question else parts
     return kept | {"prompt": prompt, "responses": [chosen, rejected], "rewards": [1.0, 0.0]}
+
+
+def _references(objects: Any) -> list[Any]:
+    """The names of objects, in the order of their places in the texts."""
+    if _empty(objects):
+        return []
+    if not isinstance(objects, Mapping) or not isinstance(objects.get("ref") or [], list | tuple):
+        raise FieldError("objects", f'must be a mapping {{"ref": names, "bbox": boxes}}, got {shown(objects)}')
+    return list(objects.get("ref") or [])
 
 
 def _swift(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str, str]:
@@ -132,7 +141,8 @@ def _sharegpt(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str, str]:
 
 def _alpaca(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str, str]:
     messages = []
-    for turn in row.get("history") or ():
+    history = row.get("history") or ()
+    for turn in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
             raise FieldError("history", f"must be pairs of question and answer, got {shown(turn)}")
         messages += [

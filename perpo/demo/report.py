@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,6 +27,9 @@ from perpo.rewards.ocr import edit_similarity
 
 TRUTH, BEFORE, AFTER = "#2a9d5c", "#e07b39", "#3b6fd4"
 PICTURED = 12
+PICKED_BY = 0  # seed of the random sample of pictures
+Scored = tuple[ListRecord, float, float]  # a record with the reward of its answer before and after
+REWARDS = {"grounding": "IoU", "ocr": "edit similarity"}
 GAP = "gap"  # of the first metric, with pictures over without
 PERPO = "perpo"
 NAMES = {
@@ -87,47 +91,74 @@ def write_json(path: Path, results: list[Result], recipe: Recipe, seconds: float
 
 
 def draw_examples(path: Path, job: Job) -> None:
-    """The first held-out pictures of a job, not chosen, with the truth and the answers before and after alignment."""
+    """Held-out pictures of a job, drawn at random with `PICKED_BY`, in the order of how much their reward changed: the
+    truth and the answers before and after alignment."""
     figures = json.loads((job.folder / "evaluation" / "evaluation.json").read_text())
     identities = {model["name"]: model["identity"] for model in figures["models"]}
     after = PERPO if PERPO in identities else job.recipe.objectives[-1]
     texts = [answers(job, identities[model]) for model in (SFT, after)]
-    records = read_records(job.folder / "held_out.jsonl", require=("answer",))[0][:PICTURED]
-    figure, axes = plt.subplots(2, PICTURED // 2, figsize=(2.1 * PICTURED / 2, 5.6), layout="constrained")
-    for axis, record in zip(axes.flat, records, strict=False):
+    held_out, _ = read_records(job.folder / "held_out.jsonl", require=("answer",))
+    scored: list[Scored] = []
+    for record in held_out:
+        before, after_it = (_reward(job.task, text[record.id], record) for text in texts)
+        scored.append((record, before, after_it))
+    chosen = sampled(scored)
+    figure, axes = plt.subplots(2, PICTURED // 2, figsize=(2.1 * PICTURED / 2, 6.2), layout="constrained")
+    for axis, (record, *rewards) in zip(axes.flat, chosen, strict=False):
         axis.set(xticks=[], yticks=[])
         with Image.open(job.folder / str(record.image)) as picture:
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, 1, 1, 0))
         show = _show_boxes if job.task == "grounding" else _show_texts
-        show(axis, record, texts[0][record.id], texts[1][record.id])
+        show(axis, record, texts[0][record.id], texts[1][record.id], rewards)
     styles = ((TRUTH, "-"), (BEFORE, "--"), (AFTER, "-"))
     handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=c, linestyle=s, linewidth=2) for c, s in styles]
     names = ["truth", "before (SFT)", f"after ({NAMES.get(after, after)})"]
     figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
+    figure.supxlabel(sample_caption(job, scored), fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _show_boxes(axis: Axes, record: ListRecord, before: str, after: str) -> None:
-    truth = parse_box(str(record.answer))
+def sampled(scored: Sequence[Scored]) -> list[Scored]:
+    """A random sample of pictures, not chosen by what became of them, from the largest fall to the largest rise."""
+    chosen = random.Random(PICKED_BY).sample(scored, min(PICTURED, len(scored)))
+    return sorted(chosen, key=lambda one: one[2] - one[1])
+
+
+def sample_caption(job: Job, scored: Sequence[Scored]) -> str:
+    """How the pictures were chosen, and what holds for all that they were chosen from."""
+    risen, fallen = (sum(sign * (after - before) > 0 for _, before, after in scored) for sign in (1, -1))
+    before, after = statistics.mean(one[1] for one in scored), statistics.mean(one[2] for one in scored)
+    return (
+        f"{min(PICTURED, len(scored))} of {len(scored)} held-out pictures of seed {job.seed}, drawn at random (seed "
+        f"{PICKED_BY}), from the largest fall to the largest rise.\nOf all {len(scored)}: mean {REWARDS[job.task]} "
+        f"{before:.2f} → {after:.2f}; it rises in {risen}, falls in {fallen}, stays in {len(scored) - risen - fallen}"
+    )
+
+
+def _reward(task: str, text: str, record: ListRecord) -> float:
+    if task == "ocr":
+        return edit_similarity(text, str(record.answer))
+    box, truth = parse_box(text), parse_box(str(record.answer))
     assert truth is not None
-    ious = []
+    return 0.0 if box is None else box_iou(box, truth)
+
+
+def _show_boxes(axis: Axes, record: ListRecord, before: str, after: str, ious: Sequence[float]) -> None:
     for text, colour, style in ((record.answer, TRUTH, "-"), (before, BEFORE, "--"), (after, AFTER, "-")):
         box = parse_box(str(text))
-        ious.append(0.0 if box is None else box_iou(box, truth))
         if box is not None:
             corner, size = box[:2], (box[2] - box[0], box[3] - box[1])
             axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linestyle=style, linewidth=2))
     axis.set_title(str(record.prompt), fontsize=11)
-    axis.set_xlabel(f"IoU {ious[1]:.2f} → {ious[2]:.2f}", fontsize=10)
+    axis.set_xlabel(f"IoU {ious[0]:.2f} → {ious[1]:.2f}", fontsize=10)
 
 
-def _show_texts(axis: Axes, record: ListRecord, before: str, after: str) -> None:
-    truth = str(record.answer)
-    axis.set_title(truth, fontsize=11, color=TRUTH)
-    for line, text, colour in ((0, before, BEFORE), (1, after, AFTER)):
-        shown = f"{text}  ({edit_similarity(text, truth):.2f})"
+def _show_texts(axis: Axes, record: ListRecord, before: str, after: str, similarities: Sequence[float]) -> None:
+    axis.set_title(str(record.answer), fontsize=11, color=TRUTH)
+    for line, (text, colour, value) in enumerate(zip((before, after), (BEFORE, AFTER), similarities, strict=True)):
         at = (0.5, -0.03 - 0.1 * line)
+        shown = f"{text}  ({value:.2f})"
         axis.text(*at, shown, color=colour, fontsize=10, ha="center", va="top", transform=axis.transAxes)
     axis.set_xlabel("\n\n\n", fontsize=8)  # keeps the room
 

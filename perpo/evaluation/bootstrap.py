@@ -8,6 +8,7 @@ The work is one matrix product, [draws, N] · [N, F].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,11 +17,13 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+ENOUGH = 30  # records: percentile intervals of fewer claim more than they know
+TOO_FEW = "too few records"
 _BLOCK = 2_000_000  # drawn records held at a time
 
 
 class Interval(NamedTuple):
-    """A figure with its confidence interval; NaN where there is nothing to compute it from."""
+    """A figure with its confidence interval; NaN where there is nothing, or too little, to compute it from."""
 
     value: float
     low: float
@@ -29,6 +32,12 @@ class Interval(NamedTuple):
     @property
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
+
+    def words(self, digits: int = 3, sign: str = "") -> str:
+        """The interval alone: "[0.210, 0.340]", or that there are too few records."""
+        if math.isnan(self.low):
+            return f"({TOO_FEW})"
+        return f"[{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
 
 
 def draw_counts(n: int, draws: int, seed: int) -> Iterator[Array]:
@@ -54,14 +63,17 @@ def resampled_sums(terms: Array, draws: int, seed: int) -> Array:  # [N, F] -> [
     return np.concatenate([counts @ terms for counts in draw_counts(len(terms), draws, seed)])
 
 
-def interval(value: float, resampled: Array, confidence: float = 0.95) -> Interval:
-    """The percentile interval: the middle `confidence` of the figure's values over the draws [draws].
+def interval(value: float, resampled: Array, confidence: float = 0.95, n: int = ENOUGH) -> Interval:
+    """The percentile interval: the middle `confidence` of the figure's values over the draws [draws], of n records.
 
-    Draws without a value (NaN: none of the records it is about was drawn) are left out.
+    Draws without a value (NaN: none of the records it is about was drawn) are left out. With n below `ENOUGH` there is
+    the figure without an interval.
     """
     kept = resampled[~np.isnan(resampled)]
     if not len(kept) or np.isnan(value):
-        return Interval(float("nan"), float("nan"), float("nan"))
+        return Interval(math.nan, math.nan, math.nan)
+    if n < ENOUGH:
+        return Interval(float(value), math.nan, math.nan)
     tail = (1 - confidence) / 2
     low, high = np.quantile(kept, [tail, 1 - tail])
     return Interval(float(value), float(low), float(high))

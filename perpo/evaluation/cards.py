@@ -44,4 +44,4 @@ def _section(evaluation: Evaluation, model: str) -> str:
 
 
 def _shown(found: Interval | None, sign: str = "") -> str:
-    return "–" if found is None else f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+    return "–" if found is None else f"{found.value:{sign}.3f} {found.words(sign=sign)}"

@@ -88,13 +88,13 @@ def figures(
         key = model, metric.name, kind
         return Series(float(metric.value(sums[key])), metric.value(drawn[key])) if key in columns else None
 
-    def shown(found: Series | None) -> Interval | None:
-        return None if found is None else interval(found.value, found.draws, confidence)
+    def shown(found: Series | None, n: int) -> Interval | None:
+        return None if found is None else interval(found.value, found.draws, confidence, n)
 
     def minus(a: Series | None, b: Series | None) -> Series | None:
         return None if a is None or b is None else a - b
 
-    first = next(iter(answers))
+    first, n_records = next(iter(answers)), len(joined)
     by_model: dict[str, dict[str, Figure]] = {}
     for model in answers:
         by_model[model] = {}
@@ -103,25 +103,27 @@ def figures(
             of_first = {kind: series(first, metric, kind) for kind in ("greedy", "with", "blank")}
             gap = minus(of["with"], of["blank"])
             others = model != first
-            greedy = shown(of["greedy"])
+            n_seen = sum(answer is not None for answer in answers[model].blank or ())
+            greedy = shown(of["greedy"], n_records)
             assert greedy is not None
             by_model[model][metric.name] = Figure(
                 greedy,
-                shown(minus(of["greedy"], of_first["greedy"])) if others else None,
-                shown(of["best"]),
-                shown(minus(of["best"], of["greedy"])),
-                shown(of["with"]),
-                shown(of["blank"]),
-                shown(gap),
-                shown(minus(gap, minus(of_first["with"], of_first["blank"]))) if others else None,
+                shown(minus(of["greedy"], of_first["greedy"]), n_records) if others else None,
+                shown(of["best"], n_records),
+                shown(minus(of["best"], of["greedy"]), n_records),
+                shown(of["with"], n_seen),
+                shown(of["blank"], n_seen),
+                shown(gap, n_seen),
+                shown(minus(gap, minus(of_first["with"], of_first["blank"])), n_seen) if others else None,
             )
-    n_records = len(joined)
     curves = {}
     for model in answers:
         key = model, "", "best of k"
         if key in columns:
             means, resampled = sums[key] / n_records, drawn[key] / n_records
-            curves[model] = [interval(float(m), d, confidence) for m, d in zip(means, resampled.T, strict=True)]
+            curves[model] = [
+                interval(float(m), d, confidence, n_records) for m, d in zip(means, resampled.T, strict=True)
+            ]
     return Figures(by_model, curves)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from perpo.evaluation.bootstrap import ENOUGH
 from perpo.evaluation.evaluate import Evaluation, TaskEvaluation
 from perpo.evaluation.examples import choose_examples, example_picture, question
 from perpo.evaluation.plots import TRUTH, best_of_k_plot, metrics_plot, model_colours, no_image_plot
@@ -47,6 +48,7 @@ def report_html(evaluation: Evaluation) -> str:
         sections=[_section(task, evaluation) for task in evaluation.tasks],
         question=question,
         truth_colour=TRUTH,
+        enough=ENOUGH,
     )
 
 

@@ -107,7 +107,7 @@ def _of_reward(reward: str | None, tasks: Mapping[str, Task]) -> dict[str, str]:
     own = tasks.get(reward or "")
     if own is not None and own.fault is None:
         with contextlib.suppress(OSError, TypeError):  # an object, or code that is in no file
-            known["source of the reward"] = fingerprint(inspect.getsource(own.reward))  # type: ignore[arg-type]
+            known["source of the reward"] = fingerprint(inspect.getsource(own.reward))
     return known
 
 

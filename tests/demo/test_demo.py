@@ -12,11 +12,12 @@ from transformers import LlavaForConditionalGeneration
 
 from perpo.cli import main as cli
 from perpo.data.read import read_records
+from perpo.data.record import ListRecord
 from perpo.demo.__main__ import QUICK, main, parse
 from perpo.demo.compare import BEST_OF_K, Result
 from perpo.demo.model import SHIPPED, WEIGHTS, build_model
 from perpo.demo.pages import make_pages
-from perpo.demo.report import comparisons, mean_and_error, table
+from perpo.demo.report import comparisons, mean_and_error, sample_caption, sampled, table
 from perpo.demo.scenes import box_text, make_scenes
 from perpo.demo.steps import Job, Recipe, claim, run
 from perpo.demo.tasks import SEEDS, TASKS, make_records
@@ -226,6 +227,22 @@ def test_a_difference_within_twice_its_error_is_called_a_tie() -> None:
     assert "mean IoU -0.010 ± 0.006, a tie" in line
     assert "0.520 ± 0.012" in table("grounding", results, recipe)
     assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
+
+
+def test_pictures_are_a_stated_random_sample_in_the_order_of_their_change(tmp_path: Path) -> None:
+    scored = [(ListRecord(f"r{i}", None, "?"), 0.5, (i * 37 % 100) / 100) for i in range(100)]
+    chosen = sampled(scored)
+    assert len(chosen) == 12
+    changes = [after - before for _, before, after in chosen]
+    assert changes == sorted(changes)
+    assert changes != [
+        after - before for _, before, after in sorted(scored[:12], key=lambda one: one[2])
+    ]  # not the first
+    assert chosen == sampled(scored)
+    assert sampled(scored[:3]) == sorted(scored[:3], key=lambda one: one[2])
+    caption = sample_caption(Job("grounding", 4, TINY, tmp_path), scored)
+    assert "12 of 100 held-out pictures of seed 4, drawn at random (seed 0), from the largest fall" in caption
+    assert "Of all 100: mean IoU 0.50 → 0.49; it rises in 49, falls in 50, stays in 1" in caption
 
 
 def test_the_defaults_compare_three_objectives_on_both_tasks_with_five_seeds() -> None:

@@ -127,6 +127,9 @@ def test_names_of_objects_are_written_and_boxes_are_not_guessed() -> None:
         (SHAREGPT | {"conversations": [{"from": "human"}]}, "conversations: a message must hold role and content, or"),
         (SHAREGPT | {"chosen": {"from": "human", "value": "x"}}, "chosen: must be said by the model"),
         (ALPACA | {"history": ["Hi"]}, "history: must be pairs of question and answer"),
+        (ALPACA | {"history": 5}, "history: must be pairs of question and answer, got 5"),
+        (SWIFT | {"objects": 5}, "objects: must be a mapping"),
+        (SWIFT | {"objects": {"ref": "dog"}}, "objects: must be a mapping"),
         (ALPACA | {"instruction": "See <video>"}, "videos: the text has a place <video>"),
         (
             {

@@ -14,7 +14,7 @@ from sacrebleu.metrics.bleu import BLEU
 import perpo.evaluation.metrics
 from perpo.data.record import ListRecord
 from perpo.evaluation.answer_store import Answers
-from perpo.evaluation.bootstrap import draw_counts, interval, resampled_sums
+from perpo.evaluation.bootstrap import ENOUGH, draw_counts, interval, resampled_sums
 from perpo.evaluation.evaluate import _seen_differently
 from perpo.evaluation.figures import ModelAnswers, expected_best, figures
 from perpo.evaluation.metrics import Judged, judge, metrics_of
@@ -150,6 +150,28 @@ def test_intervals_cover_the_true_mean_as_often_as_they_claim() -> None:
         found = [interval(0.0, column, confidence) for column in means.T]
         covered = np.mean([one.low <= 1.0 <= one.high for one in found])
         assert abs(covered - confidence) < 3 * math.sqrt(confidence * (1 - confidence) / 400) + 0.015, covered
+
+
+def test_too_few_records_have_no_interval() -> None:
+    for n, n_seen in ((ENOUGH, ENOUGH), (ENOUGH - 1, ENOUGH - 1), (ENOUGH, ENOUGH - 1)):
+        greedy = answers_to("exact", [("a", "a" if i % 3 else "b") for i in range(n)])
+        blank = [None] * (n - n_seen) + greedy[n - n_seen :]
+        given = ModelAnswers(greedy, blank, [[answer] for answer in greedy])
+        metrics = [m for m in metrics_of("exact")[0] if m.name == "exact"]
+        found = figures({"a": given, "b": given}, metrics, draws=100, confidence=0.95, seed=0)
+        of_b = found.by_model["b"]["exact"]
+        mean = sum(i % 3 > 0 for i in range(n)) / n
+        for one in (of_b.greedy, of_b.best_of_n, found.best_of_k["b"][0]):
+            assert one is not None
+            assert one.value == pytest.approx(mean)
+            assert math.isnan(one.low) == math.isnan(one.high) == (n < ENOUGH)
+        for one in (of_b.with_image, of_b.blank, of_b.gap):
+            assert one is not None
+            assert math.isnan(one.low) == (n_seen < ENOUGH)
+        over = of_b.over_first
+        assert over is not None
+        assert not over.excludes_zero
+        assert over.words(2, "+") == ("(too few records)" if n < ENOUGH else "[+0.00, +0.00]")
 
 
 def test_the_interval_of_a_mean_is_near_the_normal_one() -> None:
