@@ -83,7 +83,7 @@ def padded_batch(
     lists = one_each if rewards is None else _layout(cu_lists, num_candidates, n_rows)
     packed = pack_labels(labels)
     _check_values(inputs, labels.to(device), lists)
-    empty = (packed.cu_seqlens.diff() == 0).sum().item()
+    empty = packed.cu_seqlens.diff().tolist().count(0)
     if empty == n_rows:
         raise ValueError(
             f"labels: no position of {n_rows} rows has a label other than {IGNORED}; labels[b, t] must be the token at "
