@@ -274,12 +274,14 @@ def test_on_two_ranks_with_ddp_and_fsdp2() -> None:
     assert done.stdout.count("equal") == 2 * 6, done.stdout
 
 
-def test_under_zero_3(tmp_path: Path) -> None:
+def test_under_zero_3() -> None:
+    """pip install --target /tmp/ds --no-deps deepspeed hjson py-cpuinfo; PYTHONPATH=/tmp/ds DS_ACCELERATOR=cpu pytest …"""
     pytest.importorskip("deepspeed", reason="deepspeed is no part of perpo[test]")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *command, "-m", "tests.perpo.integrations.run_wrapped", "zero3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal zero3") == 2, done.stdout
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
