@@ -275,7 +275,7 @@ def test_on_two_ranks_with_ddp_and_fsdp2() -> None:
 
 
 def test_under_zero_3() -> None:
-    """pip install --target /tmp/ds --no-deps deepspeed hjson py-cpuinfo; PYTHONPATH=/tmp/ds DS_ACCELERATOR=cpu pytest …"""
+    """pip install --target /tmp/ds --no-deps deepspeed hjson py-cpuinfo, then PYTHONPATH=/tmp/ds DS_ACCELERATOR=cpu."""
     pytest.importorskip("deepspeed", reason="deepspeed is no part of perpo[test]")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *command, "-m", "tests.perpo.integrations.run_wrapped", "zero3"]
