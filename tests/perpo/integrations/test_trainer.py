@@ -125,15 +125,8 @@ def test_it_trains_as_perpo_s_own_trainer(tmp_path: Path) -> None:
     weights = dict(own.model.named_parameters())
     for name, p in ours.model.named_parameters():
         torch.testing.assert_close(p, weights[name], rtol=1e-4, atol=1e-5, msg=name)
-    logs = [
-        [
-            (line[name])
-            for line in run.state.log_history
-            for name in ("loss", "rewards/margins", "eval_loss")
-            if name in line
-        ]
-        for run in (ours, own)
-    ]
+    logged = ("loss", "rewards/margins", "eval_loss")
+    logs = [[line[name] for line in run.state.log_history for name in logged if name in line] for run in (ours, own)]
     assert len(logs[0]) == 9
     assert logs[0] == pytest.approx(logs[1], rel=1e-3, abs=1e-4)
 
@@ -155,7 +148,5 @@ def test_settings_that_would_train_on_something_else_are_refused(
 
 def test_a_row_without_rewards_is_refused_by_name() -> None:
     _, processor = tiny_models.build("qwen2")
-    with pytest.raises(
-        ValueError, match=r"a row has no rewards, but prompt, responses; .* remove_unused_columns=False"
-    ):
+    with pytest.raises(ValueError, match=r"a row has no rewards, but prompt, responses; .*remove_unused"):
         PaddedListCollator(processor)([{"prompt": "?", "responses": ["a", "b"]}])
