@@ -61,6 +61,13 @@ class ListGRPOTrainer(GRPOTrainer):
                 "router_aux_loss_coef: the model has experts, and their load-balancing loss is not computed here; set "
                 "it to 0.0 to train without"
             )
+        per_round = config.generation_batch_size // self.num_generations
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < per_round:
+            raise ValueError(
+                f"train_dataset: it has {len(self.train_dataset)} prompts, and a round of sampling takes {per_round} "
+                "(generation_batch_size / num_generations), so not one step would be made; give more, or lower "
+                "steps_per_generation, gradient_accumulation_steps or per_device_train_batch_size"
+            )
         accept_rows(self.model)
         self.objective = config.list_objective
         self._rewards_per_func: Tensor | None = None
