@@ -341,7 +341,7 @@ def test_evaluation_is_over_whole_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, "must be a multiple of num_generations=3"),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, "must be a multiple of num_generations"),
         ({"eval_strategy": "epoch", "per_device_eval_batch_size": 9, "num_generations_eval": 2}, "eval"),
         ({"loss_type": "dr_grpo"}, "loss_type=.dr_grpo. belongs to the GRPO loss, and here the loss is"),
         ({"epsilon": 0.1}, "epsilon=0.1 belongs"),
