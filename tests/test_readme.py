@@ -39,19 +39,24 @@ def test_its_example_runs_as_it_stands() -> None:
     scope: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(compile(example, "README.md", "exec"), scope)
-    hidden, answer, targets, rewards = (scope[name] for name in ("hidden", "answer", "targets", "rewards"))
-    out = scope["out"]
+    model, inputs, labels, rewards, out = (scope[name] for name in ("model", "inputs", "labels", "rewards", "out"))
     assert out.metrics.keys() >= {"rewards/chosen", "rewards/rejected", "rewards/margins"}
+    assert not out.scores.any()
 
-    # the same by the definition: log-probs of the padded batch, and PerPO over all pairs with γ = 0.5
-    log_probs = scope["lm_head"](hidden[:, :-1]).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    # the same by the definition: log-probs through all logits, and PerPO over all pairs with γ = 0.5
+    ours = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    answer, targets = labels[:, 1:] != -100, labels[:, 1:].clamp(min=0)
+    log_probs = model(**inputs).logits[:, :-1].log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     scores = (log_probs * answer).sum(1)
     assert torch.allclose(out.log_probs, scores, atol=1e-4)
+    scores = scores - scope["ref_log_probs"]
     i, j = (rewards[:, None] > rewards[None, :]).nonzero(as_tuple=True)
     weights = (rewards[i] - rewards[j]).sqrt()
     loss = (weights * torch.nn.functional.softplus(-0.1 * (scores[i] - scores[j]))).sum() / weights.sum()
     assert out.loss.item() == pytest.approx(loss.item(), abs=1e-5)
-    assert torch.allclose(hidden.grad, torch.autograd.grad(loss, hidden)[0], atol=1e-6)
+    model.zero_grad()
+    loss.backward()
+    assert torch.allclose(ours, model.model.layers[0].mlp.up_proj.weight.grad, atol=1e-6)
 
 
 def test_it_counts_what_there_is() -> None:

@@ -14,20 +14,11 @@ from torch import Tensor, nn
 
 from perpo.encoding.batch import ListBatch
 from perpo.integrations.padded import packed_token_weights, padded_batch
-from perpo.model.language_head import (
-    HeadCall,
-    LanguageHead,
-    accept_rows,
-    causal_lm,
-    check_language_head,
-    perpo_output,
-    through_head,
-)
+from perpo.model.language_head import HeadCall, LanguageHead, check_once, perpo_output, through_head
 from perpo_kernels import LinearPerPOOutput, linear_token_log_probs
 from perpo_kernels.objectives import Objective
 
 OPTIONS = ("temperature", "max_chunk_bytes", "backend")
-N_CHECKED = 4  # positions of the first batch at which the model's own logits are made
 
 
 def list_loss(
@@ -50,11 +41,11 @@ def list_loss(
 ) -> LinearPerPOOutput:
     """`perpo_kernels.linear_perpo_loss` of a model and a padded batch; no logits [B, L, V] are made.
 
-    The model is called as a whole, so it may be wrapped in DistributedDataParallel, FSDP2, DeepSpeed, `torch.compile`, a
-    PeftModel or several of them. Its head is found as it is applied: frozen, tied, under LoRA, in modules_to_save, with
-    a bias, a soft cap or a scale. On the first call with a model, what is done here is compared with the model's own
-    logits at four positions of the batch (two more forward passes; all ranks take part). What a model adds to a loss
-    of its own (router losses) is not in this one.
+    The model is called as a whole, so it may be wrapped in DistributedDataParallel, FSDP2, DeepSpeed, `torch.compile`,
+    a PeftModel or several of them. Its head is found as it is applied: frozen, tied, under LoRA, in modules_to_save,
+    with a bias, a soft cap or a scale. On the first call with a model, what is done here is compared with the model's
+    own logits at four positions of the batch (two more forward passes; all ranks take part). What a model adds to a
+    loss of its own (router losses) is not in this one.
 
     Args:
         model: a Hugging Face model with a language head, or what wraps it: what you would call.
@@ -144,12 +135,5 @@ def sequence_log_probs(
 
 
 def _checked(model: nn.Module, batch: ListBatch, call: HeadCall) -> Any:
-    """`call` on the head of a model that was compared with its own logits once, and once with its adapters off."""
-    accept_rows(model)
-    core = causal_lm(model)
-    head = core.get_output_embeddings()
-    adapters = type(head), getattr(head, "disable_adapters", None), tuple(getattr(head, "active_adapters", ()))
-    if adapters not in core.__dict__.setdefault("_perpo_known_heads", set()):
-        check_language_head(model, batch.inputs, batch.response_rows[:N_CHECKED])
-        core._perpo_known_heads.add(adapters)
+    check_once(model, batch.inputs, batch.response_rows)
     return through_head(model, call, **batch.inputs, response_rows=batch.response_rows)

@@ -32,6 +32,25 @@ NOT_OF_THE_BODY = {
 OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "cu_seqlens", "packed_seq_params")
 ONE_ROW = "put every answer into a row of its own, or call pk.linear_perpo_loss with the packed hidden states"
 
+LABELS_ON_PADDING = (
+    "labels: {n} rows have labels where attention_mask is 0, row {row} the first, and padding would be trained on; use "
+    "labels.masked_fill_(attention_mask == 0, -100)"
+)
+PADDED_ON_LEFT = (
+    "attention_mask: {n} rows begin with padding or have a gap, row {row} the first, and there are no position_ids; "
+    "pad on the right (tokenizer.padding_side = 'right'), or give position_ids"
+)
+SEVERAL_IN_A_ROW = "position_ids: they begin anew within {n} rows, row {row} the first; " + ONE_ROW
+OTHER_LABELS = (
+    "labels: {n} rows have labels that are not the input_ids at the same position, row {row} the first; labels[b, t] "
+    "is the token at position t and shifted here, once. For other targets: pk.layout.pack_labels, pk.linear_perpo_loss"
+)
+TORN_APART = (
+    "cu_lists, num_candidates: {n} rows have another prompt than the first row of their list, row {row} the first; the "
+    "answers to one prompt must follow one another, and a sampler that shuffles rows tears lists apart. For lists over "
+    "several prompts: pk.layout.pack_labels, pk.linear_perpo_loss"
+)
+
 
 def padded_batch(
     inputs: Mapping[str, Any],
@@ -136,8 +155,8 @@ def _check_shapes(inputs: Mapping[str, Any], labels: Tensor) -> None:
         raise ValueError(f"inputs must hold input_ids [B, L] (or inputs_embeds), got {', '.join(inputs) or 'nothing'}")
     if labels.shape != ids.shape[:2]:
         raise ValueError(
-            f"labels must have the shape of input_ids, {list(ids.shape[:2])}, got {list(labels.shape)}; labels[b, t] is "
-            "the token at position t, and shifting them is done here"
+            f"labels must have the shape of input_ids, {list(ids.shape[:2])}, got {list(labels.shape)}; labels[b, t] "
+            "is the token at position t, and shifting them is done here"
         )
 
 
@@ -166,50 +185,32 @@ def _layout(cu_lists: Tensor | Sequence[int] | None, num_candidates: int | None,
 
 
 def _check_values(inputs: Mapping[str, Any], labels: Tensor, lists: Tensor) -> None:
-    """What is wrong with which row, looked at once."""
     found = _problems(inputs, labels, lists)
-    if not found:
-        return
-    rows = torch.stack(list(found.values())).tolist()  # one wait
-    for message, bad in zip(found, rows, strict=True):
+    rows = torch.stack([bad for _, bad in found]).tolist()  # one wait
+    for (message, _), bad in zip(found, rows, strict=True):
         if any(bad):
-            raise ValueError(message.format(row=bad.index(True), n=sum(bad)))
+            raise ValueError(message.format(n=sum(bad), row=bad.index(True)))
 
 
-def _problems(inputs: Mapping[str, Any], labels: Tensor, lists: Tensor) -> dict[str, Tensor]:  # message -> bool [B]
+def _problems(
+    inputs: Mapping[str, Any], labels: Tensor, lists: Tensor
+) -> list[tuple[str, Tensor]]:  # what is wrong with which rows [B]
     ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     labelled = labels[:, 1:] != IGNORED
-    attended = torch.ones_like(labels, dtype=torch.bool)
-    found: dict[str, Tensor] = {}
-    if isinstance(mask, Tensor) and mask.shape == labels.shape:
-        attended = mask != 0
-        found[
-            "labels: {n} rows have labels where attention_mask is 0, row {row} the first: padding would be trained on; "
-            "labels.masked_fill_(attention_mask == 0, -100)"
-        ] = (labelled & ~attended[:, 1:]).any(1)
-    gaps = ~attended[:, :-1] & attended[:, 1:]
+    is_2d = isinstance(mask, Tensor) and mask.shape == labels.shape
+    attended = mask != 0 if is_2d else torch.ones_like(labels, dtype=torch.bool)
+    on_left = (~attended[:, :-1] & attended[:, 1:]).any(1)
+    found = [(LABELS_ON_PADDING, (labelled & ~attended[:, 1:]).any(1))]
     if positions is None:
-        found[
-            "attention_mask: {n} rows begin with padding (or have a gap), row {row} the first, and position_ids are not "
-            "given; pad on the right (tokenizer.padding_side = 'right'), or give position_ids"
-        ] = gaps.any(1)
-    elif isinstance(positions, Tensor) and positions.dim() == 2:  # Qwen-VL's [3, B, L] fall in every picture
+        found.append((PADDED_ON_LEFT, on_left))
+    elif positions.dim() == 2:  # Qwen-VL's [3, B, L] fall within every picture
         falls = (positions[:, 1:] < positions[:, :-1]) & attended[:, 1:] & attended[:, :-1]
-        found["position_ids: they begin anew within {n} rows, row {row} the first; " + ONE_ROW] = falls.any(1)
+        found.append((SEVERAL_IN_A_ROW, falls.any(1)))
     if not isinstance(ids, Tensor):
         return found
-    found[
-        "labels: {n} rows have labels that are not input_ids at the same position, row {row} the first; labels[b, t] is "
-        "the token at position t (they are shifted here, once). For other targets take pk.layout.pack_labels and "
-        "pk.linear_perpo_loss"
-    ] = (labelled & (labels[:, 1:] != ids[:, 1:])).any(1)
-    first = lists[owner(lists, labels.shape[0])].long().to(labels.device)  # first row of the list of each
-    n_prompt = labelled.int().argmax(1).add(1).where(labelled.any(1), 0)
+    found.append((OTHER_LABELS, (labelled & (labels[:, 1:] != ids[:, 1:])).any(1)))
+    first = lists[owner(lists, labels.shape[0])].long().to(labels.device)  # first row of the list of each row
+    n_prompt = (labelled.int().argmax(1) + 1).where(labelled.any(1), 0)
     shared = torch.arange(ids.shape[1], device=labels.device) < torch.minimum(n_prompt, n_prompt[first])[:, None]
-    on_left = gaps.any(1)
-    found[
-        "cu_lists (or num_candidates): {n} rows have another prompt than the first row of their list, row {row} the "
-        "first; the answers to one prompt must follow one another, and a sampler that shuffles rows tears lists apart. "
-        "For lists over several prompts take pk.layout.pack_labels and pk.linear_perpo_loss"
-    ] = (shared & (ids != ids[first])).any(1) & ~on_left & ~on_left[first]
-    return found
+    torn = (shared & (ids != ids[first])).any(1) & ~on_left & ~on_left[first]
+    return [*found, (TORN_APART, torn)]

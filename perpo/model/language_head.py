@@ -18,6 +18,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -64,13 +65,17 @@ def accept_rows(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     core = causal_lm(model)
-    is_plain = getattr(core.forward, "__func__", None) is type(core).forward  # again, if accelerate took wrappers off
-    if hasattr(core, "_perpo_plain_forward") and not is_plain:
+    if _takes_rows(core.forward):
         return
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "model: nn.DataParallel cuts a batch into pieces, and lists with it; use one process a GPU "
             "(DistributedDataParallel, torchrun), or hide the other GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if getattr(getattr(core, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"model: {type(core).__name__} is an encoder with a decoder, and answers are no continuation of its input; "
+            "call pk.linear_perpo_loss with the decoder's states"
         )
     head = getattr(core, "get_output_embeddings", None)
     if head is None or head() is None or core.base_model is core:
@@ -78,20 +83,16 @@ def accept_rows(model: nn.Module) -> None:
             f"model: {type(core).__name__} has no language head that get_output_embeddings() finds above a body; load "
             "it with AutoModelForImageTextToText or AutoModelForCausalLM"
         )
-    if getattr(core.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model: {type(core).__name__} is an encoder with a decoder, and answers are no continuation of its input; "
-            "call pk.linear_perpo_loss with the decoder's states"
-        )
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"model: {inner.active_peft_config.peft_type.value} puts rows of its own before those of the input; use "
             "LoRA (perpo.language_lora)"
         )
-    # Bound methods that hold no model themselves: copy.deepcopy then binds them to the copy.
-    core._perpo_plain_forward = core.forward
+    # A bound method that holds no model itself: copy.deepcopy then binds it to the copy.
     core.forward = MethodType(_forward_like(core.forward, core), core)
+    core._perpo_autocast = None  # see `_own_logits`
+    core._perpo_known_heads = set()  # that `check_once` has compared
 
 
 def through_head(model: nn.Module, call: HeadCall, **keywords: Any) -> Any:
@@ -180,7 +181,27 @@ def check_language_head(model: nn.Module, inputs: Mapping[str, Any] | None = Non
         )
 
 
+def check_once(model: nn.Module, inputs: Mapping[str, Any], rows: Tensor) -> None:
+    """`check_language_head` on the first batch that a model is given, and on the first with its adapters off."""
+    accept_rows(model)
+    core = causal_lm(model)
+    head = core.get_output_embeddings()
+    state = type(head), getattr(head, "disable_adapters", None), tuple(getattr(head, "active_adapters", ()))
+    if state not in core._perpo_known_heads:
+        check_language_head(model, inputs, rows[:4])
+        core._perpo_known_heads.add(state)
+
+
 # ----------------------------------------------------------------------------------------------------------- details
+
+
+def _takes_rows(forward: Any) -> bool:
+    """Whether `_forward` is in it, also within what accelerate has put around it."""
+    while forward is not None:
+        if getattr(forward, "takes_response_rows", False):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
 
 
 def _forward_like(plain: Callable[..., Any], core: Any) -> Callable[..., Any]:
@@ -188,20 +209,23 @@ def _forward_like(plain: Callable[..., Any], core: Any) -> Callable[..., Any]:
     signature = inspect.signature(plain)
     named = list(signature.parameters.values())
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    unbound = getattr(plain, "__func__", None) or (lambda self, *args, **kwargs: plain(*args, **kwargs))
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self, *args, **kwargs)
+        return _forward(self, unbound, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[this, *named])  # type: ignore[attr-defined]
+    forward.takes_response_rows = True  # type: ignore[attr-defined]
     # accelerate follows __wrapped__ when it takes its own wrappers off. It must not take this off as well, if it is
     # within them; it cannot leave it on if it is around them.
     if "_original_forward" in core.__dict__:
-        forward.__wrapped__ = getattr(plain, "__func__", plain)  # type: ignore[attr-defined]
+        forward.__wrapped__ = unbound  # type: ignore[attr-defined]
     return forward
 
 
 def _forward(
     self: Any,
+    plain: Callable[..., Any],  # the model's own, unbound
     *args: Any,
     response_rows: Tensor | None = None,
     prefix_layout: PrefixLayout | None = None,
@@ -210,10 +234,10 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     if response_rows is None:
-        return self._perpo_plain_forward(*args, **kwargs)
+        return plain(self, *args, **kwargs)
     given = {name: x for name, x in kwargs.items() if x is not None}  # PeftModel passes every keyword it knows
     if own_logits:
-        return _own_logits(self, response_rows, *args, **given)
+        return _own_logits(self, partial(plain, self, *args, **given, use_cache=False), response_rows)
     with _autocast_within(self):
         if prefix_layout is None:
             states = self.base_model(*args, **given, use_cache=False)[0]  # [B, L, H]
@@ -224,7 +248,7 @@ def _forward(
         return hidden if head_call is None else _call_head(self, hidden, head_call)
 
 
-def _own_logits(core: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # [n, V]
+def _own_logits(core: Any, run: Callable[[], Any], rows: Tensor) -> Tensor:  # [n, V]
     """Logits at some rows by the model's own forward pass, in which the head is given no other rows.
 
     Notes whether the model turns autocast on for its forward pass: accelerate writes that around the forward pass of
@@ -240,14 +264,13 @@ def _own_logits(core: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:  
         return plain(x.reshape(-1, x.shape[-1])[rows].unsqueeze(0))
 
     with _runs(module, forward):
-        logits = core._perpo_plain_forward(*args, **kwargs, use_cache=False).logits
+        logits = run().logits
     return logits.reshape(-1, logits.shape[-1])
 
 
 def _autocast_within(core: Any) -> contextlib.AbstractContextManager[Any]:
     """What `_own_logits` found."""
-    device, dtype = getattr(core, "_perpo_autocast", None) or ("cpu", None)
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype)
+    return contextlib.nullcontext() if core._perpo_autocast is None else torch.autocast(*core._perpo_autocast)
 
 
 @contextlib.contextmanager
@@ -276,11 +299,15 @@ def _call_head(core: Any, hidden: Tensor, head_call: HeadCall) -> Any:
         return head_call(x, LanguageHead(weight, bias, softcap, logit_scale))
 
     with _runs(module, forward):
-        return module(hidden)
+        return outer(hidden)
 
 
 def _head_module(module: nn.Module) -> nn.Module:
-    """The trained copy if peft keeps one (modules_to_save), or the original while adapters are off."""
+    """The trained copy if peft keeps one (modules_to_save), or the original while adapters are off.
+
+    Its forward pass is replaced, and the wrapper around it called: sharding hooks may be on either.
+    """
+    module = getattr(module, "_fsdp_wrapped_module", module)
     if isinstance(module, ModulesToSaveWrapper):
         if module.disable_adapters or not module.active_adapters:
             return module.original_module
