@@ -50,6 +50,7 @@ class ListGRPOTrainer(GRPOTrainer):
     """
 
     args: ListGRPOConfig
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         config = options.get("args", args[2] if len(args) > 2 else None)

@@ -96,7 +96,7 @@ class ListGRPOConfig(GRPOConfig):
                 "vllm_importance_sampling_correction=True corrects ratios of tokens, which a list's loss has none of; "
                 "leave it out"
             )
-        if self.router_aux_loss_coef:
+        if self.router_aux_loss_coef not in (None, 0, default["router_aux_loss_coef"]):
             raise ValueError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef}: the load-balancing loss of experts is not computed "
                 "here; set it to 0.0"

@@ -6,7 +6,7 @@ from importlib import metadata
 
 from packaging.version import Version
 
-OLDEST, BELOW = "1.16", "1.17"
+OLDEST, BELOW = "1.13", "1.17"
 
 
 def require_trl() -> None:
