@@ -57,6 +57,12 @@ class ListGRPOTrainer(GRPOTrainer):
         if not isinstance(config, ListGRPOConfig):
             raise TypeError(f"args must be a ListGRPOConfig, which has all of GRPOConfig; got {type(config).__name__}")
         super().__init__(*args, **options)
+        if self._is_vlm and self._tokenizer.padding_side != "left":
+            raise ValueError(
+                f"processing_class: its tokenizer has padding_side={self._tokenizer.padding_side!r}, and TRL pads "
+                "prompts on the left: what says where the pictures stand would be shifted. Set "
+                "processing_class.tokenizer.padding_side = 'left'"
+            )
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
                 "router_aux_loss_coef: the model has experts, and their load-balancing loss is not computed here; set "

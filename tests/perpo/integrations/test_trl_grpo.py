@@ -9,22 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from trl import GRPOConfig
 
+from perpo.integrations import trl_versions
+from perpo.integrations.trl_grpo import ListGRPOTrainer, check_lists, right_padded, shuffle_lists
+from perpo.integrations.trl_grpo_config import OF_ITS_LOSS, ListGRPOConfig
 from perpo_kernels import objectives, reference
 from perpo_kernels.problem import ListProblem
 
 from .. import tiny_models
-
-pytest.importorskip("trl", reason="an extra: perpo[trl]")
-datasets = pytest.importorskip("datasets", reason="an extra: perpo[trl]")
-
-from perpo.integrations import trl_versions  # noqa: E402
-from perpo.integrations.trl_grpo import ListGRPOTrainer, check_lists, right_padded, shuffle_lists  # noqa: E402
-from perpo.integrations.trl_grpo_config import OF_ITS_LOSS, ListGRPOConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* rows have no label")
 WORDS = ("Where?", "What is it, then?", "How many are there?", "Read.", "Why?", "Which one?", "Who?", "And this?")
@@ -71,6 +69,7 @@ def trainer(folder: Path, family: str = "qwen2", rewards: Any = score, **options
     peft_config = options.pop("peft_config", None)
     rows = [{"prompt": [{"role": "user", "content": word}]} for word in WORDS]
     if family != "qwen2":
+        processor.tokenizer.padding_side = options.pop("padding_side", "left")
         rows = [row | {"image": tiny_models.picture(seed=i)} for i, row in enumerate(rows)]
         model.generation_config.suppress_tokens = list(range(256, len(processor.tokenizer)))  # it says places of images
     made = Watched(
@@ -365,9 +364,12 @@ def test_settings_that_do_not_fit_say_what_to_do(options: dict[str, Any], words:
 
 
 def test_every_setting_of_the_grpo_loss_is_one_of_trl_s() -> None:
-    from trl import GRPOConfig
-
     assert set(OF_ITS_LOSS) <= set(GRPOConfig.__dataclass_fields__)
+
+
+def test_prompts_with_pictures_are_padded_on_the_left(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="processing_class: its tokenizer has padding_side='right'"):
+        trainer(tmp_path, "llava", padding_side="right")
 
 
 def test_too_few_prompts_for_one_round_are_refused(tmp_path: Path) -> None:
@@ -376,8 +378,6 @@ def test_too_few_prompts_for_one_round_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_config_is_refused(tmp_path: Path) -> None:
-    from trl import GRPOConfig
-
     model, tokenizer = tiny_models.build("qwen2")
     theirs = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     for arguments in ({"args": theirs}, {}):
