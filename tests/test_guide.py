@@ -269,6 +269,7 @@ def test_a_trainer_of_one_s_own(project: Path, capsys: pytest.CaptureFixture[str
     losses = [float(value) for value in re.findall(r"^loss (\d\.\d+), margin", printed, re.MULTILINE)]
     assert len(losses) == len(read_records("lists.jsonl")[0])
     assert losses[0] == pytest.approx(0.693, abs=2e-3)
+    assert printed.count("'train_runtime'") == 3  # transformers.Trainer, and the two in place of TRL's
     assert "[0.25]" in printed
     (iou,) = re.findall(r"^\[(\d\.\d+)\]$", printed, re.MULTILINE)[:1]
     assert float(iou) > 0.9

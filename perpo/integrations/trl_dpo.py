@@ -80,7 +80,7 @@ class ListDPOTrainer(PerPOTrainer):
             raise TypeError(
                 f"args must be a ListDPOConfig, which has the names of DPOConfig; got {type(args).__name__}"
             )
-        options = dict(args.model_init_kwargs or {})
+        options = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
         if isinstance(model, str):
             model = load_model(model, **({"trust_remote_code": args.trust_remote_code} | options))
         elif options:

@@ -50,16 +50,30 @@ class ListGRPOTrainer(GRPOTrainer):
     """
 
     args: ListGRPOConfig
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         config = options.get("args", args[2] if len(args) > 2 else None)
         if not isinstance(config, ListGRPOConfig):
             raise TypeError(f"args must be a ListGRPOConfig, which has all of GRPOConfig; got {type(config).__name__}")
         super().__init__(*args, **options)
+        if self._is_vlm and self._tokenizer.padding_side != "left":
+            raise ValueError(
+                f"processing_class: its tokenizer has padding_side={self._tokenizer.padding_side!r}, and TRL pads "
+                "prompts on the left: what says where the pictures stand would be shifted. Set "
+                "processing_class.tokenizer.padding_side = 'left'"
+            )
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
                 "router_aux_loss_coef: the model has experts, and their load-balancing loss is not computed here; set "
                 "it to 0.0 to train without"
+            )
+        per_round = config.generation_batch_size // self.num_generations
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < per_round:
+            raise ValueError(
+                f"train_dataset: it has {len(self.train_dataset)} prompts, and a round of sampling takes {per_round} "
+                "(generation_batch_size / num_generations), so not one step would be made; give more, or lower "
+                "steps_per_generation, gradient_accumulation_steps or per_device_train_batch_size"
             )
         accept_rows(self.model)
         self.objective = config.list_objective

@@ -61,7 +61,7 @@ class ListGRPOConfig(GRPOConfig):
     objective: Objective | str = field(
         default="perpo",
         metadata={
-            "help": f"What is minimised over the answers to a prompt: {', '.join(PRESETS)}. In Python also an Objective."
+            "help": f"What is minimised over the answers to a prompt: {', '.join(PRESETS)}; in Python also an Objective"
         },
     )
     gamma: float | None = field(
@@ -96,7 +96,7 @@ class ListGRPOConfig(GRPOConfig):
                 "vllm_importance_sampling_correction=True corrects ratios of tokens, which a list's loss has none of; "
                 "leave it out"
             )
-        if self.router_aux_loss_coef:
+        if self.router_aux_loss_coef not in (None, 0, default["router_aux_loss_coef"]):
             raise ValueError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef}: the load-balancing loss of experts is not computed "
                 "here; set it to 0.0"
@@ -138,13 +138,15 @@ class ListGRPOConfig(GRPOConfig):
             raise ValueError(f"reference must be one of {', '.join(REFERENCES)}; got {self.reference!r}")
         if self.reference != "none" and not loss.reference:
             raise ValueError(
-                f"reference={self.reference!r}: objective={self.objective!r} is defined without a reference; leave it out"
+                f"reference={self.reference!r}: objective={self.objective!r} has no reference; leave it out"
             )
         if (self.reference == "model") != bool(self.beta):
-            advice = "set beta above 0" if self.reference == "model" else "leave beta at 0, and give it in objective_options"
+            advice = (
+                "set beta above 0" if self.reference == "model" else "leave beta at 0, and give it in objective_options"
+            )
             raise ValueError(
-                f"reference={self.reference!r} with beta={self.beta}: TRL runs a reference model where beta is above 0; "
-                f"{advice}"
+                f"reference={self.reference!r} with beta={self.beta}: TRL runs a reference model where beta is above "
+                f"0; {advice}"
             )
 
     @property

@@ -6,7 +6,7 @@ from importlib import metadata
 
 from packaging.version import Version
 
-OLDEST, BELOW = "1.16", "1.17"
+OLDEST, BELOW = "1.13", "1.17"
 
 
 def require_trl() -> None:
@@ -19,6 +19,6 @@ def require_trl() -> None:
         raise ImportError(f"perpo's list trainer on top of GRPOTrainer needs TRL: {fix}") from None
     if not Version(OLDEST) <= Version(found) < Version(BELOW):
         raise ImportError(
-            f"trl {found} is installed, and perpo's list trainer on top of its GRPOTrainer is tested with {OLDEST} up to "
-            f"but not {BELOW}: {fix}"
+            f"trl {found} is installed, and perpo's list trainer on top of its GRPOTrainer is tested with {OLDEST} to "
+            f"below {BELOW}: {fix}"
         )

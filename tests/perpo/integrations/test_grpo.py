@@ -1,7 +1,4 @@
-"""The rewards in TRL's GRPO, in a real trainer: a reward function there is called with more than the columns it names.
-
-pip install --target /tmp/trl --no-deps trl && PYTHONPATH=/tmp/trl pytest -m slow tests/perpo/integrations/test_grpo.py
-"""
+"""The rewards in TRL's GRPO, in a real trainer: a reward there is called with more than the columns it names."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+import trl
 
 from perpo.rewards.grounding import box_reward
 from perpo.rewards.ocr import ocr_reward
 
 from .. import tiny_models
-
-pytestmark = pytest.mark.slow
 
 
 def noted(reward: Callable[..., list[float | None]], calls: list[tuple[dict[str, Any], list[float | None]]]) -> Any:
@@ -34,8 +31,6 @@ def noted(reward: Callable[..., list[float | None]], calls: list[tuple[dict[str,
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_step_of_grpo_with_boxes_and_text(chat: bool, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl is no part of perpo[test]")
-    datasets = pytest.importorskip("datasets", reason="an extra: perpo[data]")
     model, tokenizer = tiny_models.build("qwen2")
     prompts: list[Any] = ["Where is it?", "And where is this?"]
     if chat:

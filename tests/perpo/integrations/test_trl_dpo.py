@@ -7,8 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import trl
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -20,7 +22,6 @@ from perpo_kernels import objectives
 
 from .. import tiny_models, tiny_runs
 
-datasets = pytest.importorskip("datasets", reason="an extra: perpo[data]")
 SAID = (("it is 4", "about seven"), ("left", "right, I think"), ("a glass", "no"), ("yes", "not at all"))
 TEXTS = [{"prompt": f"Question {i}:", "chosen": f" {c}", "rejected": f" {r}"} for i, (c, r) in enumerate(SAID)]
 
@@ -82,13 +83,8 @@ def losses(runner: Any) -> list[float]:
 # ------------------------------------------------------------------------------------------------- beside TRL's trainer
 
 
-@pytest.fixture(scope="module")
-def trl() -> Any:
-    return pytest.importorskip("trl", reason="an extra: perpo[trl]")
-
-
 @pytest.mark.parametrize("rows", [TEXTS, DIALOGUES, WITHOUT_PROMPT], ids=["texts", "messages", "no prompt column"])
-def test_on_pairs_it_trains_as_trl_does(trl: Any, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_on_pairs_it_trains_as_trl_does(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     """Three steps, each of which depends on the gradients of those before."""
     data = datasets.Dataset.from_list(rows)
     model, processor = built()
@@ -107,7 +103,7 @@ def test_on_pairs_it_trains_as_trl_does(trl: Any, rows: list[dict[str, Any]], tm
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_a_loss_has_the_value_that_its_name_has_there(trl: Any, loss_type: str, tmp_path: Path) -> None:
+def test_a_loss_has_the_value_that_its_name_has_there(loss_type: str, tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(DIALOGUES)
     reference, _ = built(seed=7)
     options: dict[str, Any] = {"loss_type": loss_type, "beta": 0.3}
@@ -132,12 +128,12 @@ def test_perpo_on_pairs_is_dpo(tmp_path: Path) -> None:
     assert losses(trainer(tmp_path / "a")) == losses(trainer(tmp_path / "b", loss_type="sigmoid"))
 
 
-def test_every_name_of_trl_s_config_is_known_here(trl: Any) -> None:
+def test_every_name_of_trl_s_config_is_known_here() -> None:
     theirs = {field.name for field in dataclasses.fields(trl.DPOConfig)}
     assert theirs - {field.name for field in dataclasses.fields(ListDPOConfig)} == set()
 
 
-def test_the_values_of_a_fresh_config_of_trl_are_accepted(trl: Any, tmp_path: Path) -> None:
+def test_the_values_of_a_fresh_config_of_trl_are_accepted(tmp_path: Path) -> None:
     """A script that writes TRL's defaults out goes through."""
     own = {f.name for f in dataclasses.fields(trl.DPOConfig)} & {f.name for f in dataclasses.fields(ListDPOConfig)}
     own -= {f.name for f in dataclasses.fields(PerPOConfig)}
@@ -259,7 +255,7 @@ def test_long_answers_are_cut(name: str, tmp_path: Path) -> None:
             trainer(tmp_path / "none", DIALOGUES[:1], max_length=n_prompt)
 
 
-def test_max_length_cuts_as_trl_does(trl: Any, tmp_path: Path) -> None:
+def test_max_length_cuts_as_trl_does(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(DIALOGUES)
     model, processor = built()
     reference, _ = built(seed=7)
