@@ -6,6 +6,7 @@ A new number of an objective is one line in `Objective`, a new tensor of the dat
 operator, fake implementation or backward pass spells them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,17 @@ def pack_numbers(values: Sequence[float]) -> tuple[list[float], Tensor | None]:
         return list(values), None
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return [0.0], torch.stack([one * value for value in values])  # an empty list is taken for one of tensors
+
+
+@functools.lru_cache(64)
+def _numbers_of(item: "LogitMap | Objective") -> list[float]:
+    return item.numbers()
+
+
+def packed(*items: "LogitMap | Objective") -> tuple[list[float], Tensor | None]:
+    """The numbers of maps and objectives, as `pack_numbers` gives them; found once where nothing is traced."""
+    of = (lambda item: item.numbers()) if torch.compiler.is_compiling() else _numbers_of
+    return pack_numbers([x for item in items for x in of(item)])
 
 
 def unpack_numbers(numbers: Sequence[float], traced: Tensor | None) -> list[float]:

@@ -18,6 +18,8 @@ from perpo_kernels.problem import ListProblem, ListResult
 PAIRS_AT_ONCE = 1 << 22
 TAME = 1e12  # Σ |numbers| of all candidates, over max(1, β): no square of a difference of two overflows
 
+FAST_GAMMA = 0.25  # from here on a margin of the smallest normal number has no weight beside the largest one
+
 
 class Candidates(NamedTuple):
     """One entry per candidate; [S], or [n, k] for n lists padded to k."""
@@ -43,7 +45,7 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
     d_score: Tensor | None = None
     d_log_prob: Tensor | None = None
     for lists, place, inside in _blocks(p.cu_lists, here, k):
-        score, log_prob, reward = (x[place].view(-1, k) for x in everyone[:3])
+        score, log_prob, reward = (_at(x, place).view(-1, k) for x in everyone[:3])
         if inside is not None:
             reward = reward.masked_fill(~inside, torch.nan)
         flips = None if everyone.flip_prob is None else everyone.flip_prob[place].view(-1, k)
@@ -56,6 +58,11 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
     if p.objective.length_normalized and counts is not None:
         d_score = d_score / counts.clamp(min=1)
     _write_coefficients(p, here, d_score if d_log_prob is None else d_score + d_log_prob, result)
+
+
+def _at(x: Tensor, place: Any) -> Tensor:
+    """x[place], or x itself for a slice of all of it."""
+    return x if isinstance(place, slice) and place == slice(0, len(x)) else x[place]
 
 
 def _put(total: Tensor | None, values: Tensor | None, place: Any, inside: Tensor | None, n: int) -> Tensor | None:
@@ -94,18 +101,18 @@ def _candidates(
     dtype = result.losses.dtype
     counts: Tensor | None = None
     if p.cu_seqlens is None or p.labels is None:
-        sums = log_probs[here].to(dtype)
+        sums = _at(log_probs, here).to(dtype)
         if p.lengths is not None:
-            counts = p.lengths[here].to(dtype)
+            counts = _at(p.lengths, here).to(dtype)
     else:
         sums, counts = _sums_of_tokens(log_probs, p, here, dtype)
     present = None if counts is None else counts > 0
     if p.valid is not None:
-        valid = p.valid[here]
+        valid = _at(p.valid, here)
         present = valid if present is None else present & valid
         sums = sums.where(valid, 0.0)
-    rewards = p.rewards[here].to(dtype)
-    score = sums if p.ref_log_probs is None else sums - p.ref_log_probs[here].to(dtype)
+    rewards = _at(p.rewards, here).to(dtype)
+    score = sums if p.ref_log_probs is None else sums - _at(p.ref_log_probs, here).to(dtype)
     if p.objective.length_normalized and counts is not None:
         score = score / counts.clamp(min=1)
     written = torch.stack([sums, score, rewards], out=result.candidates[:, here])
@@ -115,7 +122,7 @@ def _candidates(
         taking_part = rewards.isfinite() if present is None else present & rewards.isfinite()
         rewards = rewards.masked_fill(~taking_part, torch.nan)
         result.candidates[2, here] = rewards
-    flips = None if p.flip_probs is None else p.flip_probs[here].to(dtype)
+    flips = None if p.flip_probs is None else _at(p.flip_probs, here).to(dtype)
     return Candidates(score, sums, rewards, flips, tame), counts
 
 
@@ -220,10 +227,12 @@ def _pair_term(
     o: Objective,
 ) -> tuple[Tensor, Tensor]:
     """Σ w_ij ℓ(d_ij) [n] and its slope in z [n, k]. Outside of the pairs w is 0, and ℓ is finite."""
-    if c.tame and (o.pairs, o.weight, o.normalize) == ("all", "power", "list") and o.gamma and not o.log_margin:
-        gap = (c.reward.unsqueeze(-1) - c.reward.unsqueeze(-2)).clamp_min_(0.0)
-        spread = (highest - lowest).clamp_min_(torch.finfo(gap.dtype).tiny)
-        weight = gap.div_(spread.unsqueeze(-1)).pow_(o.gamma)
+    over_list = (o.pairs, o.weight, o.normalize) == ("all", "power", "list")
+    if c.tame and over_list and o.gamma >= FAST_GAMMA and not o.log_margin:
+        gap = c.reward.unsqueeze(-1) - c.reward.unsqueeze(-2)
+        tiny = torch.finfo(gap.dtype).tiny
+        share = gap.div_((highest - lowest).clamp_min_(tiny).unsqueeze(-1)).clamp_min_(tiny)  # roots of 0 are slow
+        weight = F.threshold_(share.pow_(o.gamma), (1.001 * tiny) ** o.gamma, 0.0)
         return _weighted(weight, None, ahead - o.offset if o.offset else ahead, c.flip_prob, o)
     if given is not None:
         pair = given > 0
@@ -254,13 +263,13 @@ def _weighted(
 ) -> tuple[Tensor, Tensor]:
     """Σ w ℓ(d), normalised, and its slope. `pair` None: where w is not 0, by which no objective normalises."""
     link, slope = _link(d, flip_prob, o)
-    loss = (weight * link).sum((-2, -1))
+    loss = link.mul_(weight).sum((-2, -1))
     pull = slope.mul_(weight)
     slope = pull.sum(-1).sub_(pull.sum(-2))
     if o.normalize != "none":
         total = (weight if o.normalize == "list" or pair is None else pair).sum((-2, -1)).to(d.dtype)
-        scale = 1 / total.where(total > 0, 1.0)
-        loss, slope = loss * scale, slope.mul_(scale.unsqueeze(-1))
+        scale = total.clamp_min_(torch.finfo(d.dtype).tiny).reciprocal_()
+        loss, slope = loss.mul_(scale), slope.mul_(scale.unsqueeze(-1))
     return loss, slope
 
 
