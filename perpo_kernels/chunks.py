@@ -4,7 +4,7 @@ Z [rows, V] is one buffer that all chunks share. Its rows start on cache lines w
 16-byte loads and stores and GEMMs an aligned leading dimension. D takes its place, or where Z is wider than the
 head, a buffer of its own in the head's dtype.
 
-Low-precision factors are multiplied into fp32 by the GEMM itself where the device's library does that (`wide_products`).
+Factors in 16 bits are multiplied into fp32 by the GEMM itself where the device's library does that (`wide_products`).
 """
 
 import functools
@@ -35,9 +35,8 @@ def max_rows(weight: Tensor, logits_dtype: torch.dtype, chunk_bytes: int, need_w
 
     By default, where a gradient of the weight is needed, D may take as much as the fp32 sum that it spares.
     """
-    n_vocab, n_hidden = weight.shape
     dtypes = {logits_dtype, weight.dtype}
-    row_bytes = sum(padded(n_vocab, dtype) * dtype.itemsize for dtype in dtypes)
+    row_bytes = sum(padded(weight.shape[0], dtype) * dtype.itemsize for dtype in dtypes)
     default = CPU_CHUNK_BYTES if weight.device.type == "cpu" else DEVICE_CHUNK_BYTES
     rows = max(1, (chunk_bytes or default) // max(row_bytes, 1))
     return rows if chunk_bytes or not need_weight else max(rows, _rows_as_large_as_the_weight(weight))

@@ -96,13 +96,13 @@ def linear_log_probs(
     buffers = head.buffers(rows)
     for c in chunks(0, hidden.shape[0], rows):
         if keep_derivative:
-            *found, d = head.log_probs_and_derivative(hidden[c], labels[c], buffers)
+            some, some_lse, d = head.log_probs_and_derivative(hidden[c], labels[c], buffers)
             multiply(d, weight, derivative[c])
         else:
-            found = head.kernels.log_prob_rows(head.logits(hidden[c], buffers), labels[c], z)
+            some, some_lse = head.kernels.log_prob_rows(head.logits(hidden[c], buffers), labels[c], z)
         if rows >= hidden.shape[0]:
-            return found[0], found[1], derivative
-        log_probs[c], lse[:, c] = found
+            return some, some_lse, derivative
+        log_probs[c], lse[:, c] = some, some_lse
     return log_probs, lse, derivative
 
 
