@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perpo_kernels.backends import BACKENDS
 from perpo_kernels.objectives import Objective
-from perpo_kernels.problem import ListProblem, LogitMap
+from perpo_kernels.problem import PERPO, ListProblem, LogitMap
 
 LARGEST = (1 << 63) - 1  # integer that an operator takes
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -168,6 +168,8 @@ def reduction(value: str) -> None:
 
 def objective(given: Objective | None, beta: float | None, gamma: float | None) -> Objective:
     """The objective that a call asks for; beta and gamma are PerPO's, with the published defaults."""
+    if given is None and beta is gamma is None:
+        return PERPO
     if given is None:
         return Objective(Objective.beta if beta is None else beta, Objective.gamma if gamma is None else gamma)
     if not isinstance(given, Objective):

@@ -15,7 +15,7 @@ from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import linear
 from perpo_kernels.ops import lists as list_ops
 from perpo_kernels.ops import logits as token_ops
-from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, pack_numbers
+from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, packed
 
 
 def token_log_probs(
@@ -54,7 +54,7 @@ def token_log_probs(
         checks.label_values(labels, logits.shape[-1], ignore_index)
         wide = logits.to(accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, temperature, ignore_index)
-    numbers = pack_numbers(LogitMap(temperature).numbers())
+    numbers = packed(LogitMap(temperature))
     labels = _normal(labels)
     return token_ops.token_log_probs(logits, labels, *numbers, ignore_index, inplace_backward, backend)[0]
 
@@ -177,8 +177,9 @@ def perpo_loss(
         raise ValueError("lengths must be given: this objective divides log-probs by the number of tokens")
     checks.reduction(reduction)
     checks.pair_weights(pair_weights, cu_lists, log_probs.device, k)
-    flat = problem.each(lambda x: x.reshape(-1))._replace(pair_weights=pair_weights)
-    total, losses, _, _ = _list_loss(log_probs.reshape(-1), flat, backend)
+    if log_probs.dim() > 1:
+        problem = problem.each(lambda x: x if x.dim() == 3 else x.reshape(-1))
+    total, losses, _, _ = _list_loss(log_probs.reshape(-1), problem, backend)
     return _reduce(total, losses, reduction)
 
 
@@ -309,7 +310,7 @@ def linear_perpo_loss(
             weight,
             bias,
             problem.each(_normal).pack(),
-            *pack_numbers([*z.numbers(), *problem.objective.numbers()]),
+            *packed(z, problem.objective),
             ignore_index,
             *memory,
             backend,
@@ -345,8 +346,9 @@ def _linear_log_probs(
 ) -> Tensor:  # [T]
     if _is_reference(backend):
         checks.label_values(labels, weight.shape[0], z.ignore_index)
-        hidden, weight, bias = (None if x is None else x.to(logits_dtype) for x in (hidden, weight, bias))
-        logits = reference.head_logits(hidden, weight, bias, z.softcap, z.logit_scale)
+        wide_bias = None if bias is None else bias.to(logits_dtype)
+        factors = hidden.to(logits_dtype), weight.to(logits_dtype), wide_bias
+        logits = reference.head_logits(*factors, z.softcap, z.logit_scale)
         wide = logits.to(accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)
     keep_derivative = torch.is_grad_enabled() and hidden.requires_grad
@@ -355,7 +357,7 @@ def _linear_log_probs(
         weight,
         bias,
         _normal(labels).contiguous(),
-        *pack_numbers(z.numbers()),
+        *packed(z),
         z.ignore_index,
         chunk_bytes,
         logits_dtype,
@@ -372,8 +374,8 @@ def _list_loss(log_probs: Tensor, problem: ListProblem, backend: str) -> tuple[T
         wide, problem = log_probs.to(dtype), problem.each(lambda x: x.to(dtype) if x.is_floating_point() else x)
         losses = reference.list_losses(wide, problem)
         return losses.sum(), losses, *reference.ranked_by(wide, problem)
-    numbers = pack_numbers(problem.objective.numbers())
-    data = problem.each(_normal).pack()
+    numbers = packed(problem.objective)
+    data = [x if x is None else _normal(x) for x in problem.pack()]
     total, losses, _, candidates, active = list_ops.list_loss(log_probs, data, *numbers, problem.ignore_index, backend)
     return total, losses, candidates, active
 

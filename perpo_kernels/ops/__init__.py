@@ -56,7 +56,7 @@ class Operator:
                 ctx.no_gradient = None  # of a list of tensors, which is one argument here
                 return output
 
-        Direct.backward = staticmethod(backward)  # type: ignore[assignment]
+        Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
         self.direct = Direct
 
     def __call__(self, *args: Any) -> Any:
@@ -64,7 +64,7 @@ class Operator:
             return self.op(*args)
         if self.direct is None or not torch.is_grad_enabled():
             return self.fn(*args)
-        return self.direct.apply(*args)  # type: ignore[no-untyped-call]
+        return self.direct.apply(*args)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
@@ -72,7 +72,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 
 
 def is_observed(*args: object) -> bool:
-    """Whether something has to see operators: a compiler, a mode, a transform, or a tensor without data or not plain."""
+    """Whether something has to see operators: a compiler, a mode, a transform, a tensor without data or not plain."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

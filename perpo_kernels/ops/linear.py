@@ -96,13 +96,13 @@ def linear_log_probs(
     buffers = head.buffers(rows)
     for c in chunks(0, hidden.shape[0], rows):
         if keep_derivative:
-            *found, d = head.log_probs_and_derivative(hidden[c], labels[c], buffers)
+            some, some_lse, d = head.log_probs_and_derivative(hidden[c], labels[c], buffers)
             multiply(d, weight, derivative[c])
         else:
-            found = head.kernels.log_prob_rows(head.logits(hidden[c], buffers), labels[c], z)
+            some, some_lse = head.kernels.log_prob_rows(head.logits(hidden[c], buffers), labels[c], z)
         if rows >= hidden.shape[0]:
-            return found[0], found[1], derivative
-        log_probs[c], lse[:, c] = found
+            return some, some_lse, derivative
+        log_probs[c], lse[:, c] = some, some_lse
     return log_probs, lse, derivative
 
 
@@ -148,17 +148,16 @@ def linear_log_probs_head_backward(
     one_chunk = need_weight and keeps_derivative(n_tokens, weight, rows)
     total = HeadGradient(head, need_weight and not one_chunk, need[1])
     g, unit = in_units(grad, z, weight.dtype)
-    present, one = present_in(g), grad.new_ones(())
+    present = present_in(g)
     buffers = head.buffers(rows)
-    d_weight = total.weight
+    d_weight = torch.zeros_like(weight) if one_chunk and n_tokens == 0 else None
     for c in chunks(0, n_tokens, rows):
         raw, d = head.logits(hidden[c], buffers), head.derivative(len(hidden[c]), buffers)
         head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), g[c], z, d)
         total.add(d, hidden[c], present[c], unit)
         if one_chunk:
-            d_weight = scaled_product(d, selected(hidden, present), one if unit is None else unit, weight.dtype)
-    if one_chunk and n_tokens == 0:
-        d_weight = torch.zeros_like(weight)
+            d_weight = scaled_product(d, selected(hidden, present), unit, weight.dtype)
+    d_weight = total.sum() if d_weight is None else d_weight
     return d_weight.to(weight.dtype, copy=False), total.bias.to(weight.dtype)
 
 
@@ -334,7 +333,7 @@ def linear_list_loss(
             head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), g[here], z, d)
             add_chunk(d, c, present[here], unit)
         factors[tokens] = present if unit is None else present * unit
-    kept = buffers.d if one_chunk else gradient.weight
+    kept = buffers.d if one_chunk else gradient.sum()
     unit = one if unit is None else unit
     _, _, candidates, active = result
     return result.losses.sum(), factors, candidates, active, derivative, kept, gradient.bias, unit

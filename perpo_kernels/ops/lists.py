@@ -14,6 +14,8 @@ from perpo_kernels.problem import ListProblem, ListResult, accumulation_dtype, u
 
 def on_device(problem: ListProblem, device: torch.device) -> ListProblem:
     """The problem with every tensor dense and where the log-probs are: a layout may come from the CPU."""
+    if all(x is None or (x.device == device and x.is_contiguous()) for x in problem.pack()):
+        return problem
     return problem.each(lambda x: x.to(device, non_blocking=True).contiguous())
 
 

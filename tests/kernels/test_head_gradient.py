@@ -35,16 +35,17 @@ def case(device, dtype, n_tokens, backend="auto", **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_tokens", [4, 32, 64, 128, 132, 400])
 def test_no_more_memory_than_plain_pytorch(device, dtype, n_tokens):
-    """At any T: with few tokens the fp32 sum of dW, and a scaled copy of it, would be most of what there is."""
+    """And the hidden states once more, of which absent rows are left out. At any T: with few tokens the fp32 sum of
+    dW, and a scaled copy of it, would be most of what there is."""
     ours, peer, leaves = case(device, dtype, n_tokens)
 
     def peak(loss):
         return peak_extra_bytes(lambda: torch.autograd.grad(loss(), leaves), device.type)
 
-    scratch = 0
+    allowed = 4 * n_tokens * H + (1 << 12)  # coefficients of tokens and candidates
     if device.type == "cpu" and dtype == torch.bfloat16:  # fp32 copies and products of a block of the vocabulary
-        scratch = 4 * 4096 * (3 * H + n_tokens)
-    assert peak(ours) <= peak(peer) + scratch
+        allowed += 4 * 4096 * (3 * H + n_tokens)
+    assert peak(ours) <= peak(peer) + allowed
 
 
 @pytest.mark.parametrize("n_tokens", [KEPT, SUMMED])
