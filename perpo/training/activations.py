@@ -72,11 +72,12 @@ def count(model: nn.Module, layout: PrefixLayout, n_responses: int, dtype: torch
         parameter.grad = torch.empty_like(parameter)
     live = LiveStorages([*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)])
     autocast = _Autocast(decoder, dtype)
+    width = core.get_output_embeddings().weight.shape[1]
     with torch.device("meta"), _Counting(live):
         with attention.packed_forward(core):
             states = decoder(
                 inputs_embeds=torch.empty(
-                    1, layout.n_tokens, core.get_output_embeddings().weight.shape[1], dtype=dtype
+                    1, layout.n_tokens, width, dtype=dtype
                 ),
                 position_ids=torch.zeros(1, layout.n_tokens, dtype=torch.int64),
                 prefix_layout=layout,
