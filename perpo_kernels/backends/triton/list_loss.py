@@ -21,25 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perpo_kernels.backends.triton.common import launch
 from perpo_kernels.backends.triton.list_scores import candidate_scores, ranks_and_denominators
 from perpo_kernels.backends.triton.list_terms import (
-    LIST_PLACKETT_LUCE,
-    LIST_SOFTMAX,
-    NORMALIZE_LIST,
-    NORMALIZE_PAIRS,
-    PAIRS_GIVEN,
-    PAIRS_NONE,
-    POINTWISE_NCA,
-    POINTWISE_NONE,
-    WEIGHT_LAMBDA,
-    WEIGHT_POWER,
     in_pair_set,
     link_and_slope,
     ranked_weight,
     softplus_and_sigmoid,
     target_share,
 )
-from perpo_kernels.objectives import CHOICES
 from perpo_kernels.problem import ListProblem, ListResult
 
 MAX_TILE = 64  # candidates per step
@@ -87,12 +77,6 @@ def list_loss_kernel(
     TEMPERED: tl.constexpr,
     NLL: tl.constexpr,
     LENGTH_NORMALIZED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    HAS_TOKEN_WEIGHTS: tl.constexpr,
-    HAS_FLIPS: tl.constexpr,
     SOFT: tl.constexpr,
     K: tl.constexpr,
     J: tl.constexpr,
@@ -109,8 +93,8 @@ def list_loss_kernel(
     ranks = inverse_lengths + n_candidates
     denominators = ranks + n_candidates
     luce_slopes = denominators + n_candidates
-    RANKS: tl.constexpr = (PAIRS != PAIRS_NONE) and (WEIGHT == WEIGHT_LAMBDA)
-    LUCE: tl.constexpr = LIST_TERM == LIST_PLACKETT_LUCE
+    RANKS: tl.constexpr = (PAIRS != "none") and (WEIGHT == "lambda")
+    LUCE: tl.constexpr = LIST_TERM == "plackett_luce"
     slot = tl.arange(0, K)
 
     highest = -float("inf")
@@ -130,11 +114,6 @@ def list_loss_kernel(
             token_weights,
             cu_seqlens,
             ignore_index,
-            TOKENS,
-            HAS_REF,
-            HAS_VALID,
-            HAS_LENGTHS,
-            HAS_TOKEN_WEIGHTS,
             LENGTH_NORMALIZED,
             K,
             R,
@@ -169,14 +148,14 @@ def list_loss_kernel(
         i = start + slot
         key_i = tl.load(keys + i, mask=i < end, other=float("nan"))
         z_i = beta * tl.load(scores + i, mask=i < end, other=0.0)
-        if (LIST_TERM == LIST_SOFTMAX) or (POINTWISE != POINTWISE_NONE) or NLL:
+        if (LIST_TERM == "softmax") or (POINTWISE != "none") or NLL:
             member = key_i == key_i
             n_best += tl.sum((key_i == highest).to(tl.int32), axis=0)
             n_members += tl.sum(member.to(tl.int32), axis=0)
             if TEMPERED:
                 exp = tl.exp((key_i - highest) * inverse_temperature)
                 target_total += tl.sum(tl.where(member, exp, 0.0), axis=0)
-        if LIST_TERM == LIST_SOFTMAX:
+        if LIST_TERM == "softmax":
             z = tl.where(key_i == key_i, z_i, -float("inf"))
             new_top = tl.maximum(z_top, tl.max(z, axis=0))
             shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -190,7 +169,7 @@ def list_loss_kernel(
             key_j = tl.load(keys + j, mask=j < end, other=float("nan"))
             z_j = beta * tl.load(scores + j, mask=j < end, other=0.0)
             ahead = z_i[:, None] - z_j[None, :]
-            if PAIRS == PAIRS_GIVEN:
+            if PAIRS == "given":
                 row = i - begin
                 column = j - begin
                 both = (key_i == key_i)[:, None] & (key_j == key_j)[None, :]
@@ -200,7 +179,7 @@ def list_loss_kernel(
                 w_lose = tl.load(matrix + column[None, :] * given_k + row[:, None], mask=both, other=0.0).to(tl.float32)
                 flip_win = soft_flip
                 flip_lose = soft_flip
-                if HAS_FLIPS:
+                if flip_probs is not None:
                     flip_win = tl.load(flip_probs + j, mask=j < end, other=0.0).to(tl.float32)[None, :]
                     flip_lose = tl.load(flip_probs + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
                 w_win = tl.where(w_win > 0, w_win, 0.0)
@@ -213,7 +192,7 @@ def list_loss_kernel(
                 # A candidate without edges may have any score; its product with a weight of 0 is not taken.
                 link_sums += tl.where(w_win > 0, w_win * link, 0.0)
                 slope += tl.where(w_win > 0, w_win * slope_win, 0.0) - tl.where(w_lose > 0, w_lose * slope_lose, 0.0)
-            elif PAIRS != PAIRS_NONE:
+            elif PAIRS != "none":
                 better = in_pair_set(key_i[:, None], key_j[None, :], highest, lowest, PAIRS)
                 worse = in_pair_set(key_j[None, :], key_i[:, None], highest, lowest, PAIRS)
                 pair = better | worse
@@ -229,14 +208,14 @@ def list_loss_kernel(
                     rank_j = tl.load(ranks + j, mask=j < end, other=1.0)[None, :]
                 weight = ranked_weight(gap, key_i[:, None], key_j[None, :], rank_i, rank_j, gamma, WEIGHT)
                 flip = soft_flip
-                if HAS_FLIPS:
+                if flip_probs is not None:
                     flip_i = tl.load(flip_probs + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
                     flip_j = tl.load(flip_probs + j, mask=j < end, other=0.0).to(tl.float32)[None, :]
                     flip = tl.where(better, flip_j, flip_i)  # of the worse
                 link, pull = link_and_slope(d, flip, beta, LINK, SOFT)
                 winning = tl.where(better, weight, 0.0)
                 norms += winning
-                if NORMALIZE == NORMALIZE_PAIRS:
+                if NORMALIZE == "pairs":
                     pairs += better.to(tl.int32)
                 link_sums += winning * link
                 slope += (winning - tl.where(worse, weight, 0.0)) * pull
@@ -257,15 +236,15 @@ def list_loss_kernel(
     tl.debug_barrier()
 
     active = highest > lowest
-    if PAIRS == PAIRS_GIVEN:
+    if PAIRS == "given":
         active = n_pairs > 0
-    if NORMALIZE == NORMALIZE_LIST:
+    if NORMALIZE == "list":
         scale = 1.0 / tl.where(norm > 0, norm, 1.0)
     else:
         scale = 1.0
-        if (WEIGHT == WEIGHT_POWER) and (PAIRS != PAIRS_GIVEN):
+        if (WEIGHT == "power") and (PAIRS != "given"):
             scale = tl.exp2(gamma * tl.log2(2.0 * half_spread))  # weights were powers of gaps in multiples of the range
-        if NORMALIZE == NORMALIZE_PAIRS:
+        if NORMALIZE == "pairs":
             scale = scale / tl.maximum(n_pairs, 1)
 
     log_normaliser = z_top + tl.log(tl.where(z_total > 0, z_total, 1.0))
@@ -274,22 +253,22 @@ def list_loss_kernel(
         here = i < end
         c = tl.load(slopes + i, mask=here, other=0.0) * scale
         likelihood = tl.zeros([K], tl.float32)
-        if (LIST_TERM != 0) or (POINTWISE != POINTWISE_NONE) or NLL:
+        if (LIST_TERM != "none") or (POINTWISE != "none") or NLL:
             key = tl.load(keys + i, mask=here, other=float("nan"))
             member = key == key
             z = tl.where(member, beta * tl.load(scores + i, mask=here, other=0.0), 0.0)
             if LUCE:
                 c += tl.load(luce_slopes + i, mask=here, other=0.0)
-            if (LIST_TERM == LIST_SOFTMAX) or (POINTWISE != POINTWISE_NONE):
+            if (LIST_TERM == "softmax") or (POINTWISE != "none"):
                 p = target_share(key, highest, inverse_temperature, target_total, n_best, TEMPERED)
-            if LIST_TERM == LIST_SOFTMAX:
+            if LIST_TERM == "softmax":
                 other_loss += tl.sum(p * (log_normaliser - z), axis=0)
                 c += tl.exp(z - log_normaliser) - p
-            if POINTWISE != POINTWISE_NONE:
+            if POINTWISE != "none":
                 down, keep = softplus_and_sigmoid(-z)
                 other_loss += tl.sum(p * down, axis=0)
                 c -= p * keep
-            if POINTWISE == POINTWISE_NCA:
+            if POINTWISE == "nca":
                 up, push = softplus_and_sigmoid(z)
                 other_loss += tl.sum(tl.where(member, up, 0.0), axis=0) / tl.maximum(n_members, 1)
                 c += push / tl.maximum(n_members, 1)
@@ -303,7 +282,7 @@ def list_loss_kernel(
         if LENGTH_NORMALIZED:
             c *= tl.load(inverse_lengths + i, mask=here, other=0.0)
         c = tl.where(active, c + likelihood, 0.0)
-        if TOKENS:
+        if cu_seqlens is not None:
             first = tl.load(cu_seqlens + i, mask=here, other=0)
             last = tl.load(cu_seqlens + i + 1, mask=here, other=0)
             step = tl.arange(0, R)
@@ -312,7 +291,7 @@ def list_loss_kernel(
                 t = first[:, None] + (r + step)[None, :]
                 inside = t < last[:, None]
                 spread_c = tl.broadcast_to(c[:, None], [K, R])
-                if HAS_TOKEN_WEIGHTS:  # those of ignored tokens may be anything
+                if token_weights is not None:  # those of ignored tokens may be anything
                     kept = inside & (tl.load(labels + t, mask=inside, other=0) != ignore_index)
                     spread_c *= tl.load(token_weights + t, mask=kept, other=0.0).to(tl.float32)
                 tl.store(coefficients + t, spread_c, mask=inside)
@@ -327,24 +306,22 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
     n_lists, n_candidates = p.cu_lists.numel() - 1, p.rewards.numel()
     if n_lists == 0:
         return
-    tokens = p.cu_seqlens is not None
     tile = min(MAX_TILE, max(16, triton.next_power_of_2(triton.cdiv(n_candidates, n_lists))))
     scratch = torch.empty(SCRATCH_ROWS, n_candidates, dtype=torch.float32, device=p.rewards.device)
-
-    def or_dummy(x: Tensor | None) -> Tensor:
-        return p.rewards if x is None else x
-
-    list_loss_kernel[(n_lists,)](
+    launch(
+        list_loss_kernel,
+        n_lists,
+        log_probs.device,
         log_probs,
-        or_dummy(p.labels),
+        p.labels,
         p.rewards,
-        or_dummy(p.ref_log_probs),
-        p.rewards if p.valid is None else p.valid.view(torch.uint8),
-        or_dummy(p.lengths),
-        or_dummy(p.token_weights),
-        or_dummy(p.pair_weights),
-        or_dummy(p.flip_probs),
-        or_dummy(p.cu_seqlens),
+        p.ref_log_probs,
+        None if p.valid is None else p.valid.view(torch.uint8),
+        p.lengths,
+        p.token_weights,
+        p.pair_weights,
+        p.flip_probs,
+        p.cu_seqlens,
         p.cu_lists,
         *result,
         scratch,
@@ -358,20 +335,19 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         1.0 / o.target_temperature if o.target_temperature else 0.0,
         o.nll,
         p.ignore_index,
-        **{field.upper(): choices.index(getattr(o, field)) for field, choices in CHOICES.items()},
+        PAIRS=o.pairs,
+        WEIGHT=o.weight,
+        NORMALIZE=o.normalize,
+        LINK=o.link,
+        LIST_TERM=o.list_term,
+        POINTWISE=o.pointwise,
         LOG_MARGIN=o.log_margin != 0,
         TEMPERED=o.target_temperature > 0,
         NLL=o.nll > 0,
         LENGTH_NORMALIZED=o.length_normalized,
-        TOKENS=tokens,
-        HAS_REF=p.ref_log_probs is not None,
-        HAS_VALID=p.valid is not None,
-        HAS_LENGTHS=p.lengths is not None,
-        HAS_TOKEN_WEIGHTS=p.token_weights is not None,
-        HAS_FLIPS=p.flip_probs is not None,
         SOFT=p.flip_probs is not None or o.soft_target != 1,
         K=tile,
         J=min(tile, PAIR_TILE // tile),
-        R=TOKEN_TILE // tile if tokens else 1,
+        R=1 if p.cu_seqlens is None else TOKEN_TILE // tile,
         num_warps=NUM_WARPS,
     )
