@@ -102,7 +102,7 @@ class Products:
 def bare_gemms(p: Problem, n_gemms: int) -> list[Case]:
     """The floor; in chunks; on a CPU also into buffers that are new each time."""
     x, w = p.hidden.detach(), p.weight.detach()
-    chunk = bind_head(w, None, LogitMap(), 0, "eager").chunk_rows(len(x))
+    chunk = bind_head(w, None, LogitMap(), 0, w.dtype, "eager").chunk_rows(len(x))
 
     def allocating() -> list[Tensor]:
         logits = x @ w.t()

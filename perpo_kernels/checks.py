@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perpo_kernels.backends import BACKENDS
 from perpo_kernels.objectives import Objective
-from perpo_kernels.problem import ListProblem, LogitMap
+from perpo_kernels.problem import PERPO, ListProblem, LogitMap
 
 LARGEST = (1 << 63) - 1  # integer that an operator takes
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -136,6 +136,15 @@ def chunk_bytes(value: int | None) -> int:
     return value
 
 
+def logits_dtype(value: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    """None stands for the dtype of the head."""
+    if value is None or value == dtype:
+        return dtype
+    if value != torch.float32 or dtype == torch.float64:
+        raise ValueError(f"logits_dtype must be torch.float32 or None for a head of {dtype}, got {value!r}")
+    return value
+
+
 def reduction(value: str) -> None:
     if value not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {value!r}")
@@ -143,6 +152,8 @@ def reduction(value: str) -> None:
 
 def objective(given: Objective | None, beta: float | None, gamma: float | None) -> Objective:
     """The objective that a call asks for; beta and gamma are PerPO's, with the published defaults."""
+    if given is None and beta is gamma is None:
+        return PERPO
     if given is None:
         return Objective(Objective.beta if beta is None else beta, Objective.gamma if gamma is None else gamma)
     if not isinstance(given, Objective):
@@ -207,6 +218,18 @@ def layout(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be one-dimensional with at least the element 0, got {_shape(x)}")
     if x.device.type != "cpu":
         same_device(name, x, device)
+    elif device.type == "cuda" and not torch.compiler.is_compiling() and _is_capturing():
+        raise ValueError(
+            f"{name} must be on {device} while a CUDA graph is captured, got one on the CPU: the graph would read the "
+            f"same address at every replay; use {name}.to({str(device)!r})"
+        )
+
+
+def _is_capturing() -> bool:
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # fake tensors of a GPU, by a PyTorch built without
+        return False
 
 
 def sequences(log_probs: Tensor, cu_lists: Tensor | None) -> None:

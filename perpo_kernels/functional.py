@@ -15,7 +15,7 @@ from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import linear
 from perpo_kernels.ops import lists as list_ops
 from perpo_kernels.ops import logits as token_ops
-from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, pack_numbers
+from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, packed
 
 
 def token_log_probs(
@@ -54,7 +54,7 @@ def token_log_probs(
         checks.label_values(labels, logits.shape[-1], ignore_index)
         wide = logits.to(accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, temperature, ignore_index)
-    numbers = pack_numbers(LogitMap(temperature).numbers())
+    numbers = packed(LogitMap(temperature))
     labels = _normal(labels)
     return token_ops.token_log_probs(logits, labels, *numbers, ignore_index, inplace_backward, backend)[0]
 
@@ -70,6 +70,7 @@ def linear_token_log_probs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [...] fp32
     """Log-probability of each label under the language head, without the logits [..., V] ever existing.
@@ -88,6 +89,8 @@ def linear_token_log_probs(
         temperature, softcap, logit_scale: > 0; softcap None means none.
         ignore_index: positions with this label give 0 and get no gradient.
         max_chunk_bytes: budget of one chunk of logits; None: 100 MiB on the CPU, 1 GiB elsewhere.
+        logits_dtype: torch.float32 has the product of a bf16 or fp16 head write fp32 logits, as an fp32 head would;
+            None keeps the dtype of the head. The gradient of the logits has the head's dtype either way.
         backend: "auto", "triton", "eager" or "reference".
 
     Returns:
@@ -99,9 +102,9 @@ def linear_token_log_probs(
     hidden, weight, bias = checks.head(hidden, weight, bias)
     checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
-    chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
+    memory = checks.chunk_bytes(max_chunk_bytes), checks.logits_dtype(logits_dtype, weight.dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return _linear_log_probs(rows, weight, bias, labels.reshape(-1), z, chunk_bytes, backend).view(labels.shape)
+    return _linear_log_probs(rows, weight, bias, labels.reshape(-1), z, *memory, backend).view(labels.shape)
 
 
 def perpo_loss(
@@ -174,8 +177,9 @@ def perpo_loss(
         raise ValueError("lengths must be given: this objective divides log-probs by the number of tokens")
     checks.reduction(reduction)
     checks.pair_weights(pair_weights, cu_lists, log_probs.device, k)
-    flat = problem.each(lambda x: x.reshape(-1))._replace(pair_weights=pair_weights)
-    total, losses, _, _ = _list_loss(log_probs.reshape(-1), flat, backend)
+    if log_probs.dim() > 1:
+        problem = problem.each(lambda x: x if x.dim() == 3 else x.reshape(-1))
+    total, losses, _, _ = _list_loss(log_probs.reshape(-1), problem, backend)
     return _reduce(total, losses, reduction)
 
 
@@ -237,6 +241,7 @@ def linear_perpo_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     objective: Objective | None = None,
     backend: str = "auto",
 ) -> LinearPerPOOutput:
@@ -249,7 +254,8 @@ def linear_perpo_loss(
     Args:
         hidden: [T, H], the states that predict the labels: response positions only, all candidates of all lists one
             after another.
-        weight, bias, temperature, softcap, logit_scale, ignore_index, max_chunk_bytes: as `linear_token_log_probs`.
+        weight, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype: as `linear_token_log_probs`.
+        max_chunk_bytes: likewise; None lets the D of a trainable head take as much as its weight's gradient in fp32.
         labels: int64 [T].
         rewards: [S], as `perpo_loss`.
         cu_seqlens: int32 [S + 1], tokens of candidate i are cu_seqlens[i] .. cu_seqlens[i + 1]. A candidate without a
@@ -296,7 +302,7 @@ def linear_perpo_loss(
     checks.pair_weights(pair_weights, cu_lists, hidden.device)
     checks.reduction(reduction)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
-    chunk_bytes = checks.chunk_bytes(max_chunk_bytes)
+    memory = checks.chunk_bytes(max_chunk_bytes), checks.logits_dtype(logits_dtype, weight.dtype)
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if any(need[1:]) and reduction != "none" and not _is_reference(backend):
         total, _, candidates, active, *_ = linear.linear_list_loss(
@@ -304,15 +310,15 @@ def linear_perpo_loss(
             weight,
             bias,
             problem.each(_normal).pack(),
-            *pack_numbers([*z.numbers(), *problem.objective.numbers()]),
+            *packed(z, problem.objective),
             ignore_index,
-            chunk_bytes,
+            *memory,
             backend,
             need,
         )
         losses = active  # as long; only its length is read
     else:
-        tokens = _linear_log_probs(hidden, weight, bias, labels, z, chunk_bytes, backend)
+        tokens = _linear_log_probs(hidden, weight, bias, labels, z, *memory, backend)
         total, losses, candidates, active = _list_loss(tokens, problem, backend)
     loss = _reduce(total, losses, reduction)
     log_probs, scores, ranked_rewards = candidates.detach()
@@ -329,10 +335,18 @@ def _is_reference(backend: str) -> bool:
 
 
 def _linear_log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, z: LogitMap, chunk_bytes: int, backend: str
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [T]
+    z: LogitMap,
+    chunk_bytes: int,
+    logits_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:  # [T]
     if _is_reference(backend):
         checks.label_values(labels, weight.shape[0], z.ignore_index)
+        hidden, weight, bias = (None if x is None else x.to(logits_dtype) for x in (hidden, weight, bias))
         logits = reference.head_logits(hidden, weight, bias, z.softcap, z.logit_scale)
         wide = logits.to(accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)
@@ -342,9 +356,10 @@ def _linear_log_probs(
         weight,
         bias,
         _normal(labels).contiguous(),
-        *pack_numbers(z.numbers()),
+        *packed(z),
         z.ignore_index,
         chunk_bytes,
+        logits_dtype,
         backend,
         keep_derivative,
     )[0]
@@ -358,8 +373,8 @@ def _list_loss(log_probs: Tensor, problem: ListProblem, backend: str) -> tuple[T
         wide, problem = log_probs.to(dtype), problem.each(lambda x: x.to(dtype) if x.is_floating_point() else x)
         losses = reference.list_losses(wide, problem)
         return losses.sum(), losses, *reference.ranked_by(wide, problem)
-    numbers = pack_numbers(problem.objective.numbers())
-    data = problem.each(_normal).pack()
+    numbers = packed(problem.objective)
+    data = [x if x is None else _normal(x) for x in problem.pack()]
     total, losses, _, candidates, active = list_ops.list_loss(log_probs, data, *numbers, problem.ignore_index, backend)
     return total, losses, candidates, active
 

@@ -26,7 +26,9 @@ def cumulative(lengths: Sequence[int] | Tensor, device: torch.device | str | Non
 
 def equal_lists(n_lists: int, k: int, device: torch.device) -> Tensor:
     """`cu_lists` int32 [n_lists + 1] of `n_lists` lists of `k` candidates each."""
-    return torch.arange(n_lists + 1, dtype=torch.int32, device=device) * k
+    if k == 0:
+        return torch.zeros(n_lists + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, n_lists * k + 1, k, dtype=torch.int32, device=device)
 
 
 def owner(cumulative_counts: Tensor, n: int) -> Tensor:

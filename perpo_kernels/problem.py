@@ -6,8 +6,9 @@ A new number of an objective is one line in `Objective`, a new tensor of the dat
 operator, fake implementation or backward pass spells them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,17 @@ def pack_numbers(values: Sequence[float]) -> tuple[list[float], Tensor | None]:
         return list(values), None
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return [0.0], torch.stack([one * value for value in values])  # an empty list is taken for one of tensors
+
+
+@functools.lru_cache(64)
+def _numbers_of(item: "LogitMap | Objective") -> list[float]:
+    return item.numbers()
+
+
+def packed(*items: "LogitMap | Objective") -> tuple[list[float], Tensor | None]:
+    """The numbers of maps and objectives, as `pack_numbers` gives them; found once where nothing is traced."""
+    of = (lambda item: item.numbers()) if torch.compiler.is_compiling() else _numbers_of
+    return pack_numbers([x for item in items for x in of(item)])
 
 
 def unpack_numbers(numbers: Sequence[float], traced: Tensor | None) -> list[float]:
@@ -96,24 +108,22 @@ class ListProblem(NamedTuple):
 
     def pack(self) -> list[Tensor | None]:
         """The tensors, in the order of the fields; `unpack` gives the problem back."""
-        fields = self._asdict()
-        return [fields[name] for name in TENSORS]
+        return list(self[: len(TENSORS)])
 
     @staticmethod
     def unpack(
         tensors: Sequence[Tensor | None], ignore_index: int = -100, objective: Objective = PERPO
     ) -> "ListProblem":
         """A fake implementation, which wants shapes, has no numbers to make the objective of."""
-        fields: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
-        return ListProblem(**fields, objective=objective, ignore_index=ignore_index)
+        assert len(tensors) == len(TENSORS)
+        return ListProblem(*tensors, objective, ignore_index)  # type: ignore[arg-type]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "ListProblem":
         """The problem with every tensor changed."""
-        changed: dict[str, Any] = {name: change(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(**changed)
+        return ListProblem(*(change(x) if isinstance(x, Tensor) else x for x in self))
 
 
-TENSORS = tuple(name for name in ListProblem._fields if name not in ("objective", "ignore_index"))
+TENSORS = ListProblem._fields[: ListProblem._fields.index("objective")]  # the objective and numbers come last
 
 
 class ListResult(NamedTuple):

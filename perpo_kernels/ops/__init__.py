@@ -8,10 +8,10 @@ data is.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,10 +23,62 @@ def no_autocast(fn: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(fn)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return fn(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return fn(*args, **kwargs)
 
     return wrapped
+
+
+class Operator:
+    """A torch operator that is called as the plain function it is wherever nothing asks for an operator.
+
+    The way through PyTorch's dispatcher takes longer on the host than all launches of a small batch. It is taken where
+    something looks on: torch.compile, fake tensors, a dispatch mode, a functorch transform, a subclass of Tensor.
+    """
+
+    def __init__(self, name: str, fn: Callable[..., Any]) -> None:
+        self.fn = no_autocast(fn)
+        self.op = torch.library.custom_op(f"perpo_kernels::{name}", self.fn, mutates_args=())
+        self.register_fake = self.op.register_fake
+        self.direct: type[torch.autograd.Function] | None = None
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        self.op.register_autograd(backward, setup_context=setup_context)
+        fn = self.fn
+
+        class Direct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = fn(*args)
+                setup_context(ctx, args, output)
+                ctx.no_gradient = None  # of a list of tensors, which is one argument here
+                return output
+
+        Direct.backward = staticmethod(backward)  # type: ignore[assignment]
+        self.direct = Direct
+
+    def __call__(self, *args: Any) -> Any:
+        if is_observed(*args):
+            return self.op(*args)
+        if self.direct is None or not torch.is_grad_enabled():
+            return self.fn(*args)
+        return self.direct.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    return lambda fn: Operator(name, fn)
+
+
+def is_observed(*args: object) -> bool:
+    """Whether something has to see operators: a compiler, a mode, a transform, or a tensor without data or not plain."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(x, Tensor) and (x.is_meta or type(x) not in (Tensor, nn.Parameter)) for x in args)
+    )
 
 
 def first_derivative_only(op: str) -> None:

@@ -1,6 +1,6 @@
 """From hidden states to log-probs and list losses without holding the logits: chunking, GEMMs and their autograd.
 
-∂log_prob_t/∂logits_t = onehot(y_t) − softmax_t does not depend on the loss. So the forward pass takes T tokens
+∂log_prob_t/∂logits_t = onehot(y_t) − softmax(z_t) does not depend on the loss. So the forward pass takes T tokens
 chunk by chunk:
 
     Z = X_c Wᵀ (GEMM)      log_prob, and Z overwritten by D = onehot − softmax (row kernel)      U_c = D W (GEMM)
@@ -12,7 +12,13 @@ no more: two GEMMs for forward and backward. A trainable head needs dW = Dᵀ (g
   D is still in memory: three GEMMs. A list that does not fit the budget is computed twice: four GEMMs.
 - under an unknown loss, D is recomputed in the backward pass: four GEMMs.
 
-dW is summed in fp32. Under no_grad there is one GEMM and D is never formed.
+In 16 bits, where each rounding shows, a trainable head's D is made when g is known, with g in it: Dᵀ (g ⊙ X) would
+round twice. It costs one more read of Z. In fp16 it holds g in multiples of a unit, so that neither overflows nor
+underflows, whatever the loss scale.
+
+What is kept for dW is D itself if all tokens were one chunk and it is no larger than dW in fp32, else the sum over
+chunks, in fp32. Under no_grad there is one GEMM and D is never formed. Logits may be wider than the head: then Z is in
+fp32, and D, beside it, in the head's dtype.
 """
 
 from collections.abc import Sequence
@@ -22,20 +28,31 @@ import torch
 from torch import Tensor
 
 from perpo_kernels import checks
-from perpo_kernels.chunks import HeadGradient, bind_head, chunks, kept_rows, multiply
+from perpo_kernels.chunks import (
+    HeadGradient,
+    bind_head,
+    chunks,
+    keeps_derivative,
+    kept_rows,
+    max_rows,
+    multiply,
+    padded,
+    scaled_product,
+    selected,
+)
 from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
-from perpo_kernels.ops import first_derivative_only, no_autocast, no_gradient
+from perpo_kernels.ops import first_derivative_only, is_observed, no_gradient, operator
 from perpo_kernels.ops.lists import new_list_result, on_device
 from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, unpack_numbers
 
 N_MAP = len(LogitMap().numbers())
+FP16_RANGE = 2.0**14  # of a D that holds g, a quarter of the largest number
 
 # ------------------------------------------------------------------------------------------------ log-probs of tokens
 
 
-@torch.library.custom_op("perpo_kernels::linear_log_probs", mutates_args=())
-@no_autocast
+@operator("linear_log_probs")
 def linear_log_probs(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
@@ -45,6 +62,7 @@ def linear_log_probs(
     traced: Tensor | None,  # or here (`pack_numbers`)
     ignore_index: int,
     chunk_bytes: int,
+    logits_dtype: torch.dtype,
     backend: str,
     keep_derivative: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +79,7 @@ def linear_log_probs(
             traced,
             ignore_index,
             chunk_bytes,
+            logits_dtype,
             backend,
             keep_derivative,
         )
@@ -71,16 +90,19 @@ def linear_log_probs(
             lse.new_zeros(n, hidden.shape[1]).index_copy_(0, kept, derivative) if keep_derivative else derivative,
         )
     z = LogitMap.from_numbers(unpack_numbers(numbers, traced), ignore_index)
-    head = bind_head(weight, bias, z, chunk_bytes, backend)
+    head = bind_head(weight, bias, z, chunk_bytes, logits_dtype, backend)
     log_probs, lse, derivative = _new_log_probs(hidden, keep_derivative)
     rows = head.chunk_rows(hidden.shape[0])
-    buffer = head.buffer(rows)
-    step = head.kernels.fused_rows_ if keep_derivative else head.kernels.log_prob_rows
+    buffers = head.buffers(rows)
     for c in chunks(0, hidden.shape[0], rows):
-        raw = head.project(hidden[c], buffer)
-        log_probs[c], lse[:, c] = step(raw, labels[c], z)
         if keep_derivative:
-            multiply(raw, weight, derivative[c])
+            *found, d = head.log_probs_and_derivative(hidden[c], labels[c], buffers)
+            multiply(d, weight, derivative[c])
+        else:
+            found = head.kernels.log_prob_rows(head.logits(hidden[c], buffers), labels[c], z)
+        if rows >= hidden.shape[0]:
+            return found[0], found[1], derivative
+        log_probs[c], lse[:, c] = found
     return log_probs, lse, derivative
 
 
@@ -99,8 +121,7 @@ def _(hidden: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _new_log_probs(hidden, keep_derivative=settings[-1])
 
 
-@torch.library.custom_op("perpo_kernels::linear_log_probs_head_backward", mutates_args=())
-@no_autocast
+@operator("linear_log_probs_head_backward")
 def linear_log_probs_head_backward(
     grad: Tensor,  # [T]
     lse: Tensor,  # [2, T]
@@ -112,30 +133,52 @@ def linear_log_probs_head_backward(
     traced: Tensor | None,
     ignore_index: int,
     chunk_bytes: int,
+    logits_dtype: torch.dtype,
     backend: str,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """-> dW [V, H] and db [V], or empty, as `need` says; the logits are recomputed chunk by chunk."""
     z = LogitMap.from_numbers(unpack_numbers(numbers, traced), ignore_index)
-    head = bind_head(weight, bias, z, chunk_bytes, backend)
-    kept = kept_rows(labels, head.z.ignore_index)
+    head = bind_head(weight, bias, z, chunk_bytes, logits_dtype, backend)
+    kept = kept_rows(labels, z.ignore_index)
     if kept is not None:
         grad, hidden, labels, lse = grad[kept], hidden[kept], labels[kept], lse[:, kept]
-    total = HeadGradient(head, *need)
-    unit = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny) if len(grad) else grad.new_ones(())
-    grad = grad / unit  # of size 1: g ⊙ X then neither overflows nor underflows in fp16, whatever the loss scale
-    rows = head.chunk_rows(hidden.shape[0])
-    buffer = head.buffer(rows)
-    for c in chunks(0, hidden.shape[0], rows):
-        raw = head.project(hidden[c], buffer)
-        head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), None, head.z, raw)
-        total.add(raw, hidden[c], grad[c])
-    return total.weight.mul_(unit).to(weight.dtype, copy=False), total.bias.mul_(unit).to(weight.dtype)
+    n_tokens, need_weight = hidden.shape[0], need[0]
+    rows = head.chunk_rows(n_tokens)
+    one_chunk = need_weight and keeps_derivative(n_tokens, weight, rows)
+    total = HeadGradient(head, need_weight and not one_chunk, need[1])
+    g, unit = in_units(grad, z, weight.dtype)
+    present, one = present_in(g), grad.new_ones(())
+    buffers = head.buffers(rows)
+    d_weight = total.weight
+    for c in chunks(0, n_tokens, rows):
+        raw, d = head.logits(hidden[c], buffers), head.derivative(len(hidden[c]), buffers)
+        head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), g[c], z, d)
+        total.add(d, hidden[c], present[c], unit)
+        if one_chunk:
+            d_weight = scaled_product(d, selected(hidden, present), one if unit is None else unit, weight.dtype)
+    if one_chunk and n_tokens == 0:
+        d_weight = torch.zeros_like(weight)
+    return d_weight.to(weight.dtype, copy=False), total.bias.to(weight.dtype)
 
 
 @linear_log_probs_head_backward.register_fake
 def _(grad: Any, lse: Any, hidden: Any, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     return _new_head_gradient(weight, settings[-1], weight.dtype)
+
+
+def in_units(g: Tensor, z: LogitMap, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """g in multiples of a unit [], and the unit: g · D / unit then fills the range of fp16. Others need none: None."""
+    if dtype != torch.float16:
+        return g, None
+    largest = g.abs().amax() if len(g) else g.new_zeros(())
+    unit = (largest * (z.pre * z.post / FP16_RANGE)).clamp_(min=torch.finfo(g.dtype).tiny)
+    return g / unit, unit
+
+
+def present_in(g: Tensor) -> Tensor:
+    """1 where g is not 0, else 0."""
+    return (g != 0).to(g.dtype)
 
 
 def _new_head_gradient(weight: Tensor, need: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -146,17 +189,26 @@ def _new_head_gradient(weight: Tensor, need: Sequence[bool], dtype: torch.dtype)
     )
 
 
-@torch.library.custom_op("perpo_kernels::scaled", mutates_args=())
-@no_autocast
+@operator("scaled")
 def scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """g · x in `dtype`, rounded once and without a copy in the higher precision. x [T, H] with g [T]; or g is a scalar.
 
     Rows with g = 0 are 0 whatever x holds there: what takes part in nothing is selected away, not multiplied by 0.
     """
+    return _write_scaled(x, g, torch.empty_like(x, dtype=dtype))
+
+
+def _write_scaled(x: Tensor, g: Tensor, out: Tensor) -> Tensor:
     if g.dim() == 0:
-        return torch.mul(x, g, out=torch.empty_like(x, dtype=dtype))
-    out = torch.mul(x, g.unsqueeze(1), out=torch.empty_like(x, dtype=dtype))
-    return out.masked_fill_((g == 0).unsqueeze(1), 0.0)
+        return torch.mul(x, g, out=out)
+    return torch.mul(x, g.unsqueeze(1), out=out).masked_fill_((g == 0).unsqueeze(1), 0.0)
+
+
+def _scaled_last(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of what a backward pass had saved: in place if it is released after this pass."""
+    if x.dtype != dtype or is_observed(x, g) or torch._C._autograd._get_current_graph_task_keep_graph():
+        return scaled(x, g, dtype)
+    return _write_scaled(x, g, x).detach()
 
 
 @scaled.register_fake
@@ -184,11 +236,11 @@ def _log_probs_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor
         ignore_index = ctx.settings[0]
         grad = grad.masked_fill(labels == ignore_index, 0.0)
         if need_hidden:
-            d_hidden = scaled(derivative, grad, ctx.hidden_dtype)
+            d_hidden = _scaled_last(derivative, grad, ctx.hidden_dtype)
         if any(need):
             gradients = linear_log_probs_head_backward(grad, *saved, labels, ctx.numbers, traced, *ctx.settings, need)
             d_weight, d_bias = (x if needed else None for x, needed in zip(gradients, need, strict=True))
-    return d_hidden, d_weight, d_bias, *(None,) * 7
+    return d_hidden, d_weight, d_bias, *(None,) * 8
 
 
 linear_log_probs.register_autograd(_log_probs_backward, setup_context=_log_probs_setup)
@@ -197,8 +249,7 @@ linear_log_probs.register_autograd(_log_probs_backward, setup_context=_log_probs
 # ------------------------------------------------------------------------------- the list loss over a trainable head
 
 
-@torch.library.custom_op("perpo_kernels::linear_list_loss", mutates_args=())
-@no_autocast
+@operator("linear_list_loss")
 def linear_list_loss(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
@@ -208,14 +259,15 @@ def linear_list_loss(
     traced: Tensor | None,  # or here (`pack_numbers`)
     ignore_index: int,
     chunk_bytes: int,
+    logits_dtype: torch.dtype,
     backend: str,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss and every gradient in one pass over chunks of whole lists.
 
-    `need`: whether gradients of hidden, weight and bias are needed. -> Σ losses [], coefficients [T], candidates
-    [3, S], active [G], U [T, H] or [0, H], dW [V, H] or [0, 0] in accumulation precision and multiples of the unit,
-    db [V] or [0] likewise, the unit []. dX = coefficients ⊙ U.
+    `need`: whether gradients of hidden, weight and bias are needed. -> Σ losses [], factors f [T], candidates [3, S],
+    active [G], U [T, H] or [0, H], D [T, V padded] or dW [V, H] or [0, 0], db [V] or [0], the unit []. dX = f ⊙ U;
+    dW = unit · Dᵀ ((f / unit) ⊙ X) where D is kept (`keeps_derivative`), else it is there, in accumulation precision.
     """
     values = unpack_numbers(numbers, traced)
     z = LogitMap.from_numbers(values[:N_MAP], ignore_index)
@@ -226,15 +278,17 @@ def linear_list_loss(
     checks.label_values(labels, weight.shape[0], z.ignore_index)
     checks.list_values(problem, hidden.shape[0])
     problem = on_device(problem, hidden.device)
-    head = bind_head(weight, bias, z, chunk_bytes, backend)
-    need_hidden, *need_head = need
+    head = bind_head(weight, bias, z, chunk_bytes, logits_dtype, backend)
+    need_hidden, need_weight, need_bias = need
+    n_tokens, rows = hidden.shape[0], head.max_rows(need_weight)
+    one_chunk = need_weight and keeps_derivative(n_tokens, weight, rows)
     log_probs, lse, derivative = _new_log_probs(hidden, need_hidden)
-    log_probs.zero_()
     result = new_list_result(log_probs, problem)
-    gradient = HeadGradient(head, *need_head)
-    rows = head.max_rows()
-    buffer = head.buffer(min(rows, hidden.shape[0]))
-    unit = _coefficient_unit(problem.objective)
+    factors = result.coefficients
+    gradient = HeadGradient(head, need_weight and not one_chunk, need_bias)
+    buffers = head.buffers(min(rows, n_tokens))
+    one = log_probs.new_ones(())
+    fused = weight.dtype == log_probs.dtype
 
     def close_lists(segment: Segment) -> None:
         lists = slice(segment.first_list, segment.last_list)
@@ -244,40 +298,46 @@ def linear_list_loss(
         )
         of_lists = result._replace(losses=result.losses[lists], active=result.active[lists])
         head.kernels.list_loss(log_probs, part, of_lists)
-
-    def add_chunk(raw: Tensor, c: slice) -> None:
-        if need_hidden:
-            multiply(raw, weight, derivative[c])
-        g = (result.coefficients[c] / unit).masked_fill_(labels[c] == ignore_index, 0.0)
-        gradient.add(raw, hidden[c], g)
-
-    for segment in _segments(cu_seqlens, cu_lists, hidden.shape[0], rows):
         tokens = slice(segment.first_token, segment.last_token)
-        if segment.last_token == segment.first_token:
+        factors[tokens].masked_fill_(labels[tokens] == ignore_index, 0.0)
+
+    def add_chunk(d: Tensor, c: slice, present: Tensor, unit: Tensor | None) -> None:
+        if need_hidden:
+            multiply(d, weight, derivative[c])
+        gradient.add(d, hidden[c], present, unit)
+
+    unit: Tensor | None = None
+    for segment in _segments(cu_seqlens, cu_lists, n_tokens, rows):
+        tokens = slice(segment.first_token, segment.last_token)
+        n = segment.last_token - segment.first_token
+        if n == 0:
             close_lists(segment)
             continue
-        if segment.last_token - segment.first_token <= rows:
-            raw = head.project(hidden[tokens], buffer)
-            log_probs[tokens], _ = head.kernels.fused_rows_(raw, labels[tokens], z)
+        if fused and n <= rows:
+            log_probs[tokens], _, d = head.log_probs_and_derivative(hidden[tokens], labels[tokens], buffers)
             close_lists(segment)
-            add_chunk(raw, tokens)
+            head.kernels.clear_rows_(d, factors[tokens])
+            add_chunk(d, tokens, factors[tokens], None)
             continue
         pieces = list(chunks(segment.first_token, segment.last_token, rows))
         for c in pieces:
-            log_probs[c], lse[:, c] = head.kernels.log_prob_rows(head.project(hidden[c], buffer), labels[c], z)
+            raw = head.logits(hidden[c], buffers)
+            log_probs[c], lse[:, c] = head.kernels.log_prob_rows(raw, labels[c], z)
         close_lists(segment)
+        g, unit = in_units(factors[tokens], z, weight.dtype)
+        present = present_in(g)
         for c in pieces:
-            raw = head.project(hidden[c], buffer)
-            head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), None, z, raw)
-            add_chunk(raw, c)
-    _, coefficients, candidates, active = result
-    scale = log_probs.new_full((), unit)
-    return result.losses.sum(), coefficients, candidates, active, derivative, gradient.weight, gradient.bias, scale
-
-
-def _coefficient_unit(objective: Objective) -> float:
-    """What |∂L/∂s| is about; g ⊙ X is formed in multiples of it, so that fp16 neither overflows nor underflows."""
-    return 2 / objective.beta if objective.link == "squared" else objective.beta
+            here = slice(c.start - tokens.start, c.stop - tokens.start)
+            if len(pieces) > 1:
+                raw = head.logits(hidden[c], buffers)
+            d = head.derivative(c.stop - c.start, buffers)
+            head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), g[here], z, d)
+            add_chunk(d, c, present[here], unit)
+        factors[tokens] = present if unit is None else present * unit
+    kept = buffers.d if one_chunk else gradient.weight
+    unit = one if unit is None else unit
+    _, _, candidates, active = result
+    return result.losses.sum(), factors, candidates, active, derivative, kept, gradient.bias, unit
 
 
 def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) -> list[Segment]:
@@ -293,20 +353,44 @@ def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) ->
 def _(
     hidden: Tensor, weight: Tensor, bias: Any, data: Any, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, *need_head = settings[-1]
+    *_, chunk_bytes, logits_dtype, _, (need_hidden, need_weight, need_bias) = settings
     log_probs, _, derivative = _new_log_probs(hidden, need_hidden)
-    _, coefficients, candidates, active = new_list_result(log_probs, ListProblem.unpack(data))
-    d_head = _new_head_gradient(weight, need_head, log_probs.dtype)
+    _, factors, candidates, active = new_list_result(log_probs, ListProblem.unpack(data))
+    n_tokens, dtype = hidden.shape[0], log_probs.dtype
+    rows = max_rows(weight, logits_dtype, chunk_bytes, need_weight)
+    kept, d_bias = _new_head_gradient(weight, (need_weight, need_bias), dtype)
+    if need_weight and keeps_derivative(n_tokens, weight, rows):
+        kept = weight.new_empty(n_tokens, padded(weight.shape[0], weight.dtype))
     total, unit = log_probs.new_empty(()), log_probs.new_empty(())
-    return total, coefficients, candidates, active, derivative, *d_head, unit
+    return total, factors, candidates, active, derivative, kept, d_bias, unit
+
+
+@operator("kept_head_gradient")
+def kept_head_gradient(
+    d: Tensor,  # [T, V padded]
+    hidden: Tensor,  # [T, H]
+    factors: Tensor,  # [T]
+    unit: Tensor,  # []
+    grad: Tensor,  # []
+    n_vocab: int,
+) -> Tensor:
+    """dW [V, H] of a list loss whose D was kept."""
+    return scaled_product(d[:, :n_vocab], selected(hidden, factors / unit), grad * unit, hidden.dtype)
+
+
+@kept_head_gradient.register_fake
+def _(d: Tensor, hidden: Tensor, factors: Tensor, unit: Tensor, grad: Tensor, n_vocab: int) -> Tensor:
+    return hidden.new_empty(n_vocab, hidden.shape[1])
 
 
 def _list_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, data, *_ = inputs
-    _, coefficients, _, _, derivative, d_weight, d_bias, unit = output
-    ctx.save_for_backward(coefficients, derivative, d_weight, d_bias, unit)
+    hidden, weight, _, data, *_, chunk_bytes, logits_dtype, _, need = inputs
+    _, factors, _, _, derivative, kept, d_bias, unit = output
+    rows = max_rows(weight, logits_dtype, chunk_bytes, need[1])
+    ctx.of_derivative = bool(need[1]) and keeps_derivative(hidden.shape[0], weight, rows)
+    ctx.save_for_backward(factors, derivative, kept, d_bias, unit, hidden if ctx.of_derivative else None)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+    ctx.dtype, ctx.n_vocab = hidden.dtype, weight.shape[0]
     ctx.no_gradient = no_gradient(data)
     ctx.set_materialize_grads(False)
 
@@ -315,15 +399,17 @@ def _list_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, .
     first_derivative_only("linear_perpo_loss")
     d_hidden = d_weight = d_bias = None
     if grad is not None:
-        coefficients, derivative, weight_sum, bias_sum, unit = ctx.saved_tensors
+        factors, derivative, kept, bias_sum, unit, hidden = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if need_hidden:
-            d_hidden = scaled(derivative, coefficients * grad, ctx.hidden_dtype)
-        if need_weight:
-            d_weight = scaled(weight_sum, grad * unit, ctx.weight_dtype)
+            d_hidden = _scaled_last(derivative, factors * grad, ctx.dtype)
+        if need_weight and ctx.of_derivative:
+            d_weight = kept_head_gradient(kept, hidden, factors, unit, grad, ctx.n_vocab)
+        elif need_weight:
+            d_weight = _scaled_last(kept, grad, ctx.dtype)
         if need_bias:
-            d_bias = scaled(bias_sum, grad * unit, ctx.weight_dtype)
-    return d_hidden, d_weight, d_bias, ctx.no_gradient, *(None,) * 6
+            d_bias = _scaled_last(bias_sum, grad, ctx.dtype)
+    return d_hidden, d_weight, d_bias, ctx.no_gradient, *(None,) * 7
 
 
 linear_list_loss.register_autograd(_list_loss_backward, setup_context=_list_loss_setup)

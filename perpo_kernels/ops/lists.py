@@ -8,12 +8,14 @@ from torch import Tensor
 
 from perpo_kernels import backends, checks, layout
 from perpo_kernels.objectives import Objective
-from perpo_kernels.ops import first_derivative_only, no_autocast, no_gradient
+from perpo_kernels.ops import first_derivative_only, no_gradient, operator
 from perpo_kernels.problem import ListProblem, ListResult, accumulation_dtype, unpack_numbers
 
 
 def on_device(problem: ListProblem, device: torch.device) -> ListProblem:
     """The problem with every tensor dense and where the log-probs are: a layout may come from the CPU."""
+    if all(x is None or (x.device == device and x.is_contiguous()) for x in problem.pack()):
+        return problem
     return problem.each(lambda x: x.to(device, non_blocking=True).contiguous())
 
 
@@ -28,8 +30,7 @@ def new_list_result(log_probs: Tensor, problem: ListProblem) -> ListResult:
     return ListResult(new(n_lists), new(log_probs.shape[0]), new(3, n_candidates), new(n_lists))
 
 
-@torch.library.custom_op("perpo_kernels::list_loss", mutates_args=())
-@no_autocast
+@operator("list_loss")
 def list_loss(
     log_probs: Tensor,  # [T] or [S]
     data: Sequence[Tensor | None],  # of ListProblem.pack

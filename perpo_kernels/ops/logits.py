@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perpo_kernels import backends, checks
-from perpo_kernels.ops import first_derivative_only, no_autocast
+from perpo_kernels.ops import first_derivative_only, no_autocast, operator
 from perpo_kernels.problem import LogitMap, accumulation_dtype, unpack_numbers
 
 
@@ -26,8 +26,7 @@ def _can_be_overwritten(logits: Tensor) -> bool:
     return distinct and _rows_of(logits).data_ptr() == logits.data_ptr()
 
 
-@torch.library.custom_op("perpo_kernels::token_log_probs", mutates_args=())
-@no_autocast
+@operator("token_log_probs")
 def token_log_probs(
     logits: Tensor,
     labels: Tensor,
@@ -52,8 +51,7 @@ def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return out, out.new_empty(2, labels.numel())
 
 
-@torch.library.custom_op("perpo_kernels::token_log_probs_backward", mutates_args=())
-@no_autocast
+@operator("token_log_probs_backward")
 def token_log_probs_backward(
     grad: Tensor,
     lse: Tensor,

@@ -62,7 +62,7 @@ def test_every_operator_is_tested_here():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "perpo_kernels::" in name}
     assert {name.split(".")[0] for name in registered} == {
         "token_log_probs", "token_log_probs_backward", "token_log_probs_backward_", "list_loss", "linear_log_probs",
-        "linear_log_probs_head_backward", "scaled", "linear_list_loss",
+        "linear_log_probs_head_backward", "scaled", "linear_list_loss", "kept_head_gradient",
     }  # fmt: skip
 
 
@@ -122,24 +122,24 @@ def test_a_problem_without_a_missing_tensor(lists, head, device, given):
     assert all(x is not None for x in data)
     opcheck(ops.list_loss, (leaf(-torch.rand(lists.n_tokens, device=device)), data, *given(numbers), -100, "eager"))
     leaves = (leaf(head.hidden), leaf(head.weight), None)
-    args = (*leaves, data, *given(MAP, numbers), -100, 0, "eager", [True, True, False])
+    args = (*leaves, data, *given(MAP, numbers), -100, 0, torch.float32, "eager", [True, True, False])
     opcheck(ops.linear_list_loss, args)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_linear_log_probs(head, backend, trainable, given):
     weight, bias = (leaf(head.weight), leaf(head.bias)) if trainable else (head.weight, None)
-    args = (leaf(head.hidden), weight, bias, head.labels, *given(MAP), -100, 0, backend, True)
+    args = (leaf(head.hidden), weight, bias, head.labels, *given(MAP), -100, 0, torch.float32, backend, True)
     opcheck(ops.linear_log_probs, args)
 
 
 def test_linear_log_probs_without_derivative(head, backend, given):
-    args = (head.hidden, head.weight, None, head.labels, *given(MAP), -100, 0, backend, False)
+    args = (head.hidden, head.weight, None, head.labels, *given(MAP), -100, 0, torch.float32, backend, False)
     opcheck(ops.linear_log_probs, args)
 
 
 def test_linear_log_probs_head_backward(head, backend, given):
-    args = (head.hidden, head.weight, head.bias, head.labels, *given(MAP), -100, 0, backend)
+    args = (head.hidden, head.weight, head.bias, head.labels, *given(MAP), -100, 0, torch.float32, backend)
     log_probs, lse, _ = ops.linear_log_probs(*args, False)
     args = (torch.randn_like(log_probs), lse, *args, [True, True])
     opcheck(ops.linear_log_probs_head_backward, args, test_utils=WITHOUT_AUTOGRAD)
@@ -156,4 +156,6 @@ def test_linear_list_loss(head, lists, backend, given):
     problem = token_problem(head, lists, token_weights=torch.rand_like(head.hidden[:, 0]))
     numbers = given(MAP, problem.objective.numbers())
     leaves = (leaf(head.hidden), leaf(head.weight), leaf(head.bias))
-    opcheck(ops.linear_list_loss, (*leaves, problem.pack(), *numbers, -100, 0, backend, [True, True, True]))
+    opcheck(
+        ops.linear_list_loss, (*leaves, problem.pack(), *numbers, -100, 0, torch.float32, backend, [True, True, True])
+    )

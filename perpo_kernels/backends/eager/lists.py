@@ -16,6 +16,9 @@ from perpo_kernels.objectives import Objective
 from perpo_kernels.problem import ListProblem, ListResult
 
 PAIRS_AT_ONCE = 1 << 22
+TAME = 1e12  # Σ |numbers| of all candidates, over max(1, β): no square of a difference of two overflows
+
+FAST_GAMMA = 0.25  # from here on a margin of the smallest normal number has no weight beside the largest one
 
 
 class Candidates(NamedTuple):
@@ -25,10 +28,11 @@ class Candidates(NamedTuple):
     log_prob: Tensor  # Σ ω log π
     reward: Tensor  # NaN for an invalid candidate
     flip_prob: Tensor | None
+    tame: bool  # all are valid, and every number is of ordinary size: nothing has to be selected away
 
 
 def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> None:
-    """The longest list is read on the host: free on the CPU, one synchronisation on a device."""
+    """The longest list is read on the host: free on the CPU, a few synchronisations on a device."""
     p = problem
     bounds = p.cu_lists.tolist()
     here = slice(bounds[0], bounds[-1])
@@ -38,35 +42,51 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         result.active.zero_()
         return
     everyone, counts = _candidates(log_probs, p, here, result)
-    d_score, d_log_prob = torch.zeros_like(everyone.score), torch.zeros_like(everyone.score)
+    d_score: Tensor | None = None
+    d_log_prob: Tensor | None = None
     for lists, place, inside in _blocks(p.cu_lists, here, k):
-        score, log_prob, reward = (x[place].view(-1, k) for x in everyone[:3])
+        score, log_prob, reward = (_at(x, place).view(-1, k) for x in everyone[:3])
         if inside is not None:
             reward = reward.masked_fill(~inside, torch.nan)
         flips = None if everyone.flip_prob is None else everyone.flip_prob[place].view(-1, k)
-        some = Candidates(score, log_prob, reward, flips)
+        some = Candidates(score, log_prob, reward, flips, everyone.tame and inside is None)
         given = None if p.pair_weights is None else p.pair_weights[lists, :k, :k]
         result.losses[lists], slope, likelihood, result.active[lists] = lists_of_k(some, given, p.objective)
-        for total, values in ((d_score, slope), (d_log_prob, likelihood)):
-            if values is None:
-                continue
-            if inside is None:
-                total[place] = values.view(-1)
-            else:
-                total[place[inside.view(-1)]] = values[inside]
-    if p.objective.length_normalized:
-        d_score /= counts.clamp(min=1)
-    _write_coefficients(p, here, d_score + d_log_prob, result)
+        d_score = _put(d_score, slope, place, inside, len(everyone.score))
+        d_log_prob = _put(d_log_prob, likelihood, place, inside, len(everyone.score))
+    assert d_score is not None
+    if p.objective.length_normalized and counts is not None:
+        d_score = d_score / counts.clamp(min=1)
+    _write_coefficients(p, here, d_score if d_log_prob is None else d_score + d_log_prob, result)
+
+
+def _at(x: Tensor, place: Any) -> Tensor:
+    """x[place], or x itself for a slice of all of it."""
+    return x if isinstance(place, slice) and place == slice(0, len(x)) else x[place]
+
+
+def _put(total: Tensor | None, values: Tensor | None, place: Any, inside: Tensor | None, n: int) -> Tensor | None:
+    """The values [lists, k] of a block, where its candidates are among all n."""
+    if values is None:
+        return total
+    if inside is None and values.numel() == n:
+        return values.view(-1)
+    total = values.new_zeros(n) if total is None else total
+    if inside is None:
+        total[place] = values.view(-1)
+    else:
+        total[place[inside.view(-1)]] = values[inside]
+    return total
 
 
 def _blocks(cu_lists: Tensor, here: slice, k: int) -> Iterator[tuple[slice, Any, Tensor | None]]:
     """Blocks of lists: which, where their candidates are counted from `here`, and which of k exist (None: all)."""
     n_lists, at_once = cu_lists.numel() - 1, max(1, PAIRS_AT_ONCE // (k * k))
     equal = n_lists * k == here.stop - here.start
-    slot = torch.arange(k, device=cu_lists.device)
+    slot = None if equal else torch.arange(k, device=cu_lists.device)
     for first in range(0, n_lists, at_once):
         lists = slice(first, min(first + at_once, n_lists))
-        if equal:
+        if slot is None:
             yield lists, slice(lists.start * k, lists.stop * k), None
             continue
         inside = slot < (cu_lists[lists.start + 1 : lists.stop + 1] - cu_lists[lists])[:, None]
@@ -74,42 +94,54 @@ def _blocks(cu_lists: Tensor, here: slice, k: int) -> Iterator[tuple[slice, Any,
         yield lists, place.view(-1), inside
 
 
-def _candidates(log_probs: Tensor, p: ListProblem, here: slice, result: ListResult) -> tuple[Candidates, Tensor]:
-    """The candidates of all lists, and their numbers of valid tokens."""
+def _candidates(
+    log_probs: Tensor, p: ListProblem, here: slice, result: ListResult
+) -> tuple[Candidates, Tensor | None]:
+    """The candidates of all lists, and their numbers of valid tokens where they are known."""
     dtype = result.losses.dtype
-    counts = torch.ones(here.stop - here.start, dtype=dtype, device=p.rewards.device)
-    present: Tensor | None = None
+    counts: Tensor | None = None
     if p.cu_seqlens is None or p.labels is None:
-        sums = log_probs[here].to(dtype)
+        sums = _at(log_probs, here).to(dtype)
         if p.lengths is not None:
-            counts = p.lengths[here].to(dtype)
-            present = counts > 0
+            counts = _at(p.lengths, here).to(dtype)
     else:
-        bounds = p.cu_seqlens[here.start : here.stop + 1]
-        tokens = slice(int(bounds[0]), int(bounds[-1]))
-        lengths = bounds.diff().long()
-        kept = p.labels[tokens] != p.ignore_index
-        of_tokens = log_probs[tokens].to(dtype)
-        if p.token_weights is not None:
-            weights = p.token_weights[tokens]
-            kept &= weights != 0
-            of_tokens = of_tokens * weights
-        sums = _segment_sum(torch.where(kept, of_tokens, 0.0), lengths)
-        counts = _segment_sum(kept.to(dtype), lengths)
-        present = counts > 0
+        sums, counts = _sums_of_tokens(log_probs, p, here, dtype)
+    present = None if counts is None else counts > 0
     if p.valid is not None:
-        valid = p.valid[here]
+        valid = _at(p.valid, here)
         present = valid if present is None else present & valid
         sums = sums.where(valid, 0.0)
-    rewards = p.rewards[here].to(dtype)
-    taking_part = rewards.isfinite() if present is None else present & rewards.isfinite()
-    score = sums if p.ref_log_probs is None else sums - p.ref_log_probs[here].to(dtype)
-    if p.objective.length_normalized:
+    rewards = _at(p.rewards, here).to(dtype)
+    score = sums if p.ref_log_probs is None else sums - _at(p.ref_log_probs, here).to(dtype)
+    if p.objective.length_normalized and counts is not None:
         score = score / counts.clamp(min=1)
-    rewards = rewards.masked_fill(~taking_part, torch.nan)
-    result.candidates[:, here] = torch.stack([sums, score, rewards])
-    flips = None if p.flip_probs is None else p.flip_probs[here].to(dtype)
-    return Candidates(score, sums, rewards, flips), counts
+    written = torch.stack([sums, score, rewards], out=result.candidates[:, here])
+    size = float(written.abs().sum()) * max(1.0, p.objective.beta)  # NaN and inf are not below anything
+    tame = size < TAME and (present is None or bool(present.all()))
+    if not tame:
+        taking_part = rewards.isfinite() if present is None else present & rewards.isfinite()
+        rewards = rewards.masked_fill(~taking_part, torch.nan)
+        result.candidates[2, here] = rewards
+    flips = None if p.flip_probs is None else _at(p.flip_probs, here).to(dtype)
+    return Candidates(score, sums, rewards, flips, tame), counts
+
+
+def _sums_of_tokens(log_probs: Tensor, p: ListProblem, here: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Σ ω log π of each candidate, and its number of tokens that count."""
+    assert p.cu_seqlens is not None
+    assert p.labels is not None
+    bounds = p.cu_seqlens[here.start : here.stop + 1]
+    tokens = slice(int(bounds[0]), int(bounds[-1]))
+    lengths = bounds.diff().long()
+    kept = p.labels[tokens] != p.ignore_index
+    of_tokens = log_probs[tokens].to(dtype)
+    if p.token_weights is not None:
+        weights = p.token_weights[tokens]
+        kept &= weights != 0
+        of_tokens = of_tokens * weights
+    if bool(kept.all()):
+        return _segment_sum(of_tokens, lengths), lengths.to(dtype)
+    return _segment_sum(torch.where(kept, of_tokens, 0.0), lengths), _segment_sum(kept.to(dtype), lengths)
 
 
 def _segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
@@ -137,21 +169,27 @@ def lists_of_k(
     """[n, k] candidates -> loss [n], ∂loss/∂s [n, k], ∂loss/∂(Σ log π) [n, k] or None, whether active [n]."""
     o = objective
     dtype = c.score.dtype
-    member = ~c.reward.isnan()
-    better = c.reward.unsqueeze(-1) > c.reward.unsqueeze(-2)  # [n, i, j]: r_i > r_j; false where either is invalid
-    highest = c.reward.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
-    lowest = c.reward.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)
-    is_best = c.reward == highest
+    member = None if c.tame else ~c.reward.isnan()
+    highest = (c.reward if c.tame else c.reward.nan_to_num(nan=-torch.inf)).amax(-1, keepdim=True)
+    lowest = (c.reward if c.tame else c.reward.nan_to_num(nan=torch.inf)).amin(-1, keepdim=True)
     active = (highest > lowest).squeeze(-1)
     if given is not None:
-        given = given.to(dtype).masked_fill(~(member.unsqueeze(-1) & member.unsqueeze(-2)), 0.0)
+        given = given.to(dtype)
+        if member is not None:
+            given = given.masked_fill(~(member.unsqueeze(-1) & member.unsqueeze(-2)), 0.0)
         active = (given > 0).flatten(-2).any(-1)
 
-    z = o.beta * c.score.masked_fill(~member, 0.0)
+    z = o.beta * (c.score if member is None else c.score.masked_fill(~member, 0.0))
     ahead = z.unsqueeze(-1) - z.unsqueeze(-2)  # [n, i, j]
     terms: list[tuple[Tensor, Tensor]] = []  # loss [n] and ∂loss/∂z [n, k]
     if o.pairs != "none":
-        terms.append(_pair_term(c, ahead, better, given, highest, lowest, o))
+        terms.append(_pair_term(c, ahead, given, highest, lowest, o))
+    if c.tame and o.list_term == o.pointwise == "none" and not o.nll:  # a list without a pair has loss 0 already
+        (loss, slope), *_ = terms
+        return loss, slope.mul_(o.beta), None, active
+    if member is None:
+        member = torch.ones_like(c.reward, dtype=torch.bool)
+    is_best = c.reward == highest
     best_share = is_best.to(dtype) / is_best.sum(-1, keepdim=True).clamp(min=1)
     p = best_share
     if o.target_temperature:
@@ -160,7 +198,7 @@ def lists_of_k(
         log_softmax = z.masked_fill(~member, -torch.inf).log_softmax(-1)
         terms.append((-torch.where(member, p * log_softmax, 0.0).sum(-1), log_softmax.exp() - p))
     elif o.list_term == "plackett_luce":
-        terms.append(_plackett_luce(c.reward, z, better))
+        terms.append(_plackett_luce(c.reward, z))
     if o.pointwise != "none":
         terms.append((-torch.where(member, p * F.logsigmoid(z), 0.0).sum(-1), -p * torch.sigmoid(-z)))
     if o.pointwise == "nca":
@@ -175,22 +213,32 @@ def lists_of_k(
     return loss.where(active, 0.0), (o.beta * slope).where(on, 0.0), likelihood, active
 
 
+def _better(reward: Tensor) -> Tensor:
+    """[n, i, j]: r_i > r_j; false where either is invalid."""
+    return reward.unsqueeze(-1) > reward.unsqueeze(-2)
+
+
 def _pair_term(
     c: Candidates,
     ahead: Tensor,  # [n, k, k]: z_i − z_j
-    better: Tensor,  # bool [n, k, k]
     given: Tensor | None,  # [n, k, k]
     highest: Tensor,  # [n, 1]
     lowest: Tensor,
     o: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """Σ w_ij ℓ(d_ij) [n] and its slope in z [n, k]. Outside of the pairs w is 0 and d is 0, so that ℓ is finite."""
-    weight = given
+    """Σ w_ij ℓ(d_ij) [n] and its slope in z [n, k]. Outside of the pairs w is 0, and ℓ is finite."""
+    over_list = (o.pairs, o.weight, o.normalize) == ("all", "power", "list")
+    if c.tame and over_list and o.gamma >= FAST_GAMMA and not o.log_margin:
+        gap = c.reward.unsqueeze(-1) - c.reward.unsqueeze(-2)
+        tiny = torch.finfo(gap.dtype).tiny
+        share = gap.div_((highest - lowest).clamp_min_(tiny).unsqueeze(-1)).clamp_min_(tiny)  # roots of 0 are slow
+        weight = F.threshold_(share.pow_(o.gamma), (1.001 * tiny) ** o.gamma, 0.0)
+        return _weighted(weight, None, ahead - o.offset if o.offset else ahead, c.flip_prob, o)
     if given is not None:
         pair = given > 0
         weight = given.where(pair, 0.0)
     else:
-        pair = better
+        pair = _better(c.reward)
         if o.pairs != "all":
             pair = pair & (c.reward == highest).unsqueeze(-1)
         if o.pairs == "best_vs_worst":
@@ -199,22 +247,29 @@ def _pair_term(
             weight = _power_weight(c.reward, pair, highest, lowest, o)
         elif o.weight == "lambda":
             weight = _lambda_weight(c, o.beta * c.score).where(pair, 0.0)
+        else:
+            weight = pair.to(ahead.dtype)
     d = ahead.where(pair, 0.0)
     if o.offset:
         d = (ahead - o.offset).where(pair, 0.0)
     if o.log_margin:
         gap = torch.where(pair, c.reward.unsqueeze(-1) - c.reward.unsqueeze(-2), 1.0)
         d = d - o.log_margin * gap.log()
-    link, slope = _link(d, c.flip_prob, o)
-    if weight is None:  # uniform
-        weight = pair.to(d.dtype)
-    loss = (weight * link).flatten(-2).sum(-1)
-    pull = weight * slope
-    slope = pull.sum(-1) - pull.sum(-2)
+    return _weighted(weight, pair, d, c.flip_prob, o)
+
+
+def _weighted(
+    weight: Tensor, pair: Tensor | None, d: Tensor, flip_prob: Tensor | None, o: Objective
+) -> tuple[Tensor, Tensor]:
+    """Σ w ℓ(d), normalised, and its slope. `pair` None: where w is not 0, by which no objective normalises."""
+    link, slope = _link(d, flip_prob, o)
+    loss = link.mul_(weight).sum((-2, -1))
+    pull = slope.mul_(weight)
+    slope = pull.sum(-1).sub_(pull.sum(-2))
     if o.normalize != "none":
-        total = (weight if o.normalize == "list" else pair).flatten(-2).sum(-1).to(d.dtype)
-        scale = 1 / total.where(total > 0, 1.0)
-        loss, slope = loss * scale, slope * scale.unsqueeze(-1)
+        total = (weight if o.normalize == "list" or pair is None else pair).sum((-2, -1)).to(d.dtype)
+        scale = total.clamp_min_(torch.finfo(d.dtype).tiny).reciprocal_()
+        loss, slope = loss.mul_(scale), slope.mul_(scale.unsqueeze(-1))
     return loss, slope
 
 
@@ -233,7 +288,7 @@ def _power_weight(reward: Tensor, pair: Tensor, highest: Tensor, lowest: Tensor,
 def _link(d: Tensor, flip_prob: Tensor | None, o: Objective) -> tuple[Tensor, Tensor]:
     """ℓ(d) and ℓ'(d), with d 0 outside of the pairs."""
     if o.link == "logistic":
-        link, slope = -F.logsigmoid(d), -torch.sigmoid(-d)
+        link, slope = F.logsigmoid(d).neg_(), d.neg().sigmoid_().neg_()
         if flip_prob is None and o.soft_target == 1:
             return link, slope
         flip = d.new_tensor(1 - o.soft_target) if flip_prob is None else flip_prob.unsqueeze(-2)
@@ -256,10 +311,10 @@ def _lambda_weight(c: Candidates, z: Tensor) -> Tensor:
     return (gain.unsqueeze(-1) - gain.unsqueeze(-2)).abs() * (discount.unsqueeze(-1) - discount.unsqueeze(-2)).abs()
 
 
-def _plackett_luce(reward: Tensor, z: Tensor, better: Tensor) -> tuple[Tensor, Tensor]:
+def _plackett_luce(reward: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_j (log Σ_{m: r_m ≤ r_j} exp z_m − z_j) over j above the last place [n], and its slope [n, k]."""
     in_race = reward.unsqueeze(-2) <= reward.unsqueeze(-1)  # [n, j, m]
-    has_worse = better.any(-1)
+    has_worse = _better(reward).any(-1)
     denominator = z.unsqueeze(-2).masked_fill(~in_race, -torch.inf).logsumexp(-1)
     loss = (denominator - z).where(has_worse, 0.0).sum(-1)
     chance = (z.unsqueeze(-2) - denominator.unsqueeze(-1)).where(in_race & has_worse.unsqueeze(-1), -torch.inf).exp()
