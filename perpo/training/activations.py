@@ -76,9 +76,7 @@ def count(model: nn.Module, layout: PrefixLayout, n_responses: int, dtype: torch
     with torch.device("meta"), _Counting(live):
         with attention.packed_forward(core):
             states = decoder(
-                inputs_embeds=torch.empty(
-                    1, layout.n_tokens, width, dtype=dtype
-                ),
+                inputs_embeds=torch.empty(1, layout.n_tokens, width, dtype=dtype),
                 position_ids=torch.zeros(1, layout.n_tokens, dtype=torch.int64),
                 prefix_layout=layout,
                 use_cache=False,

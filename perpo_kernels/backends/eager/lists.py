@@ -94,9 +94,7 @@ def _blocks(cu_lists: Tensor, here: slice, k: int) -> Iterator[tuple[slice, Any,
         yield lists, place.view(-1), inside
 
 
-def _candidates(
-    log_probs: Tensor, p: ListProblem, here: slice, result: ListResult
-) -> tuple[Candidates, Tensor | None]:
+def _candidates(log_probs: Tensor, p: ListProblem, here: slice, result: ListResult) -> tuple[Candidates, Tensor | None]:
     """The candidates of all lists, and their numbers of valid tokens where they are known."""
     dtype = result.losses.dtype
     counts: Tensor | None = None
