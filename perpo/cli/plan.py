@@ -15,6 +15,10 @@ from perpo.model.settings import check_place
 from perpo.training.cost import ListShape, Planner, Training
 
 GIB = 2**30
+LEFT_OUT = (
+    "Left out: workspaces of flash attention and cuBLAS, the CUDA context, memory lost between blocks, and the forward "
+    "pass of\nthe vision tower. Gradients are counted as there all the time, as with accumulation and under DDP."
+)
 
 
 @dataclass
@@ -29,7 +33,11 @@ class PlanConfig:
     lora_r: int = field(default=128, metadata={"help": "Rank of the adapters; 0: the whole language model is trained."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Run layers again in the backward pass."})
     dtype: str = field(
-        default="bfloat16", metadata={"help": "Of weights and activations.", "choices": ["bfloat16", "float32"]}
+        default="bfloat16",
+        metadata={
+            "help": "Of weights and activations; bfloat16: what is trained is in fp32, as `perpo train` has it.",
+            "choices": ["bfloat16", "float32"],
+        },
     )
     shards: int = field(default=1, metadata={"help": "GPUs that weights and optimizer are spread over (ZeRO-3, FSDP)."})
     gpu_memory: float | None = field(default=None, metadata={"help": "GiB of a GPU: how many lists fit?"})
@@ -85,4 +93,4 @@ def report(options: PlanConfig) -> str:
         f"trained\none forward and backward pass of {options.lists} × {options.k} answers of "
         f"{options.response_tokens} tokens to {options.prompt_tokens}"
     )
-    return "\n".join([head, "", *(f"{name:<22}{a:>15}{b:>15}" for name, a, b in rows)])
+    return "\n".join([head, "", *(f"{name:<22}{a:>15}{b:>15}" for name, a, b in rows), "", LEFT_OUT])

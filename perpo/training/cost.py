@@ -5,11 +5,11 @@ Memory is the sum of
     weights       parameters × bytes
     gradients     trained parameters × bytes
     optimizer     trained parameters × 8: AdamW's two moments in fp32
-    activations   what autograd keeps for the backward pass: counted, by running the model's own layers on the meta
-                  device, which computes only shapes, and adding up what they save
-    momentary     the larger of two things that come one after the other: the loss (one chunk of logits, and the
-                  gradient of the response states) and the backward pass of one layer (two tensors as wide as the widest
-                  of its linear layers; with gradient checkpointing also what the layer keeps when it is run again)
+    activations   what is kept for the backward pass: counted on one and two of the model's own layers, in the mixed
+                  precision of the trainer (`perpo.training.activations`), and U [n k R, H] of the loss in fp32
+    momentary     what is added at the highest of three points: inside the last layer of the forward pass (counted), the
+                  loss (one chunk of logits, and the response states), the backward pass of a layer (counted; with
+                  gradient checkpointing also what the layer keeps when it is run again)
 
 and operations (multiply and add count as two) of one list are
 
@@ -27,18 +27,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from perpo.model.language_head import causal_lm
-from perpo.model.trainable import freeze, language_lora
-from perpo.prefix import attention
+from perpo.model.trainable import freeze, keep_in_fp32, language_lora
 from perpo.prefix.layout import PrefixLayout, prefix_layout
+from perpo.training.activations import Passes, count
 
 MOMENTS = 8  # bytes a trained parameter
 
@@ -58,6 +56,11 @@ class ListShape:
         rows = 1 if self.shared else self.k
         answers = [self.response_tokens] * (self.k // rows)
         return prefix_layout([self.prompt_tokens] * (self.n * rows), [answers] * (self.n * rows))
+
+    @property
+    def responses(self) -> int:
+        """Response tokens."""
+        return self.n * self.k * self.response_tokens
 
     @property
     def pairs(self) -> float:
@@ -97,7 +100,6 @@ class Planner:
         linear = [module for module in language.modules() if isinstance(module, nn.Linear) and module is not head]
         self.linear_parameters = sum(module.weight.numel() for module in linear)
         self.linear_trained = sum(module.weight.numel() for module in linear if module.weight.requires_grad)
-        self.widest = max(max(module.in_features, module.out_features) for module in linear)
         self.vocabulary, self.hidden = head.weight.shape
         self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // self.heads
@@ -110,28 +112,27 @@ class Planner:
         total = 2 * forward + 2 * tokens * self.linear_trained + 3.5 * attention_forward
         if self.training.gradient_checkpointing:
             total += forward + attention_forward
-        total += 4 * lists.n * lists.k * lists.response_tokens * self.vocabulary * self.hidden
+        total += 4 * lists.responses * self.vocabulary * self.hidden
         images = lists.n * (1 if lists.shared else lists.k)
         return total + 2 * images * self._patches(lists) * self.vision_parameters
 
     def memory(self, lists: ListShape) -> dict[str, float]:
         """Bytes on each device, by what they are for."""
-        training, layout = self.training, lists.layout
-        one, two = (self._saved(layout, n_layers) for n_layers in (1, 2))
-        size = training.dtype.itemsize
-        responses = lists.n * lists.k * lists.response_tokens
+        training = self.training
+        one, two = (self._passes(lists, n_layers) for n_layers in (1, 2))
+        passes = one.of_layers(two, self.layers)
+        size, responses = training.dtype.itemsize, lists.responses
+        states = responses * self.hidden * size  # let go when the loss is there
+        derivative = 4 * responses * self.hidden  # of log-probs by states
         logits = min(training.max_chunk_bytes, responses * self.vocabulary * size)
-        loss = logits + 2 * responses * self.hidden * size
-        layer = 2.0 * layout.n_tokens * self.widest * size
-        if training.gradient_checkpointing:
-            once, twice = (self._saved(layout, n_layers, checkpointing=False) for n_layers in (1, 2))
-            layer += twice - once
+        activations = passes.kept - states + derivative
+        peak = max(passes.forward, passes.held + derivative + logits, passes.backward - states + derivative)
         return {
             "weights": self.weight_bytes / training.shards,
             "gradients": self.trained_bytes / training.shards,
             "optimizer": MOMENTS * self.trained / training.shards,
-            "activations": one + (self.layers - 1) * (two - one),
-            "momentary": max(loss, layer),
+            "activations": activations,
+            "momentary": peak - activations,
         }
 
     def fitting(self, lists: ListShape, capacity: float) -> int:
@@ -146,35 +147,17 @@ class Planner:
         """Of an image that takes up the whole prompt."""
         return lists.prompt_tokens * patches_per_token(self.config)
 
-    def _saved(self, layout: PrefixLayout, n_layers: int, checkpointing: bool | None = None) -> int:
-        """Bytes that autograd keeps of a language model of `n_layers` layers, without its weights."""
+    def _passes(self, lists: ListShape, n_layers: int) -> Passes:
+        """Of a language model of `n_layers` layers."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers = n_layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:n_layers]
         model = _model(config, self.training)
-        core = causal_lm(model).train()
-        attention.register_attention(core)
-        if self.training.gradient_checkpointing if checkpointing is None else checkpointing:
-            core.gradient_checkpointing_enable({"use_reentrant": False})
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        kept: dict[int, Any] = {}  # the storages themselves, so that none is freed and its address used again
-
-        def keep(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage
-            return x
-
-        with torch.device("meta"), saved_tensors_hooks(keep, lambda x: x), attention.packed_forward(core):
-            core.get_decoder()(
-                inputs_embeds=torch.empty(1, layout.n_tokens, self.hidden, dtype=self.training.dtype),
-                position_ids=torch.zeros(1, layout.n_tokens, dtype=torch.int64),
-                prefix_layout=layout,
-                use_cache=False,
-            )
-        return sum(storage.nbytes() for storage in kept.values())
+        if self.training.gradient_checkpointing:
+            causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+        return count(model, lists.layout, lists.responses, self.training.dtype)
 
 
 def patches_per_token(config: PreTrainedConfig) -> float:
@@ -199,8 +182,10 @@ def _model(config: PreTrainedConfig, training: Training) -> nn.Module:
         except ValueError:  # no vision-language model
             model = AutoModelForCausalLM.from_config(config, dtype=training.dtype)
         if training.lora_r:
-            return get_peft_model(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
-        freeze(model)
+            model = get_peft_model(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
+        else:
+            freeze(model)
+        keep_in_fp32(model)
         return model
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -173,11 +174,41 @@ def _recorded_kernels(notes: FakeGpu) -> Iterator[None]:
             setattr(module, name, kernel)
 
 
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The kernel that PyTorch takes on a GPU like this; a CPU build would fall back on matrix products."""
+    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if query.device.type != "cuda":
+        return _PLAIN_SDPA(query, key, value, attn_mask, **options)
+    if query.dtype in (torch.bfloat16, torch.float16) and attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:  # which this kernel does not know
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
+    bias = None if attn_mask is None else attn_mask.expand(*query.shape[:3], key.shape[2])
+    train = any(x.requires_grad for x in (query, key, value)) and torch.is_grad_enabled()
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, train, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+_PLAIN_SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
 @contextmanager
 def fake_gpu(notes: Any = None) -> Iterator[Any]:
     """Inside, tensors on CUDA are fake, and those on the CPU are real."""
     notes = notes or FakeGpu()
-    with _recorded_kernels(notes), notes.mode, notes:
+    with patch("torch.nn.functional.scaled_dot_product_attention", _sdpa), _recorded_kernels(notes), notes.mode, notes:
         yield notes
 
 

@@ -29,6 +29,7 @@ class LossCase:
     layout: str = "cpu"
     device: str = "cuda:0"
     reduction: str = "mean"
+    logits_dtype: torch.dtype | None = None
     grad: bool = True
 
     def run(self) -> None:
@@ -54,6 +55,7 @@ class LossCase:
                 bias=bias,
                 softcap=self.softcap,
                 reduction=self.reduction,
+                logits_dtype=self.logits_dtype,
                 max_chunk_bytes=None if rows is None else rows * N_VOCAB * self.dtype.itemsize,
             )
         assert out.loss.shape == ((LISTS,) if self.reduction == "none" else ())

@@ -6,43 +6,120 @@ memory lost between blocks.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from peft import get_peft_model
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from tests.fake_gpu.device import FakeGpu
+import perpo_kernels as pk
+from perpo.model import sharing
+from perpo.model.language_head import LanguageHead, accept_rows, causal_lm
+from perpo.model.trainable import keep_in_fp32, language_lora
+from perpo.training.activations import LiveStorages
+from perpo.training.cost import ListShape, Training
+from tests.fake_gpu.device import FakeGpu, fake_gpu, move
 
-BLOCK = 512  # bytes; sizes are rounded up to a multiple
+GIB = 2**30
+LISTS = ListShape(prompt_tokens=1500, response_tokens=40, k=20)
 
 
 class StorageCount(FakeGpu):
-    """Bytes in storages on CUDA, now and at their peak since `reset`."""
-
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def reset(self) -> None:
-        self.peak = self.now
+        self.live = LiveStorages()
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.device.type == "cuda":
-                self._add(x.untyped_storage())
+                self.live.add(x)
 
-    def _add(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self._sizes[key] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key)
 
-    def _drop(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+class Counted(NamedTuple):
+    """Bytes."""
+
+    fixed: int  # weights and moments
+    kept: int  # of the forward pass, for the backward pass
+    first: int  # peak of a pass without gradients there before
+    further: int  # of one that adds to gradients
+    optimizer: int  # peak of the optimizer's step
+
+
+def qwen(n_layers: int) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL-7B with as many layers; 28 are its own."""
+    text = {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def count_step(config: Any, training: Training, lists: ListShape) -> Counted:
+    """The second step of LoRA training in bf16, as `PerPOTrainer` does it, on tokens alone."""
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        model = get_peft_model(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
+    keep_in_fp32(model)
+    accept_rows(model)
+    sharing.prepare(model, "on")
+    model.train()
+    if training.gradient_checkpointing:
+        causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+    count = StorageCount()
+    live = count.live
+    with fake_gpu(count):
+        move(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        fixed = live.now
+        peaks = []
+        for _ in range(2):
+            live.peak = live.now
+            loss = forward(model, lists)
+            kept = live.now
+            loss.backward()
+            peaks.append(live.peak)
+            del loss
+        gradients = sum(parameter.nbytes for parameter in trained)
+        live.peak = live.now
+        optimizer.step()
+        return Counted(fixed, kept - fixed - gradients, *peaks, live.peak)
+
+
+def forward(model: Any, lists: ListShape) -> Tensor:
+    new = partial(torch.empty, device="cuda")
+    n, n_responses = lists.layout.n_tokens, lists.k * lists.response_tokens
+    rows = 1 if lists.shared else lists.k
+    inputs = {
+        "input_ids": new(rows, n // rows, dtype=torch.int64),
+        "position_ids": new(3, rows, n // rows, dtype=torch.int64),
+        "response_rows": new(n_responses, dtype=torch.int64),
+        "prefix_layout": lists.layout.map(lambda x: x.to("cuda", non_blocking=True)) if lists.shared else None,
+    }
+
+    def loss(hidden: Tensor, head: LanguageHead) -> Any:
+        return pk.linear_perpo_loss(
+            hidden,
+            head.weight,
+            new(n_responses, dtype=torch.int64),
+            new(lists.k),
+            cu_seqlens=pk.layout.cumulative([lists.response_tokens] * lists.k),
+            cu_lists=pk.layout.cumulative([lists.k]),
+            ref_log_probs=new(lists.k),
+        )
+
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        return model(**inputs, head_call=loss).loss

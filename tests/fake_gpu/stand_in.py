@@ -19,13 +19,22 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 SOURCE = Path(__file__).with_name("guard.cpp")
 BUILD = Path(__file__).with_name("build")
-CAPABILITY = (9, 0)  # of the devices: a Hopper
+CAPABILITY = (9, 0)
+PROPERTIES = {  # of an H100
+    "name": "stand-in",
+    "major": 9,
+    "minor": 0,
+    "total_memory": 80 << 30,
+    "multi_processor_count": 132,
+    "L2_cache_size": 50 << 20,
+}
 loaded = False
 
 
@@ -101,6 +110,7 @@ def _patch_torch(current_device: Any, exchange_device: Any) -> None:
     cuda._exchange_device = cuda._maybe_exchange_device = lambda index: exchange_device(index)
     cuda.set_device = lambda device: exchange_device(torch.device(device).index if isinstance(device, str) else device)
     cuda.get_device_capability = lambda device=None: CAPABILITY
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(**PROPERTIES)
     cuda.is_bf16_supported = lambda *args, **kwargs: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.backends.cuda.is_flash_attention_available = lambda: True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,18 @@ from torch import Tensor
 import perpo_kernels as pk
 from perpo_kernels import objectives
 from tests.fake_gpu.device import FakeGpu, fake_gpu
-from tests.fake_gpu.losses import CHUNK_ROWS, LISTS, N_CANDIDATES, K, LossCase, differentiate, layouts
+from tests.fake_gpu.losses import (
+    CHUNK_ROWS,
+    LISTS,
+    N_CANDIDATES,
+    N_HIDDEN,
+    N_TOKENS,
+    N_VOCAB,
+    K,
+    LossCase,
+    differentiate,
+    layouts,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BOTH = (False, True)
@@ -51,6 +61,14 @@ def test_the_loss_on_hidden_states(gpu: FakeGpu, dtype: torch.dtype, trainable: 
 @pytest.mark.parametrize("trainable", BOTH, ids=["frozen", "trainable"])
 def test_every_reduction(gpu: FakeGpu, reduction: str, layout: str, trainable: bool) -> None:
     LossCase(trainable=trainable, layout=layout, reduction=reduction).run()
+    assert_nothing_waits(gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trainable", BOTH, ids=["frozen", "trainable"])
+@pytest.mark.parametrize("chunks", CHUNK_ROWS)
+def test_fp32_logits_of_a_16_bit_head(gpu: FakeGpu, dtype: torch.dtype, trainable: bool, chunks: str) -> None:
+    LossCase(dtype, trainable, bias=True, chunks=chunks, logits_dtype=torch.float32).run()
     assert_nothing_waits(gpu)
 
 
@@ -126,8 +144,8 @@ def test_log_probs_from_hidden_states(gpu: FakeGpu, dtype: torch.dtype, trainabl
 def launched(device: str) -> FakeGpu:
     """Every Triton kernel, on this device while another is the current one."""
     with fake_gpu() as gpu:
-        for trainable, chunks in product(BOTH, CHUNK_ROWS):
-            LossCase(trainable=trainable, chunks=chunks, device=device).run()
+        for dtype, trainable, chunks in product(DTYPES[1:], BOTH, CHUNK_ROWS):
+            LossCase(dtype, trainable, chunks=chunks, device=device).run()
         logits = torch.empty(4, 100, device=device, requires_grad=True)
         labels = torch.empty(4, dtype=torch.int64, device=device)
         differentiate(pk.token_log_probs(logits, labels), [logits])
@@ -169,7 +187,7 @@ def test_a_layout_on_the_cpu_is_refused_while_a_graph_is_captured(
 # ------------------------------------------------------------------------------------------------ how much is launched
 
 PAGE = Path(__file__).parents[2] / "docs" / "frozen_head.md"
-HEADER = "| bf16, layout on the CPU | GEMMs | Triton | PyTorch's own | copies to the GPU |"
+HEADER = "| bf16, layout on the CPU | T · V · H products | GEMMs | Triton | PyTorch's own | copies to the GPU |"
 TABLE = {
     "no gradient": LossCase(grad=False),
     "frozen head": LossCase(),
@@ -182,10 +200,11 @@ TABLE = {
 
 def row(name: str, case: LossCase) -> str:
     with fake_gpu() as gpu:
-        dataclasses.replace(case).run()
+        case.run()
+    work = sum(m * k * n for m, k, n in gpu.products) / (N_TOKENS * N_VOCAB * N_HIDDEN)
     counts = (len(gpu.products), len(gpu.launches), gpu.others.total(), len(gpu.copies))
-    return f"| {name} | {' | '.join(map(str, counts))} |"
+    return f"| {name} | {work:g} | {' | '.join(map(str, counts))} |"
 
 
 def test_the_table_in_the_docs_counts_launches(write_docs: Any) -> None:
-    write_docs(PAGE, HEADER, ["|---|---|---|---|---|", *(row(name, case) for name, case in TABLE.items())])
+    write_docs(PAGE, HEADER, ["|---|---|---|---|---|---|", *(row(name, case) for name, case in TABLE.items())])

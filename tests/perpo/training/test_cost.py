@@ -148,6 +148,7 @@ def test_the_command_prints_both_ways(tmp_path: Path, capsys: Any) -> None:
     lines = {line[:22].strip(): line[22:].split() for line in printed.splitlines()}
     assert lines["tokens"] == ["192", "792"]
     assert {"seconds", "lists in 1 GiB", "in all (GiB)"} <= set(lines)
+    assert "Left out: workspaces of flash attention" in printed
 
 
 def test_a_text_model_has_a_plan_too() -> None:
