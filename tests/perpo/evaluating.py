@@ -81,6 +81,6 @@ def evaluate_made_up(
         }
 
     monkeypatch.setattr(perpo.evaluation.evaluate, "_ask", ask)
-    monkeypatch.setattr(perpo.evaluation.evaluate, "PromptCheck", lambda _: AnyPrompt())
+    monkeypatch.setattr(perpo.evaluation.evaluate, "PromptCheck", lambda *_, **__: AnyPrompt())
     monkeypatch.setattr(ModelSource, "load_processor", lambda *_: None)
     return evaluate(settings(folder, *answers, **options))
