@@ -1,8 +1,8 @@
 """Read records from files, data sets and iterables, and find those that a run can use.
 
-Files are JSONL (one record per line), JSON (an array) or Parquet; data sets of the hub, a `datasets.Dataset` and any
-iterable of mappings work too. Before sampling and scoring, records have no responses or rewards; `require` names the
-fields that a reader needs.
+Files are JSONL (one record per line), JSON (an array) or Parquet; a `datasets.Dataset` and any iterable of mappings
+work too. Before sampling and scoring, records have no responses or rewards; `require` names the fields that a reader
+needs.
 """
 
 from __future__ import annotations
