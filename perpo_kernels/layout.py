@@ -53,11 +53,11 @@ def pack_labels(labels: Tensor, *, ignore_index: int = -100) -> PackedLabels:
     checks.padded_labels(labels)
     n_columns = labels.shape[1]
     predicted = labels[:, 1:] != ignore_index  # [B, L − 1]
-    cu_seqlens = cumulative(predicted.sum(1).tolist())
-    nth = torch.arange(1, int(cu_seqlens[-1]) + 1, device=labels.device)
+    counts = predicted.sum(1).tolist()
+    nth = torch.arange(1, sum(counts) + 1, device=labels.device)
     at = torch.searchsorted(predicted.flatten().cumsum(0), nth)  # where the n-th labelled token stands in [B · (L − 1)]
     rows = at + at // max(n_columns - 1, 1)
-    return PackedLabels(rows, labels.flatten()[rows + 1], cu_seqlens)
+    return PackedLabels(rows, labels.flatten()[rows + 1], cumulative(counts))
 
 
 def equal_lists(n_lists: int, k: int, device: torch.device) -> Tensor:

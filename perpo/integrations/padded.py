@@ -83,7 +83,7 @@ def padded_batch(
     lists = one_each if rewards is None else _layout(cu_lists, num_candidates, n_rows)
     packed = pack_labels(labels)
     _check_values(inputs, labels.to(device), lists)
-    empty = (packed.cu_seqlens.diff() == 0).sum().item()
+    empty = packed.cu_seqlens.diff().tolist().count(0)
     if empty == n_rows:
         raise ValueError(
             f"labels: no position of {n_rows} rows has a label other than {IGNORED}; labels[b, t] must be the token at "
@@ -197,8 +197,9 @@ def _problems(
 ) -> list[tuple[str, Tensor]]:  # what is wrong with which rows [B]
     ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     labelled = labels[:, 1:] != IGNORED
-    is_2d = isinstance(mask, Tensor) and mask.shape == labels.shape
-    attended = mask != 0 if is_2d else torch.ones_like(labels, dtype=torch.bool)
+    attended = torch.ones_like(labels, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        attended = mask.bool()
     on_left = (~attended[:, :-1] & attended[:, 1:]).any(1)
     found = [(LABELS_ON_PADDING, (labelled & ~attended[:, 1:]).any(1))]
     if positions is None:

@@ -54,7 +54,7 @@ class PaddedListCollator:
         self, processor: Any, model: nn.Module | None = None, image_root: str | None = None, **limits: int | None
     ) -> None:
         core = None if model is None else causal_lm(model)
-        encoder = Encoder(processor, **limits) if core is None else Encoder.for_model(processor, core, **limits)
+        encoder = Encoder.for_model(processor, nn.Module() if core is None else core, **limits)
         self._lists = ListCollator(encoder, image_root)
 
     def __call__(self, rows: Sequence[ListRecord | Mapping[str, Any]]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class PaddedListCollator:
                 f"{batch.n_cut} of {len(batch.rewards)} answers of a batch are longer than max_response_length and are "
                 "cut there"
             )
-        out = self._with_last_tokens(batch)
+        out: dict[str, Any] = self._with_last_tokens(batch)
         out |= {"rewards": batch.rewards, "cu_lists": batch.cu_lists.tolist()}
         return out if batch.ref_log_probs is None else out | {"ref_log_probs": batch.ref_log_probs}
 

@@ -181,6 +181,7 @@ def check_language_head(model: nn.Module, inputs: Mapping[str, Any] | None = Non
         )
 
 
+@torch.compiler.disable  # within a compiled training step
 def check_once(model: nn.Module, inputs: Mapping[str, Any], rows: Tensor) -> None:
     """`check_language_head` on the first batch that a model is given, and on the first with its adapters off."""
     accept_rows(model)

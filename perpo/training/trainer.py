@@ -26,7 +26,7 @@ from perpo.encoding.batch import ListBatch
 from perpo.encoding.collator import ListCollator, Sample
 from perpo.encoding.encoder import Encoder
 from perpo.model import sharing
-from perpo.model.language_head import accept_rows, causal_lm, check_language_head, perpo_output
+from perpo.model.language_head import accept_rows, causal_lm, check_language_head, perpo_output, through_head
 from perpo.model.trainable import keep_in_fp32, set_precision
 from perpo.training.batch_sampler import ListBatchSampler, batch_sampler
 from perpo.training.checkpoints import (
@@ -267,7 +267,7 @@ class PerPOTrainer(Trainer):
             reduction="sum",
             max_chunk_bytes=self.args.max_chunk_bytes,
         )
-        return LinearPerPOOutput(*model(**batch.keywords, head_call=call))
+        return LinearPerPOOutput(*through_head(model, call, **batch.keywords))
 
     def _check_sharing(self, model: nn.Module) -> None:
         """Once, on lists of the data: packed rows give what separate rows give."""

@@ -202,6 +202,7 @@ def test_a_weight_that_is_sharded(tmp_path):
         "weight",
         "sharded",
         "GatheredParameters",
+        "perpo.list_loss",
         call=lambda: linear_loss(weight=torch.empty(0)),
     )
     import torch.distributed as dist
@@ -215,7 +216,7 @@ def test_a_weight_that_is_sharded(tmp_path):
             lambda: linear_loss(weight=weight),
             lambda: pk.linear_token_log_probs(torch.randn(T, H), weight, LABELS),
         ):
-            refused(TypeError, "weight", "DTensor", "full_tensor()", "forward", call=call)
+            refused(TypeError, "weight", "DTensor", "full_tensor()", "forward", "perpo.list_loss", call=call)
         sharded = distribute_tensor(torch.randn(T, H), weight.device_mesh, [Shard(0)])
         refused(TypeError, "hidden", "DTensor", call=lambda: linear_loss(hidden=sharded))
     finally:

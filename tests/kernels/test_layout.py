@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +42,41 @@ def test_owner_of_an_item_is_the_segment_it_lies_in(device, lengths):
 
 def test_items_past_the_last_boundary_belong_to_the_last_segment(device):
     assert layout.owner(layout.cumulative([2, 1], device=device), 5).tolist() == [0, 0, 1, 1, 1]
+
+
+@given(
+    shape=st.tuples(st.integers(0, 4), st.integers(1, 6)),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+    ignored=st.sampled_from([-100, 3]),
+)
+def test_packed_labels_are_those_of_a_loop_over_rows(device, shape, share, seed, ignored):
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(5, shape, generator=draw)
+    labels.masked_fill_(torch.rand(shape, generator=draw) >= share, ignored)
+    rows, packed, counts = [], [], []
+    for b, row in enumerate(labels.tolist()):
+        at = [t for t in range(1, shape[1]) if row[t] != ignored]
+        rows += [b * shape[1] + t - 1 for t in at]
+        packed += [row[t] for t in at]
+        counts.append(len(at))
+    ours = layout.pack_labels(labels.to(device), ignore_index=ignored)
+    assert ours.rows.device == ours.labels.device == device
+    assert ours.rows.tolist() == rows
+    assert ours.labels.tolist() == packed
+    assert ours.cu_seqlens.equal(layout.cumulative(counts, device="cpu"))
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "flat", "columns", "list"])
+def test_labels_that_are_no_padded_batch_are_refused(wrong):
+    labels = {
+        "dtype": torch.zeros(2, 3),
+        "flat": torch.zeros(3, dtype=torch.int64),
+        "columns": torch.zeros(2, 0, dtype=torch.int64),
+        "list": [[1, 2]],
+    }[wrong]
+    with pytest.raises((ValueError, TypeError), match=r"labels must be"):
+        layout.pack_labels(labels)
 
 
 @given(

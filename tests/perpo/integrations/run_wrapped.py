@@ -85,6 +85,8 @@ def check_dtypes() -> None:
 def check_zero_3() -> None:
     import deepspeed
 
+    # It would compile C++ for collectives in shared memory.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     whole, data = model_of("llama").float(), batch(seed=dist.get_rank())
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -103,6 +105,7 @@ def check_zero_3() -> None:
     for name, p in model.named_parameters():
         ours = deepspeed.utils.safe_get_full_grad(p)
         torch.testing.assert_close(ours, plain[name], rtol=1e-4, atol=1e-5, msg=name)
+    print("equal zero3", flush=True)
 
 
 def main() -> None:

@@ -31,9 +31,10 @@ from transformers import (
 
 import perpo
 from perpo.encoding.encoder import Encoder
-from perpo_kernels import layout, linear_perpo_loss, objectives
+from perpo_kernels import checks, layout, linear_perpo_loss, objectives
 
 from .. import tiny_models
+from ..training.test_step_waits import waits
 from .padded_batches import CU_LISTS, batch, gradients, plain_log_probs, plain_loss
 
 ROOT = Path(__file__).parents[3]
@@ -190,6 +191,42 @@ def test_equal_lists_and_lists_on_any_form_are_the_same() -> None:
     assert losses[0] == losses[1] == losses[2]
 
 
+def test_a_batch_is_read_back_from_the_device_in_the_two_places_that_say_so(monkeypatch: Any) -> None:
+    monkeypatch.setattr(checks, "values_are_checked", lambda x: False)  # as on a device
+    model = model_of("lora on the head").float()
+    step(model, batch())
+    read = []
+    monkeypatch.setattr(torch.Tensor, "tolist", noted(torch.Tensor.tolist, read))
+    with waits() as found:
+        step(model, batch(1))
+    assert not found, found
+    of_batch = [place for place in read if place in ("pack_labels", "_check_values")]
+    assert of_batch == ["pack_labels", "_check_values"]
+
+
+def step(model: Any, data: dict[str, Any]) -> None:
+    perpo.list_loss(model, **data, cu_lists=CU_LISTS).loss.backward()
+
+
+def noted(plain: Callable[..., Any], places: list[str]) -> Any:
+    def tolist(self: torch.Tensor) -> Any:
+        places.append(sys._getframe(1).f_code.co_name)
+        return plain(self)
+
+    return tolist
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_training_step_may_be_compiled() -> None:
+    model = model_of("llama")
+    loss = torch.compile(
+        lambda data: perpo.list_loss(model, **data, cu_lists=CU_LISTS).loss, backend="eager", dynamic=True
+    )
+    for seed in (0, 1):
+        expected = perpo.list_loss(copy.deepcopy(model), **batch(seed), cu_lists=CU_LISTS).loss
+        torch.testing.assert_close(loss(batch(seed)), expected)
+
+
 # --------------------------------------------------------------------------------------------------------- wrappings
 
 
@@ -237,12 +274,14 @@ def test_on_two_ranks_with_ddp_and_fsdp2() -> None:
     assert done.stdout.count("equal") == 2 * 6, done.stdout
 
 
-def test_under_zero_3(tmp_path: Path) -> None:
+def test_under_zero_3() -> None:
+    """pip install --target /tmp/ds --no-deps deepspeed hjson py-cpuinfo, then PYTHONPATH=/tmp/ds DS_ACCELERATOR=cpu."""
     pytest.importorskip("deepspeed", reason="deepspeed is no part of perpo[test]")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *command, "-m", "tests.perpo.integrations.run_wrapped", "zero3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal zero3") == 2, done.stdout
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
