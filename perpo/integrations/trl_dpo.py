@@ -73,6 +73,13 @@ class ListDPOTrainer(PerPOTrainer):
             raise ValueError("compute_metrics: no logits are made that it could judge; use `perpo evaluate` on answers")
         if quantization_config is not None:
             raise ValueError("quantization_config: load the quantized model yourself and give it as model")
+        for which, one, kinds in (
+            ("model", model, (nn.Module, str)),
+            ("ref_model", ref_model, (nn.Module, type(None))),
+        ):
+            if not isinstance(one, kinds):
+                advice = "the name of one" if which == "model" else "None; ref_model_name_or_path takes a name"
+                raise TypeError(f"{which} must be a model or {advice}, got {type(one).__name__}")
         name = model if isinstance(model, str) else str(getattr(causal_lm(model).config, "_name_or_path", ""))
         if args is None:
             args = ListDPOConfig(f"{name.rpartition('/')[2] or 'model'}-ListDPO")
@@ -101,7 +108,10 @@ class ListDPOTrainer(PerPOTrainer):
         as_given = processing_class
         if getattr(processing_class, "image_processor", None) is None and True in plain:
             if False in plain:
-                raise ValueError("eval_dataset: its prompts must be of the same kind as those of train_dataset")
+                raise ValueError(
+                    "eval_dataset: its prompts must be of the same kind as those of train_dataset: texts that are "
+                    "fed as they stand, or messages (or records)"
+                )
             processing_class = copy.deepcopy(processing_class)
             processing_class.chat_template = _AS_IT_STANDS
         ref_model = _choose_reference(model, ref_model, args, peft_config)
@@ -123,11 +133,11 @@ class ListDPOTrainer(PerPOTrainer):
 
 
 def _as_records(name: str, source: Any, args: ListDPOConfig) -> tuple[list[ListRecord] | None, bool | None]:
-    """The lists of a data set, and whether their prompts are texts in TRL's sense (None: they are records)."""
+    """The lists of a data set, and whether their prompts are texts to be fed as they stand. Records have none such."""
     if source is None:
         return None, None
     if isinstance(source, Sequence) and source and all(isinstance(one, ListRecord) for one in source):
-        return list(source), None
+        return list(source), False
     lists = trl_lists(name, source, args.image_root)
     return lists.records, lists.plain
 

@@ -349,8 +349,9 @@ def test_streams_and_several_data_sets_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, datasets.Dataset.from_list(DIALOGUES).to_iterable_dataset())
     with pytest.raises(TypeError, match=r"eval_dataset: got several data sets \(a, b\); give one"):
         trainer(tmp_path, eval_dataset={"a": DIALOGUES, "b": DIALOGUES})
-    with pytest.raises(ValueError, match="eval_dataset: its prompts must be of the same kind"):
-        trainer(tmp_path, eval_dataset=TEXTS)
+    for eval_dataset in (TEXTS, tiny_runs.records()):
+        with pytest.raises(ValueError, match="eval_dataset: its prompts must be of the same kind"):
+            trainer(tmp_path, DIALOGUES if eval_dataset is TEXTS else TEXTS, eval_dataset=eval_dataset)
 
 
 def test_arguments_that_are_not_supported_say_what_to_do(tmp_path: Path) -> None:
@@ -360,6 +361,12 @@ def test_arguments_that_are_not_supported_say_what_to_do(tmp_path: Path) -> None
     for name in ("data_collator", "compute_metrics", "quantization_config"):
         with pytest.raises(ValueError, match=f"^{name}: "):
             ListDPOTrainer(model, args=args, **common, **{name: object()})
+    with pytest.raises(TypeError, match=r"^model must be a model or the name of one, got NoneType"):
+        ListDPOTrainer(None, args=args, **common)  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match="ref_model must be a model or None; ref_model_name_or_path takes a name, got s"
+    ):
+        ListDPOTrainer(model, "gpt2", args, **common)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"args must be a ListDPOConfig, .* got PerPOConfig"):
         ListDPOTrainer(model, args=PerPOConfig(str(tmp_path), use_cpu=True), **common)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="processing_class: the model does not say where it comes from"):
