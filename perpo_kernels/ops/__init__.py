@@ -54,6 +54,7 @@ class Operator:
                 output = fn(*args)
                 setup_context(ctx, args, output)
                 ctx.no_gradient = None  # of a list of tensors, which is one argument here
+                ctx.direct = True
                 return output
 
         Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
@@ -79,6 +80,12 @@ def is_observed(*args: object) -> bool:
         or torch._C._are_functorch_transforms_active()
         or any(isinstance(x, Tensor) and (x.is_meta or type(x) not in (Tensor, nn.Parameter)) for x in args)
     )
+
+
+def holds_outputs_alone(ctx: Any) -> bool:
+    """Whether what was saved of an operator's outputs may be overwritten in this backward pass: the functions that
+    called it keep none, and no second pass will read them."""
+    return getattr(ctx, "direct", False) and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def first_derivative_only(op: str) -> None:
