@@ -54,6 +54,7 @@ class Operator:
                 output = fn(*args)
                 setup_context(ctx, args, output)
                 ctx.no_gradient = None  # of a list of tensors, which is one argument here
+                ctx.direct = True
                 return output
 
         Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
@@ -85,6 +86,11 @@ def is_traced() -> bool:
     """Whether a compiler records what is done. Up to torch 2.12 `is_compiling` is False while it traces a backward pass."""
     proxies = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(proxies) is not None
+
+def holds_outputs_alone(ctx: Any) -> bool:
+    """Whether what was saved of an operator's outputs may be overwritten in this backward pass: the functions that
+    called it keep none, and no second pass will read them."""
+    return getattr(ctx, "direct", False) and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def first_derivative_only(op: str) -> None:

@@ -42,7 +42,7 @@ from perpo_kernels.chunks import (
 )
 from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
-from perpo_kernels.ops import first_derivative_only, is_observed, no_gradient, operator
+from perpo_kernels.ops import first_derivative_only, holds_outputs_alone, is_observed, no_gradient, operator
 from perpo_kernels.ops.lists import new_list_result, on_device
 from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, unpack_numbers
 
@@ -203,11 +203,11 @@ def _write_scaled(x: Tensor, g: Tensor, out: Tensor) -> Tensor:
     return torch.mul(x, g.unsqueeze(1), out=out).masked_fill_((g == 0).unsqueeze(1), 0.0)
 
 
-def _scaled_last(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same of what a backward pass had saved: in place if it is released after this pass."""
-    if x.dtype != dtype or is_observed(x, g) or torch._C._autograd._get_current_graph_task_keep_graph():
-        return scaled(x, g, dtype)
-    return _write_scaled(x, g, x).detach()
+def _scaled_saved(ctx: Any, x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of what a forward pass saved: in place if nobody else holds it and it is released after this pass."""
+    if x.dtype == dtype and holds_outputs_alone(ctx) and not is_observed(x, g):
+        return _write_scaled(x, g, x).detach()
+    return scaled(x, g, dtype)
 
 
 @scaled.register_fake
@@ -235,7 +235,7 @@ def _log_probs_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor
         ignore_index = ctx.settings[0]
         grad = grad.masked_fill(labels == ignore_index, 0.0)
         if need_hidden:
-            d_hidden = _scaled_last(derivative, grad, ctx.hidden_dtype)
+            d_hidden = _scaled_saved(ctx, derivative, grad, ctx.hidden_dtype)
         if any(need):
             gradients = linear_log_probs_head_backward(grad, *saved, labels, ctx.numbers, traced, *ctx.settings, need)
             d_weight, d_bias = (x if needed else None for x, needed in zip(gradients, need, strict=True))
@@ -401,13 +401,13 @@ def _list_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, .
         factors, derivative, kept, bias_sum, unit, hidden = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if need_hidden:
-            d_hidden = _scaled_last(derivative, factors * grad, ctx.dtype)
+            d_hidden = _scaled_saved(ctx, derivative, factors * grad, ctx.dtype)
         if need_weight and ctx.of_derivative:
             d_weight = kept_head_gradient(kept, hidden, factors, unit, grad, ctx.n_vocab)
         elif need_weight:
-            d_weight = _scaled_last(kept, grad, ctx.dtype)
+            d_weight = _scaled_saved(ctx, kept, grad, ctx.dtype)
         if need_bias:
-            d_bias = _scaled_last(bias_sum, grad, ctx.dtype)
+            d_bias = _scaled_saved(ctx, bias_sum, grad, ctx.dtype)
     return d_hidden, d_weight, d_bias, ctx.no_gradient, *(None,) * 7
 
 
