@@ -1,10 +1,11 @@
 """From a model to what the loss needs: hidden states of response tokens and the language head, never the logits.
 
-`accept_rows` teaches the forward pass of a Hugging Face model three more keywords:
+`accept_rows` teaches the forward pass of a Hugging Face model four more keywords:
 
     model(**inputs, response_rows=rows)                  -> hidden states [T, H]
     model(**inputs, response_rows=rows, head_call=f)     -> f(hidden [T, H], head)
     model(…, prefix_layout=layout)                          for a packed row, see `perpo.encoding.packed`
+    model(…, host_inputs=host)                              keywords that stay on the CPU
 
 Everything goes through the outermost module (DDP, FSDP, PeftModel, a compiled model), so that gradients are
 synchronised and sharded weights gathered as in any forward pass; and `f` runs as the forward pass of the head module
@@ -28,6 +29,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from perpo.encoding.batch import ListBatch
+from perpo.encoding.vision import HostInputs
 from perpo.prefix.attention import packed_forward
 from perpo.prefix.layout import PrefixLayout
 from perpo_kernels import linear_perpo_loss, linear_token_log_probs
@@ -153,12 +155,15 @@ def _forward(
     *args: Any,
     response_rows: Tensor | None = None,
     prefix_layout: PrefixLayout | None = None,
+    host_inputs: HostInputs | None = None,
     head_call: HeadCall | None = None,
     **kwargs: Any,
 ) -> Any:
     if response_rows is None:
         return self._perpo_plain_forward(*args, **kwargs)
     given = {name: x for name, x in kwargs.items() if x is not None}  # PeftModel passes every keyword it knows
+    if host_inputs is not None:
+        given |= host_inputs.keywords
     if prefix_layout is None:
         states = self.base_model(*args, **given, use_cache=False)[0]  # [B, L, H]
     else:
