@@ -1,4 +1,4 @@
-"""A training step and a reference pass of every verified architecture, image and shared prompt, on fake CUDA tensors."""
+"""A training step and a reference pass of every verified architecture, with image and shared prompt, on fake CUDA."""
 
 from __future__ import annotations
 
