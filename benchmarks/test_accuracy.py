@@ -2,8 +2,8 @@
 
 Hypothesis. With log-probs, sums and the loss in fp32 whatever the inputs' dtype, the errors of log-probs and loss in
 fp32, bf16 and fp16 are no larger than plain PyTorch's at the same dtype. Nor is that of the gradient of the hidden
-states: D W is kept in fp32 until it is scaled, and rounded once. That of the head's gradient is no larger than with one
-more rounding to its dtype.
+states: D W is kept in fp32 until it is scaled, and rounded once. Nor is that of the head's gradient: its D is made with
+the coefficient in it. With logits in fp32 (`logits_dtype`) no error in 16 bits is larger than any peer's.
 
 Floor. The definition in float64 on the same, already rounded, inputs is the zero of the scale. `rounding` is what
 rounding the exact gradients once to the dtype costs: no function that returns them in it can be closer on average.
@@ -17,6 +17,7 @@ logits gets those of a plain linear layer. What needs a GPU is a row with its re
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,10 +59,10 @@ def exact_results(p: Problem) -> Results:
     return from_tokens(peers.plain_linear_log_probs(p.hidden, p.weight, p.labels), p)
 
 
-def our_results(p: Problem, trainable: bool) -> Results:
+def our_results(p: Problem, trainable: bool, logits_dtype: torch.dtype | None = None) -> Results:
     p = p._replace(weight=p.weight.detach().requires_grad_(trainable))
     with torch.no_grad():
-        tokens = pk.linear_token_log_probs(p.hidden, p.weight, p.labels)
+        tokens = pk.linear_token_log_probs(p.hidden, p.weight, p.labels, logits_dtype=logits_dtype)
     out = pk.linear_perpo_loss(
         p.hidden,
         p.weight,
@@ -70,6 +71,7 @@ def our_results(p: Problem, trainable: bool) -> Results:
         cu_seqlens=p.cu_seqlens,
         cu_lists=p.cu_lists,
         ref_log_probs=p.ref_log_probs,
+        logits_dtype=logits_dtype,
     )
     grads = torch.autograd.grad(out.loss, (p.hidden, p.weight) if trainable else (p.hidden,))
     return tokens, out.loss, grads[0], grads[1] if trainable else None
@@ -131,6 +133,10 @@ def test_accuracy(benchmark: Any, inspect: Any, setting: Setting, precision: str
         case(f"{OURS}, from logits", from_logits),
         case("rounding", lambda: rounding(exact, dtype)),
     ]
+    if dtype != torch.float32:
+        for name, trainable in ((OURS, True), (f"{OURS}, frozen head", False)):
+            wide = partial(our_results, p, trainable, torch.float32)
+            cases.insert(-2, case(f"{name}, fp32 logits", wide))
     for task, note in (("linear_log_probs", ""), ("token_log_probs", ", from logits")):
         for peer in peers.for_task(task):
             if peer.sums or peer.name.endswith("in place") or (peer.slow_start and note):

@@ -4,7 +4,7 @@ Z [rows, V] is one buffer that all chunks share. Its rows start on cache lines w
 16-byte loads and stores and GEMMs an aligned leading dimension. D takes its place, or where Z is wider than the
 head, a buffer of its own in the head's dtype.
 
-Low-precision factors are multiplied into fp32 by the GEMM itself where the device's library does that (`wide_products`).
+Factors in 16 bits are multiplied into fp32 by the GEMM itself where the device's library does that (`wide_products`).
 """
 
 import functools
@@ -21,7 +21,7 @@ CPU_CHUNK_BYTES = 100 << 20  # 800 rows at V = 32000 in fp32: GEMMs within a few
 DEVICE_CHUNK_BYTES = 1 << 30  # 3500 rows at V = 152064 in bf16: GEMMs at full rate
 ROW_MULTIPLE = 128  # rows of a GEMM tile
 CPU_BLOCK = 1 << 12  # of the vocabulary at once, where fp32 copies or products pass through a temporary
-DEVICE_BLOCK = 1 << 14
+DEVICE_BLOCK = 1 << 13
 ALIGNMENT = 64  # bytes; the row stride of Z, so that every row starts on a cache line and a 16-byte vector
 
 
@@ -35,9 +35,8 @@ def max_rows(weight: Tensor, logits_dtype: torch.dtype, chunk_bytes: int, need_w
 
     By default, where a gradient of the weight is needed, D may take as much as the fp32 sum that it spares.
     """
-    n_vocab, n_hidden = weight.shape
     dtypes = {logits_dtype, weight.dtype}
-    row_bytes = sum(padded(n_vocab, dtype) * dtype.itemsize for dtype in dtypes)
+    row_bytes = sum(padded(weight.shape[0], dtype) * dtype.itemsize for dtype in dtypes)
     default = CPU_CHUNK_BYTES if weight.device.type == "cpu" else DEVICE_CHUNK_BYTES
     rows = max(1, (chunk_bytes or default) // max(row_bytes, 1))
     return rows if chunk_bytes or not need_weight else max(rows, _rows_as_large_as_the_weight(weight))
@@ -139,8 +138,8 @@ class HeadGradient:
     def __init__(self, head: ChunkedHead, need_weight: bool, need_bias: bool) -> None:
         dtype = accumulation_dtype(head.weight.dtype)
         n_vocab, n_hidden = head.weight.shape
-        self.need_weight, self.need_bias = need_weight, need_bias
-        self.weight = head.weight.new_zeros((n_vocab, n_hidden) if need_weight else (0, 0), dtype=dtype)
+        self.need_weight, self.need_bias, self.started = need_weight, need_bias, False
+        self.weight = head.weight.new_empty((n_vocab, n_hidden) if need_weight else (0, 0), dtype=dtype)
         self.bias = head.weight.new_zeros(n_vocab if need_bias else 0, dtype=dtype)
 
     def add(self, d: Tensor, x: Tensor, f: Tensor, unit: Tensor | None) -> None:
@@ -148,8 +147,19 @@ class HeadGradient:
         may hold anything, NaN too."""
         if self.need_bias:
             add_product(self.bias.unsqueeze(1), d.t(), f.to(d.dtype).unsqueeze(1), unit)
-        if self.need_weight:
-            add_product(self.weight, d.t(), selected(x, f), unit)
+        if not self.need_weight:
+            return
+        if not self.started and unit is None and (d.dtype == self.weight.dtype or wide_products(d)):
+            multiply(d.t(), selected(x, f), self.weight)
+        else:
+            add_product(self.sum(), d.t(), selected(x, f), unit)
+        self.started = True
+
+    def sum(self) -> Tensor:
+        """dW so far. The first product is written and not added: zeros would be made and read for nothing."""
+        if not self.started:
+            self.weight.zero_()
+        return self.weight
 
 
 def selected(x: Tensor, f: Tensor) -> Tensor:
@@ -158,10 +168,12 @@ def selected(x: Tensor, f: Tensor) -> Tensor:
     return out.masked_fill_((f == 0).unsqueeze(1), 0.0)
 
 
-def scaled_product(d: Tensor, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_product(d: Tensor, x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """scale · Dᵀ X [V, H] in `dtype`, rounded once, with no more than a block of it in fp32."""
     out = x.new_empty(d.shape[1], x.shape[1], dtype=dtype)
-    if dtype == accumulation_dtype(dtype) == d.dtype:
+    if scale is None:
+        return torch.mm(d.t(), x, out=out)
+    if dtype == accumulation_dtype(dtype):
         return torch.mm(d.t(), x, out=out).mul_(scale)
     block = fp32_block(d.device)
     wide = x.new_empty(min(block, len(out)), x.shape[1], dtype=accumulation_dtype(dtype))

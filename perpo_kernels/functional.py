@@ -346,8 +346,9 @@ def _linear_log_probs(
 ) -> Tensor:  # [T]
     if _is_reference(backend):
         checks.label_values(labels, weight.shape[0], z.ignore_index)
-        hidden, weight, bias = (None if x is None else x.to(logits_dtype) for x in (hidden, weight, bias))
-        logits = reference.head_logits(hidden, weight, bias, z.softcap, z.logit_scale)
+        wide_bias = None if bias is None else bias.to(logits_dtype)
+        factors = hidden.to(logits_dtype), weight.to(logits_dtype), wide_bias
+        logits = reference.head_logits(*factors, z.softcap, z.logit_scale)
         wide = logits.to(accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)
     keep_derivative = torch.is_grad_enabled() and hidden.requires_grad

@@ -8,7 +8,7 @@ operator, fake implementation or backward pass spells them.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class ListProblem(NamedTuple):
 
     def pack(self) -> list[Tensor | None]:
         """The tensors, in the order of the fields; `unpack` gives the problem back."""
-        return list(self[: len(TENSORS)])
+        return list(self[: len(TENSORS)])  # type: ignore[arg-type]
 
     @staticmethod
     def unpack(
@@ -116,11 +116,12 @@ class ListProblem(NamedTuple):
     ) -> "ListProblem":
         """A fake implementation, which wants shapes, has no numbers to make the objective of."""
         assert len(tensors) == len(TENSORS)
-        return ListProblem(*tensors, objective, ignore_index)  # type: ignore[arg-type]
+        return ListProblem(*tensors, objective=objective, ignore_index=ignore_index)  # type: ignore[arg-type]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "ListProblem":
         """The problem with every tensor changed."""
-        return ListProblem(*(change(x) if isinstance(x, Tensor) else x for x in self))
+        changed: list[Any] = [change(x) if isinstance(x, Tensor) else x for x in self]
+        return ListProblem(*changed)
 
 
 TENSORS = ListProblem._fields[: ListProblem._fields.index("objective")]  # the objective and numbers come last

@@ -54,9 +54,10 @@ class Operator:
                 output = fn(*args)
                 setup_context(ctx, args, output)
                 ctx.no_gradient = None  # of a list of tensors, which is one argument here
+                ctx.direct = True
                 return output
 
-        Direct.backward = staticmethod(backward)  # type: ignore[assignment]
+        Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
         self.direct = Direct
 
     def __call__(self, *args: Any) -> Any:
@@ -64,7 +65,7 @@ class Operator:
             return self.op(*args)
         if self.direct is None or not torch.is_grad_enabled():
             return self.fn(*args)
-        return self.direct.apply(*args)  # type: ignore[no-untyped-call]
+        return self.direct.apply(*args)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
@@ -72,13 +73,19 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 
 
 def is_observed(*args: object) -> bool:
-    """Whether something has to see operators: a compiler, a mode, a transform, or a tensor without data or not plain."""
+    """Whether something has to see operators: a compiler, a mode, a transform, a tensor without data or not plain."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or any(isinstance(x, Tensor) and (x.is_meta or type(x) not in (Tensor, nn.Parameter)) for x in args)
     )
+
+
+def holds_outputs_alone(ctx: Any) -> bool:
+    """Whether what was saved of an operator's outputs may be overwritten in this backward pass: the functions that
+    called it keep none, and no second pass will read them."""
+    return getattr(ctx, "direct", False) and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def first_derivative_only(op: str) -> None:

@@ -42,7 +42,7 @@ from perpo_kernels.chunks import (
 )
 from perpo_kernels.layout import Segment, list_segments
 from perpo_kernels.objectives import Objective
-from perpo_kernels.ops import first_derivative_only, is_observed, no_gradient, operator
+from perpo_kernels.ops import first_derivative_only, holds_outputs_alone, is_observed, no_gradient, operator
 from perpo_kernels.ops.lists import new_list_result, on_device
 from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, unpack_numbers
 
@@ -96,13 +96,13 @@ def linear_log_probs(
     buffers = head.buffers(rows)
     for c in chunks(0, hidden.shape[0], rows):
         if keep_derivative:
-            *found, d = head.log_probs_and_derivative(hidden[c], labels[c], buffers)
+            some, some_lse, d = head.log_probs_and_derivative(hidden[c], labels[c], buffers)
             multiply(d, weight, derivative[c])
         else:
-            found = head.kernels.log_prob_rows(head.logits(hidden[c], buffers), labels[c], z)
+            some, some_lse = head.kernels.log_prob_rows(head.logits(hidden[c], buffers), labels[c], z)
         if rows >= hidden.shape[0]:
-            return found[0], found[1], derivative
-        log_probs[c], lse[:, c] = found
+            return some, some_lse, derivative
+        log_probs[c], lse[:, c] = some, some_lse
     return log_probs, lse, derivative
 
 
@@ -148,17 +148,16 @@ def linear_log_probs_head_backward(
     one_chunk = need_weight and keeps_derivative(n_tokens, weight, rows)
     total = HeadGradient(head, need_weight and not one_chunk, need[1])
     g, unit = in_units(grad, z, weight.dtype)
-    present, one = present_in(g), grad.new_ones(())
+    present = present_in(g)
     buffers = head.buffers(rows)
-    d_weight = total.weight
+    d_weight = torch.zeros_like(weight) if one_chunk and n_tokens == 0 else None
     for c in chunks(0, n_tokens, rows):
         raw, d = head.logits(hidden[c], buffers), head.derivative(len(hidden[c]), buffers)
         head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), g[c], z, d)
         total.add(d, hidden[c], present[c], unit)
         if one_chunk:
-            d_weight = scaled_product(d, selected(hidden, present), one if unit is None else unit, weight.dtype)
-    if one_chunk and n_tokens == 0:
-        d_weight = torch.zeros_like(weight)
+            d_weight = scaled_product(d, selected(hidden, present), unit, weight.dtype)
+    d_weight = total.sum() if d_weight is None else d_weight
     return d_weight.to(weight.dtype, copy=False), total.bias.to(weight.dtype)
 
 
@@ -204,11 +203,11 @@ def _write_scaled(x: Tensor, g: Tensor, out: Tensor) -> Tensor:
     return torch.mul(x, g.unsqueeze(1), out=out).masked_fill_((g == 0).unsqueeze(1), 0.0)
 
 
-def _scaled_last(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same of what a backward pass had saved: in place if it is released after this pass."""
-    if x.dtype != dtype or is_observed(x, g) or torch._C._autograd._get_current_graph_task_keep_graph():
-        return scaled(x, g, dtype)
-    return _write_scaled(x, g, x).detach()
+def _scaled_saved(ctx: Any, x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of what a forward pass saved: in place if nobody else holds it and it is released after this pass."""
+    if x.dtype == dtype and holds_outputs_alone(ctx) and not is_observed(x, g):
+        return _write_scaled(x, g, x).detach()
+    return scaled(x, g, dtype)
 
 
 @scaled.register_fake
@@ -236,7 +235,7 @@ def _log_probs_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor
         ignore_index = ctx.settings[0]
         grad = grad.masked_fill(labels == ignore_index, 0.0)
         if need_hidden:
-            d_hidden = _scaled_last(derivative, grad, ctx.hidden_dtype)
+            d_hidden = _scaled_saved(ctx, derivative, grad, ctx.hidden_dtype)
         if any(need):
             gradients = linear_log_probs_head_backward(grad, *saved, labels, ctx.numbers, traced, *ctx.settings, need)
             d_weight, d_bias = (x if needed else None for x, needed in zip(gradients, need, strict=True))
@@ -334,7 +333,7 @@ def linear_list_loss(
             head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), g[here], z, d)
             add_chunk(d, c, present[here], unit)
         factors[tokens] = present if unit is None else present * unit
-    kept = buffers.d if one_chunk else gradient.weight
+    kept = buffers.d if one_chunk else gradient.sum()
     unit = one if unit is None else unit
     _, _, candidates, active = result
     return result.losses.sum(), factors, candidates, active, derivative, kept, gradient.bias, unit
@@ -402,13 +401,13 @@ def _list_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, .
         factors, derivative, kept, bias_sum, unit, hidden = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if need_hidden:
-            d_hidden = _scaled_last(derivative, factors * grad, ctx.dtype)
+            d_hidden = _scaled_saved(ctx, derivative, factors * grad, ctx.dtype)
         if need_weight and ctx.of_derivative:
             d_weight = kept_head_gradient(kept, hidden, factors, unit, grad, ctx.n_vocab)
         elif need_weight:
-            d_weight = _scaled_last(kept, grad, ctx.dtype)
+            d_weight = _scaled_saved(ctx, kept, grad, ctx.dtype)
         if need_bias:
-            d_bias = _scaled_last(bias_sum, grad, ctx.dtype)
+            d_bias = _scaled_saved(ctx, bias_sum, grad, ctx.dtype)
     return d_hidden, d_weight, d_bias, ctx.no_gradient, *(None,) * 7
 
 

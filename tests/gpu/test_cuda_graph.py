@@ -78,3 +78,36 @@ def test_padded_lists(device):
         return [loss.detach(), *torch.autograd.grad(loss, log_probs)]
 
     assert_replays(step, [log_probs])
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_graphed_callables(device, trainable):
+    """The recipe of docs/frozen_head.md: forward and backward are a replay each, with everything that varies copied."""
+    batch, other = shapes.batch(device), shapes.batch(device)
+    loss = pk.LinearPerPOLoss()
+
+    def forward(hidden, weight, labels, rewards, ref_log_probs, cu_seqlens, cu_lists):
+        layout = {"cu_seqlens": cu_seqlens, "cu_lists": cu_lists}
+        return loss(hidden, weight, labels, rewards, ref_log_probs=ref_log_probs, **layout).loss
+
+    def inputs(b):
+        lists = (b.lists.rewards, b.lists.ref_log_probs, b.lists.cu_seqlens, b.lists.cu_lists)
+        hidden, weight = b.head.hidden.clone().requires_grad_(), b.head.weight.clone().requires_grad_(trainable)
+        return hidden, weight, b.head.labels, *lists
+
+    graphed = torch.cuda.make_graphed_callables(forward, inputs(batch))
+    for given in (inputs(other), inputs(batch)):
+        leaves = [x for x in given[:2] if x.requires_grad]
+        found, expected = graphed(*given), forward(*given)
+        assert torch.equal(found, expected)
+        replayed = [g.clone() for g in torch.autograd.grad(3 * found, leaves)]
+        for a, b in zip(replayed, torch.autograd.grad(3 * expected, leaves), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_layout_on_the_cpu_is_refused(device):
+    batch = shapes.batch(device)
+    layout = {"cu_seqlens": batch.lists.cu_seqlens.cpu(), "cu_lists": batch.lists.cu_lists.cpu()}
+    batch.loss(batch.head.hidden, batch.head.weight, **layout)
+    with pytest.raises(ValueError, match="while a CUDA graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        batch.loss(batch.head.hidden, batch.head.weight, **layout)

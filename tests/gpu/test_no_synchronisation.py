@@ -33,9 +33,11 @@ def test_the_check_itself_works(device, no_synchronisation):
 
 @pytest.mark.parametrize("layout", ["cuda", "cpu"])
 @pytest.mark.parametrize("mode", ["reference", "frozen", "trainable", "trainable in small chunks"])
-def test_fused_loss(device, no_synchronisation, mode, layout):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fused_loss(device, no_synchronisation, mode, layout, reduction):
     batch = shapes.batch(device)
     options = {name: getattr(batch.lists, name).to(layout) for name in ("cu_seqlens", "cu_lists")}
+    options["reduction"] = reduction
     if mode.endswith("small chunks"):
         options["max_chunk_bytes"] = 200 * 2 * shapes.N_VOCAB
     hidden = batch.head.hidden.requires_grad_()
@@ -46,7 +48,7 @@ def test_fused_loss(device, no_synchronisation, mode, layout):
         with torch.set_grad_enabled(mode != "reference"):
             out = batch.loss(hidden, weight, **options)
             if mode != "reference":
-                torch.autograd.grad(out.loss, leaves)
+                torch.autograd.grad(out.loss.sum(), leaves)
             return out.metrics
 
     twice(step, no_synchronisation)

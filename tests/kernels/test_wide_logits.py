@@ -108,5 +108,5 @@ def test_the_head_s_own_dtype_changes_nothing(device, dtype, of):
 ])  # fmt: skip
 def test_other_dtypes_are_refused(device, dtype, of):
     head, _ = build(device, of)
-    with pytest.raises(ValueError, match="logits_dtype must be torch.float32 or None"):
+    with pytest.raises(ValueError, match=r"logits_dtype must be torch\.float32 or None"):
         pk.linear_token_log_probs(head.hidden, head.weight, head.labels, logits_dtype=dtype)

@@ -230,7 +230,7 @@ def _pair_term(
         gap = c.reward.unsqueeze(-1) - c.reward.unsqueeze(-2)
         tiny = torch.finfo(gap.dtype).tiny
         share = gap.div_((highest - lowest).clamp_min_(tiny).unsqueeze(-1)).clamp_min_(tiny)  # roots of 0 are slow
-        weight = F.threshold_(share.pow_(o.gamma), (1.001 * tiny) ** o.gamma, 0.0)
+        weight = F.threshold(share.pow_(o.gamma), (1.001 * tiny) ** o.gamma, 0.0, inplace=True)
         return _weighted(weight, None, ahead - o.offset if o.offset else ahead, c.flip_prob, o)
     if given is not None:
         pair = given > 0
