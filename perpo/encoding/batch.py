@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perpo.encoding.vision import HostInputs
 from perpo.prefix.layout import PrefixLayout
 from perpo_kernels.layout import cumulative
 
@@ -43,6 +44,7 @@ class ListBatch:
     flip_probs: Tensor | None = None  # fp32 [S]
     pair_weights: Tensor | None = None  # fp32 [G, k, k], k the longest list
     layout: PrefixLayout | None = None  # of a packed row; None: a row for every candidate
+    host: HostInputs | None = None  # keywords of the model's forward that stay on the CPU
     added: Tensor | None = None  # bool [S]: of a list's second or later prompt, in the loss but not in list metrics
     n_tokens: int = 0  # tokens fed, without padding
     n_cut: int = 0  # responses cut by max_response_length
@@ -59,7 +61,12 @@ class ListBatch:
     @property
     def keywords(self) -> dict[str, Any]:
         """Of the model's forward pass, as `perpo.model.language_head.accept_rows` extends it."""
-        return {**self.inputs, "response_rows": self.response_rows, "prefix_layout": self.layout}
+        return {
+            **self.inputs,
+            "response_rows": self.response_rows,
+            "prefix_layout": self.layout,
+            "host_inputs": self.host,
+        }
 
     def counting_first(self, n_lists: int) -> ListBatch:
         """The batch with only its first lists in loss and metrics: candidates without a reward take part in nothing.

@@ -76,7 +76,8 @@ class ListCollator:
             inputs, rows, n_tokens = separate_rows(prompts, responses, self.encoder.pad_id, self.encoder.answer_values)
             return ListBatch(inputs, rows, **known, n_tokens=n_tokens)
         inputs, rows, layout = packed_row(prompts, responses, self.positions, self.encoder.answer_values)
-        return ListBatch(inputs, rows, **known, layout=layout, n_tokens=layout.n_tokens)
+        inputs, host = self.positions.without_waits(inputs)
+        return ListBatch(inputs, rows, **known, layout=layout, n_tokens=layout.n_tokens, host=host)
 
     def _responses(self, record: ListRecord) -> list[list[int]]:
         """Not cut yet."""

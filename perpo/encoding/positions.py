@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perpo.encoding.vision import HostInputs, VisionTower
 from perpo.prefix.layout import Range
 
 # Model types whose prompts are not purely causal: the value of token_type_ids whose runs see each other.
@@ -23,6 +24,7 @@ class PromptPositions:
 
     def __init__(self, core: Any) -> None:
         self.model_type: str = core.config.model_type
+        self.tower = VisionTower.of(core)
         self.body: Any = None  # of the Qwen-VL family: computes three positions per token
         if hasattr(core.base_model, "get_rope_index"):
             kind: Any = type(core.base_model)
@@ -44,6 +46,13 @@ class PromptPositions:
             places = torch.arange(n_prompt).expand(3, -1)
         following = places.max() + 1 + torch.arange(longest)  # not P: an image takes fewer positions than tokens
         return places, following.expand(3, -1)
+
+    def without_waits(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], HostInputs | None]:
+        """A packed row's inputs with what the vision tower would compute from the sizes of its images."""
+        if self.tower is None or "image_grid_thw" not in inputs:
+            return inputs, None
+        places, host = self.tower.keywords(inputs["image_grid_thw"])
+        return {**{name: x for name, x in inputs.items() if name != "image_grid_thw"}, **places}, host
 
     def blocks(self, prompt: dict[str, Tensor]) -> list[Range]:
         """Runs of tokens that all see each other."""

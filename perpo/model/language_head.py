@@ -1,10 +1,11 @@
 """From a model to what the loss needs: hidden states of response tokens and the language head, never the logits.
 
-`accept_rows` teaches the forward pass of a Hugging Face model three more keywords:
+`accept_rows` teaches the forward pass of a Hugging Face model four more keywords:
 
     model(**inputs, response_rows=rows)                  -> hidden states [T, H]
     model(**inputs, response_rows=rows, head_call=f)     -> f(hidden [T, H], head)
     model(…, prefix_layout=layout)                          for a packed row, see `perpo.encoding.packed`
+    model(…, host_inputs=host)                              keywords that stay on the CPU
 
 Everything goes through the outermost module (DDP, FSDP, PeftModel, a compiled model), so that gradients are
 synchronised and sharded weights gathered as in any forward pass; and `f` runs as the forward pass of the head module
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from perpo.encoding.batch import ListBatch
+from perpo.encoding.vision import HostInputs
 from perpo.prefix.attention import packed_forward
 from perpo.prefix.layout import PrefixLayout
 from perpo_kernels import linear_perpo_loss, linear_token_log_probs
@@ -230,6 +232,7 @@ def _forward(
     *args: Any,
     response_rows: Tensor | None = None,
     prefix_layout: PrefixLayout | None = None,
+    host_inputs: HostInputs | None = None,
     head_call: HeadCall | None = None,
     own_logits: bool = False,
     **kwargs: Any,
@@ -237,6 +240,8 @@ def _forward(
     if response_rows is None:
         return plain(self, *args, **kwargs)
     given = {name: x for name, x in kwargs.items() if x is not None}  # PeftModel passes every keyword it knows
+    if host_inputs is not None:
+        given |= host_inputs.keywords
     if own_logits:
         return _own_logits(self, partial(plain, self, *args, **given, use_cache=False), response_rows)
     with _autocast_within(self):

@@ -105,10 +105,13 @@ class FakeGpu(TorchDispatchMode):
         if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
             with unset_fake_temporarily():  # of the CPU alone: the real thing
                 return func(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
-        out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         self._note(func, args, kwargs, out)
         return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
+        return func(*args, **kwargs)
 
     def _fake(self, x: Tensor) -> Tensor:
         return x if isinstance(x, FakeTensor) else self.mode.from_tensor(x)

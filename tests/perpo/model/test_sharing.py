@@ -47,8 +47,10 @@ def batches(model: nn.Module, processor: Any, *, text_only: bool = False) -> tup
     known = candidate_tensors(responses)
     inputs, rows, n_tokens = separate_rows(prompts, responses, encoder.pad_id, encoder.answer_values)
     separate = ListBatch(inputs, rows, **known, n_tokens=n_tokens)
-    inputs, rows, layout = packed_row(prompts, responses, PromptPositions(core), encoder.answer_values)
-    return ListBatch(inputs, rows, **known, layout=layout, n_tokens=layout.n_tokens), separate
+    positions = PromptPositions(core)
+    inputs, rows, layout = packed_row(prompts, responses, positions, encoder.answer_values)
+    inputs, host = positions.without_waits(inputs)
+    return ListBatch(inputs, rows, **known, layout=layout, n_tokens=layout.n_tokens, host=host), separate
 
 
 def built(family: str) -> tuple[Any, Any, bool]:

@@ -1,0 +1,118 @@
+"""A training step and a reference pass of every verified architecture, with image and shared prompt, on fake CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from perpo.encoding.batch import ListBatch
+from perpo.model import sharing
+from perpo.model.language_head import accept_rows, perpo_output, sequence_log_probs
+from perpo.training.metrics import ListMetrics
+from tests.fake_gpu.device import fake_gpu, move
+from tests.fake_gpu.known import KnowingGpu
+from tests.perpo import tiny_models
+from tests.perpo.model.test_sharing import FAMILIES, batches
+
+CHECK = "_local_scalar_dense in import_utils.py: torch_compilable_check"  # image tokens are as many as features
+
+# Where transformers 5.17 waits for the device in a training step with images. Nothing of ours does.
+WAITS: dict[str, set[str]] = {
+    "llava": {CHECK},
+    "llava_onevision": {
+        CHECK,
+        "_local_scalar_dense in modeling_llava_onevision.py: get_anyres_image_grid_shape",
+        "_local_scalar_dense in modeling_llava_onevision.py: get_image_features",
+        "_local_scalar_dense in modeling_llava_onevision.py: image_size_to_num_patches",
+        "_local_scalar_dense in modeling_llava_onevision.py: unpad_image",
+    },
+    "llava_next": {
+        CHECK,
+        "_local_scalar_dense in modeling_llava_next.py: get_anyres_image_grid_shape",
+        "_local_scalar_dense in modeling_llava_next.py: image_size_to_num_patches",
+        "_local_scalar_dense in modeling_llava_next.py: unpad_image",
+    },
+    "qwen2_vl": {CHECK},  # what towers compute from sizes of images comes with the batch: perpo/encoding/vision.py
+    "qwen2_5_vl": {CHECK},
+    "qwen3_vl": {
+        CHECK,
+        "index by a mask in modeling_qwen3_vl.py: _deepstack_process",
+        "index_put_ by a mask in modeling_qwen3_vl.py: _deepstack_process",
+        "index by a mask in the backward pass",
+        "index_put by a mask in the backward pass",
+    },
+    "idefics3": {
+        "index by a mask in modeling_idefics3.py: forward",
+        "index by a mask in modeling_idefics3.py: get_image_features",
+        "index_put_ by a mask in modeling_idefics3.py: forward",
+    },
+    "smolvlm": {
+        CHECK,
+        "index by a mask in modeling_smolvlm.py: forward",
+        "index by a mask in modeling_smolvlm.py: get_image_features",
+        "index by a mask in modeling_smolvlm.py: inputs_merger",
+        "index by a mask in the backward pass",
+        "index_put_ by a mask in modeling_smolvlm.py: forward",
+        "index_put_ by a mask in modeling_smolvlm.py: inputs_merger",
+    },
+    "internvl": {CHECK},
+    "mistral3": {
+        CHECK,
+        "_local_scalar_dense in modeling_mistral3.py: forward",
+        "_local_scalar_dense in modeling_mistral3.py: get_image_features",
+        "_local_scalar_dense in modeling_pixtral.py: forward",
+    },
+    "glm4v": {
+        CHECK,
+        "_local_scalar_dense in modeling_glm4v.py: forward",
+        "_local_scalar_dense in modeling_glm4v.py: get_image_features",
+        "_local_scalar_dense in vision_utils.py: get_vision_position_ids",
+        "repeat_interleave in vision_utils.py: get_vision_cu_seqlens",
+    },
+    "gemma3": {CHECK},
+    "paligemma": {CHECK},
+}
+# Copies that wait, and operators that take an index from the CPU: none but these, of transformers.
+COPIES = {"llava_onevision": 1, "llava_next": 1, "glm4v": 1}
+# What each of two layers launches, forward and backward; windows and soft caps are FlexAttention's.
+FLASH = {"gemma3": 5, "mistral": 0, "gemma2": 0, "gemma3_text": 0}
+
+
+def on_gpu(family: str) -> tuple[nn.Module, ListBatch]:
+    """The model in bf16, to be moved to the GPU, and its batch on the CPU."""
+    model, processor = tiny_models.build(family)
+    if family == "gemma2":
+        model.set_attn_implementation("eager")
+    packed, _ = batches(model, processor, text_only=family in tiny_models.TEXT_FAMILIES)
+    packed.rewards = torch.linspace(0, 1, len(packed.rewards))
+    packed.inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in packed.inputs.items()}
+    sharing.prepare(model, "on", "cuda")
+    accept_rows(model)
+    return model, packed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_and_a_reference_pass(family: str) -> None:
+    model, packed = on_gpu(family)
+    with fake_gpu(KnowingGpu()) as gpu:
+        move(model, dtype=torch.bfloat16)
+        batch = packed.to("cuda", non_blocking=True)
+        batch.ref_log_probs = sequence_log_probs(model, batch)
+        assert batch.ref_log_probs.device.type == "cuda"
+        gpu.clear()
+        output = model(**batch.keywords, head_call=lambda hidden, head: perpo_output(hidden, head, batch))
+        output.loss.backward()
+        ListMetrics().add(batch, output)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.device.type == "cuda" for gradient in gradients)
+    assert gpu.kernels()["list_loss_kernel"] == 1
+    assert not [wait for wait in gpu.waits if " perpo" in wait]  # a path: ours
+    if transformers.__version__.startswith("5.17."):
+        assert set(gpu.waits) == WAITS.get(family, set())
+        assert len(gpu.blocking) == COPIES.get(family, 0)
+        assert not gpu.mixed
+    flash = 2 * FLASH.get(family, 3)
+    assert gpu.others["_flash_attention_forward"] == gpu.others["_flash_attention_backward"] == flash
