@@ -83,9 +83,11 @@ def is_observed(*args: object) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler records what is done. Up to torch 2.12 `is_compiling` is False while it traces a backward pass."""
+    """Whether a compiler records what is done. Up to torch 2.12 `is_compiling` is False where it traces a backward
+    pass."""
     proxies = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(proxies) is not None
+
 
 def holds_outputs_alone(ctx: Any) -> bool:
     """Whether what was saved of an operator's outputs may be overwritten in this backward pass: the functions that
