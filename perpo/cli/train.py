@@ -70,7 +70,8 @@ def _train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConf
     eval_lists = None if data.eval_file is None else _read(data.eval_file, data, args, processor)
     model = model_config.load_model(name, revision)
     prepared = trainable.apply(model, folder=str(args.output_dir), dtype=model_config.dtype)
-    reference = args.ref_model_name_or_path
+    names = args.ref_model_name_or_path or []
+    references = map(model_config.load_model, names)  # several: one after another
     trainer = PerPOTrainer(
         prepared.model,
         args,
@@ -78,7 +79,7 @@ def _train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConf
         processor(),
         eval_dataset=eval_lists,
         peft_config=prepared.peft_config,
-        ref_model=None if reference is None else model_config.load_model(reference),
+        ref_model=references if len(names) > 1 else next(references, None),
     )
     trainer.provenance = Provenance(
         data.train_file,

@@ -14,6 +14,7 @@ from perpo.model.sharing import SHARING
 from perpo.training.objective import named_objective
 from perpo_kernels.chunks import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from perpo_kernels.objectives import PRESETS, Objective
+from perpo_kernels.references import TOLERANCE
 
 REFERENCES = ("precomputed", "start", "adapter_off", "model", "data", "none")
 
@@ -64,8 +65,20 @@ class PerPOConfig(TrainingArguments):
             "choices": list(REFERENCES),
         },
     )
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The second model of reference='model'."}
+    ref_model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The second model of reference='model', which is run at every step; or several, which are one "
+            "reference together (MRPO). Several are run once before training, one after another, and what each gives "
+            "is kept on disk."
+        },
+    )
+    ref_model_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "How much each of several reference models counts: numbers ≥ 0 that add up to 1, in their order. "
+            "Default: all the same."
+        },
     )
     reference_cache_dir: str | None = field(
         default=None,
@@ -162,11 +175,7 @@ class PerPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_objective()
-        if self.ref_model_name_or_path is not None and self.reference != "model":
-            raise ValueError(
-                f"ref_model_name_or_path is given, but reference={self.reference!r} does not use it; set "
-                "reference='model'"
-            )
+        self._check_ref_models()
         if self.prefix_sharing not in SHARING:
             raise ValueError(f"prefix_sharing must be one of {', '.join(SHARING)}; got {self.prefix_sharing!r}")
         if self.min_candidates < 1:
@@ -185,6 +194,32 @@ class PerPOConfig(TrainingArguments):
             raise ValueError("include_num_input_tokens_seen is not supported; tokens_per_second is logged always")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not part of this loss; leave it 0")
+
+    def _check_ref_models(self) -> None:
+        for name in ("ref_model_name_or_path", "ref_model_weights"):
+            if getattr(self, name) is not None and self.reference != "model":
+                raise ValueError(
+                    f"{name} is given, but reference={self.reference!r} does not use it; set reference='model'"
+                )
+        if isinstance(self.ref_model_name_or_path, str | os.PathLike):
+            self.ref_model_name_or_path = [str(self.ref_model_name_or_path)]
+        names, weights = self.ref_model_name_or_path, self.ref_model_weights
+        if names is not None and (not names or len(set(names)) < len(names)):
+            raise ValueError(
+                f"ref_model_name_or_path must name a model, or several that differ; got {names}. How much each "
+                "counts is said by ref_model_weights"
+            )
+        if weights is None:
+            return
+        if not isinstance(weights, list | tuple) or not all(type(weight) in (int, float) for weight in weights):
+            raise TypeError(f"ref_model_weights must be a list of numbers, got {weights!r}")
+        if not all(weight >= 0 for weight in weights) or not abs(sum(weights) - 1) <= TOLERANCE:
+            raise ValueError(f"ref_model_weights must be numbers ≥ 0 that add up to 1, got {weights}")
+        if names is not None and len(weights) != len(names):
+            raise ValueError(
+                f"ref_model_weights must hold one number for each model of ref_model_name_or_path, {names}; got "
+                f"{weights}"
+            )
 
     def _check_objective(self) -> None:
         if self.objective is None:

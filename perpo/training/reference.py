@@ -3,7 +3,7 @@
 precomputed    by the model as it is before training, adapters off; once, kept on disk (`ReferenceCache`)
 start          the same with the adapters that it comes with, which an earlier round has trained
 adapter_off    by the model without its adapters, at every step
-model          by a second model, at every step
+model          by a second model, at every step; by several, once, kept on disk (`attach_several`)
 data           in the records
 none           the objective has no reference
 """
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
 from peft import PeftModel
@@ -28,14 +30,15 @@ from perpo.encoding.collator import ListCollator, Sample, records_of
 from perpo.model import sharing
 from perpo.model.language_head import accept_rows, causal_lm, sequence_log_probs
 from perpo.model.load import load_model
-from perpo.storage.fingerprints import weights_fingerprint
+from perpo.storage.fingerprints import fingerprint, weights_fingerprint
 from perpo.training.checkpoints import starting_adapters
 from perpo.training.config import PerPOConfig
 from perpo.training.failures import of_all
 from perpo.training.reference_cache import ReferenceCache
+from perpo_kernels import combine_references
 
 
-def check_reference(model: nn.Module, args: PerPOConfig, ref_model: nn.Module | None) -> None:
+def check_reference(model: nn.Module, args: PerPOConfig, ref_model: nn.Module | Iterable[nn.Module] | None) -> None:
     """Raises:
     ValueError: the models at hand do not go with `args.reference`."""
     if args.reference == "adapter_off" and not isinstance(model, PeftModel):
@@ -46,16 +49,31 @@ def check_reference(model: nn.Module, args: PerPOConfig, ref_model: nn.Module | 
         raise ValueError("reference='model' needs ref_model or ref_model_name_or_path")
     if args.reference != "model" and ref_model is not None:
         raise ValueError(f"ref_model is given, but reference={args.reference!r} does not use it")
-    if ref_model is not None and ref_model is model:
+    given = ref_model if isinstance(ref_model, list | tuple) else [ref_model]
+    if any(one is model for one in given):
         raise ValueError("ref_model is the model that is trained; give a copy, or use reference='precomputed'")
+    weights = args.ref_model_weights
+    if weights is not None and isinstance(ref_model, nn.Module | list | tuple) and len(given) != len(weights):
+        raise ValueError(
+            f"ref_model_weights must hold one number for each reference model, {len(given)}; got {weights}"
+        )
+
+
+def several(ref_model: nn.Module | Iterable[nn.Module] | None, args: PerPOConfig) -> Iterable[nn.Module | str] | None:
+    """The models, or their names, where the reference is not one model."""
+    if ref_model is None:
+        names = args.ref_model_name_or_path or []
+        return names if len(names) > 1 else None
+    return None if isinstance(ref_model, nn.Module) else ref_model
 
 
 def second_model(
-    ref_model: nn.Module | None, model: nn.Module, args: PerPOConfig, accelerator: Accelerator, shared: bool
+    ref_model: nn.Module | str | None, model: nn.Module, args: PerPOConfig, accelerator: Accelerator, shared: bool
 ) -> nn.Module:
     """The model of reference="model", frozen; loaded if none is given.
 
     Args:
+        ref_model: a model; a name; None: that of ref_model_name_or_path.
         shared: whether `model`, the one that is trained, is fed packed rows.
 
     Raises:
@@ -63,9 +81,10 @@ def second_model(
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("reference='model' is not supported under DeepSpeed; use 'adapter_off' or 'data'")
-    if ref_model is None:
+    if not isinstance(ref_model, nn.Module):
         dtype = causal_lm(model).config.dtype or "auto"  # of the model as it was loaded
-        ref_model = load_model(str(args.ref_model_name_or_path), dtype=dtype)
+        (name,) = [ref_model] if ref_model else args.ref_model_name_or_path or []
+        ref_model = load_model(name, dtype=dtype)
     accept_rows(ref_model)
     shares = sharing.prepare(ref_model, args.prefix_sharing, args.device) is not None
     same = causal_lm(ref_model).config.model_type == causal_lm(model).config.model_type
@@ -83,8 +102,7 @@ def with_reference(batch: ListBatch, kind: str, model: nn.Module, ref_model: nn.
     Raises:
         ValueError: they should have come with the records, and did not.
     """
-    if kind == "model":
-        assert ref_model is not None
+    if kind == "model" and ref_model is not None:
         batch.ref_log_probs = sequence_log_probs(ref_model, batch)
     elif kind == "adapter_off":
         with as_reference(model):
@@ -119,6 +137,7 @@ class Precomputed:
     Args:
         identity: what the numbers depend on besides the model, see `Encoder.fingerprint`.
         collate, prepare: what makes a batch of records, and moves it to the device.
+        own_folder: keep the numbers in a folder of this model's within the cache, named after its weights.
     """
 
     def __init__(
@@ -129,6 +148,7 @@ class Precomputed:
         identity: dict[str, str],
         collate: ListCollator,
         prepare: Callable[[ListBatch], ListBatch],
+        own_folder: bool = False,
     ) -> None:
         self.model, self.args, self.accelerator = model, args, accelerator
         self.collate, self.prepare = collate, prepare
@@ -139,15 +159,17 @@ class Precomputed:
             "precision": accelerator.mixed_precision,
             **identity,
         }
-        self.adapters = args.reference == "start"
+        self.adapters = args.reference != "precomputed"
         if self.adapters:
             self.identity["weights of adapters"] = starting_adapters(model)
+        self.weights = fingerprint([value for name, value in self.identity.items() if "weights" in name])
+        self.folder = os.path.join(args.reference_folder, self.weights) if own_folder else args.reference_folder
 
     def attach(self, *datasets: Sequence[Sample] | None) -> list[Sequence[Sample] | None]:
         """Each data set with its reference log-probs: of records that the cache does not hold yet, computed."""
         args = self.args
         with args.main_process_first(desc="reference cache"):
-            cache = ReferenceCache(args.reference_folder, self.identity, args.process_index, args.image_root)
+            cache = ReferenceCache(self.folder, self.identity, args.process_index, args.image_root)
         keys = [cache.key(record) for record in _records(datasets)]
         self.accelerator.wait_for_everyone()  # all have read the folder before any writes to it
         if args.world_size > 1:  # machines need not share a disk
@@ -178,6 +200,50 @@ class Precomputed:
         with as_reference(self.model, self.adapters), self.accelerator.autocast():
             for batch in batches:
                 yield sequence_log_probs(self.model, self.prepare(batch)).tolist()
+
+
+def attach_several(
+    models: Iterable[nn.Module | str],
+    alpha: Sequence[float] | None,
+    precomputed: Callable[[nn.Module | str], Precomputed],
+    *datasets: Sequence[Sample] | None,
+) -> tuple[list[Sequence[Sample] | None], list[str]]:
+    """Each data set with its log-probs under several models as one reference, and the fingerprints of their weights.
+
+    It is the reference of MRPO (arXiv 2405.16388), log π̃ = −log Σ_n α_n / π_n of a whole response; see
+    `perpo_kernels.combine_references`. α is fixed: the paper's α of each response and its clipping to the first model
+    are not part of this. Each model is on the device alone, beside the one that is trained, and has a cache of its own:
+    other weights, or one model more, compute nothing twice.
+
+    Args:
+        models: taken one after another, so that an iterator need not hold them all.
+        alpha: [n], one for each model; None: 1/n each.
+        precomputed: a model or its name -> it, loaded and checked, with what computes its log-probs.
+    """
+    of_models, weights = [], []
+    for given in models:
+        one = precomputed(given)
+        of_models.append(one.attach(*datasets))
+        weights.append(one.weights)
+        one.model.cpu()
+        del given, one  # before the next is loaded
+    if not of_models:
+        raise ValueError("ref_model: expected one model or more, got none")
+
+    def combined(samples: Sequence[Sample]) -> Sample:
+        """One sample with the log-probs of each model -> with those of all."""
+        records = []
+        for same in zip(*map(records_of, samples), strict=True):
+            each = [torch.tensor(record.ref_log_probs, dtype=torch.float64) for record in same]
+            log_probs = combine_references(each, alpha).tolist()
+            records.append(dataclasses.replace(same[0], ref_log_probs=tuple(log_probs)))
+        return records[0] if isinstance(samples[0], ListRecord) else tuple(records)
+
+    each_set = [
+        None if samples[0] is None else Spool(map(combined, zip(*samples, strict=True)))
+        for samples in zip(*of_models, strict=True)
+    ]
+    return each_set, weights
 
 
 def _records(datasets: Iterable[Sequence[Sample] | None]) -> Iterator[ListRecord]:

@@ -7,7 +7,7 @@ step, over all accumulated batches and all ranks, so it does not matter how list
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from perpo.encoding.encoder import Encoder
 from perpo.model import sharing
 from perpo.model.language_head import accept_rows, causal_lm, check_language_head, perpo_output, through_head
 from perpo.model.trainable import keep_in_fp32, set_precision
+from perpo.storage.fingerprints import fingerprint
 from perpo.training.batch_sampler import ListBatchSampler, batch_sampler
 from perpo.training.card import Provenance
 from perpo.training.checkpoints import (
@@ -46,7 +47,14 @@ from perpo.training.failures import of_all
 from perpo.training.lists import training_lists
 from perpo.training.metrics import ListMetrics
 from perpo.training.publish import Publishing
-from perpo.training.reference import Precomputed, check_reference, second_model, with_reference
+from perpo.training.reference import (
+    Precomputed,
+    attach_several,
+    check_reference,
+    second_model,
+    several,
+    with_reference,
+)
 from perpo.training.sharing_check import AMONG, check_sharing
 from perpo.training.stopping import FAILED, StopOnSignal, StoppedBySignal
 from perpo_kernels import LinearPerPOOutput
@@ -63,7 +71,8 @@ class PerPOTrainer(Publishing):
         train_dataset, eval_dataset: records, or what `perpo.data.read.read_records` reads: a file, a
             `datasets.Dataset`. processing_class: the processor (a tokenizer for a text model). peft_config: adapters to
             put on the model (`perpo.model.trainable.language_lora` gives the published ones). ref_model: the second
-            model of reference="model". callbacks, optimizers: as `transformers.Trainer`.
+            model of reference="model", or several: a list, or an iterator that loads them. callbacks, optimizers: as
+            `transformers.Trainer`.
 
     Raises:
         ValueError: settings that do not fit together, by name; a stale reference cache; a model whose head is unknown.
@@ -82,7 +91,7 @@ class PerPOTrainer(Publishing):
         *,
         eval_dataset: Sequence[ListRecord] | Any = None,
         peft_config: LoraConfig | None = None,
-        ref_model: nn.Module | None = None,
+        ref_model: nn.Module | Iterable[nn.Module] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -143,8 +152,12 @@ class PerPOTrainer(Publishing):
             keep_in_fp32(model)
             with self.accelerator.autocast():
                 check_language_head(model)
-        if args.reference == "model":
-            ref_model = second_model(ref_model, model, args, self.accelerator, positions is not None)
+        shared = positions is not None
+        ref_models = several(ref_model, args)
+        if ref_models is not None:
+            ref_model = None
+        elif args.reference == "model":
+            ref_model = second_model(ref_model, model, args, self.accelerator, shared)
         self._identity: dict[str, str] = {}
         if self.is_world_process_zero():
             self._identity = run_identity(model, args, self.encoder, self.train_dataset or [], ref_model)
@@ -157,9 +170,31 @@ class PerPOTrainer(Publishing):
                     "records that hold ref_log_probs"
                 )
             self._check_sharing(model)
-            identity, prepare = self.encoder.fingerprint(), self._prepare_inputs
-            precomputed = Precomputed(model, args, self.accelerator, identity, self.data_collator, prepare)
+            precomputed = self._precomputed(model)
             self.train_dataset, self.eval_dataset = precomputed.attach(self.train_dataset, self.eval_dataset)
+        if ref_models is not None:
+            load = partial(second_model, model=model, args=args, accelerator=self.accelerator, shared=shared)
+            self._attach_several(ref_models, load, shared)
+
+    def _precomputed(self, model: nn.Module, own_folder: bool = False) -> Precomputed:
+        identity, prepare = self.encoder.fingerprint(), self._prepare_inputs
+        return Precomputed(model, self.args, self.accelerator, identity, self.data_collator, prepare, own_folder)
+
+    def _attach_several(self, models: Iterable[nn.Module | str], load: Callable[..., nn.Module], shared: bool) -> None:
+        """Log-probs under several reference models as one, computed now."""
+
+        def precomputed(given: nn.Module | str) -> Precomputed:
+            model = load(given).to(self.args.device).eval()
+            if shared:
+                self._compare_rows([model], self.train_dataset or self.eval_dataset or [])
+            return self._precomputed(model, own_folder=True)
+
+        datasets, weights = attach_several(
+            models, self.args.ref_model_weights, precomputed, self.train_dataset, self.eval_dataset
+        )
+        self.train_dataset, self.eval_dataset = datasets
+        if self._identity:
+            self._identity["reference weights"] = fingerprint([weights, self.args.ref_model_weights])
 
     def _lists(self, name: str, source: Any, args: PerPOConfig) -> Sequence[Sample] | None:
         return None if source is None else training_lists(name, source, args, self.encoder.sees_images)
@@ -315,7 +350,9 @@ class PerPOTrainer(Publishing):
         if not self._sharing_unchecked or not samples:
             return
         self._sharing_unchecked = False
-        models = [model] if self.ref_model is None else [model, self.ref_model]
+        self._compare_rows([model] if self.ref_model is None else [model, self.ref_model], samples)
+
+    def _compare_rows(self, models: Sequence[nn.Module], samples: Sequence[Sample]) -> None:
         with self.accelerator.autocast():  # as in the forward pass, which tells how much rounding there may be
             check_sharing(models, samples, self.data_collator, self._prepare_inputs)
 
