@@ -71,7 +71,7 @@ def _train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConf
     model = model_config.load_model(name, revision)
     prepared = trainable.apply(model, folder=str(args.output_dir), dtype=model_config.dtype)
     names = args.ref_model_name_or_path or []
-    references = map(model_config.load_model, names)  # several: one after another
+    references = (model_config.load_model(one) for one in names)  # several: one after another
     trainer = PerPOTrainer(
         prepared.model,
         args,

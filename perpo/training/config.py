@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,16 @@ class PerPOConfig(TrainingArguments):
             "0.2 of the area).",
             "choices": list(CORRUPTIONS),
         },
+    )
+    degree_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the cross-entropy of a second head, which tells the level of an answer's reward from "
+            "its hidden states (SPO); 0: none."
+        },
+    )
+    degree_levels: int | None = field(
+        default=None, metadata={"help": "Levels between a list's worst and best reward for degree_weight; default: 3."}
     )
     reference: str | None = field(
         default=None,
@@ -176,6 +187,14 @@ class PerPOConfig(TrainingArguments):
         super().__post_init__()
         self._check_objective()
         self._check_ref_models()
+        if not 0 <= self.degree_weight < math.inf:
+            raise ValueError(f"degree_weight must be a finite number ≥ 0, got {self.degree_weight}")
+        if self.degree_weight:
+            self.degree_levels = 3 if self.degree_levels is None else self.degree_levels
+        elif self.degree_levels is not None:
+            raise ValueError("degree_levels is given, but degree_weight=0 does not use it; set degree_weight")
+        if self.degree_levels is not None and self.degree_levels < 2:
+            raise ValueError(f"degree_levels must be ≥ 2, got {self.degree_levels}")
         if self.prefix_sharing not in SHARING:
             raise ValueError(f"prefix_sharing must be one of {', '.join(SHARING)}; got {self.prefix_sharing!r}")
         if self.min_candidates < 1:

@@ -6,7 +6,8 @@ worst. lists/pair_accuracy is the share of all pairs with r_i > r_j that have s_
 over active lists (those with any preference). prefix/token_ratio is how many times more tokens a row for every
 candidate would feed; rewards/* are β·score of the objective. Candidates that were added to a list (mDPO's, under a
 corrupted image) are in its loss and in no other number; lists that only fill up the last batch
-(`perpo.encoding.batch.ListBatch.counting_first`) are in none.
+(`perpo.encoding.batch.ListBatch.counting_first`) are in none. degree/loss and degree/accuracy are those of
+`perpo.training.degree`, means over the lists that have degrees.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ OVER_ACTIVE = (
     "lists/kendall_tau",
 )
 OVER_LISTS = ("lists/active", "lists/reward_mean", "lists/reward_spread", "loss")
+OVER_DEGREES = ("degree/loss", "degree/accuracy")
 
 
 class ListMetrics:
@@ -49,9 +51,10 @@ class ListMetrics:
         self.started = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, batch: ListBatch, output: LinearPerPOOutput) -> None:
-        """Take in one batch, with `output.loss` summed over its lists."""
-        sums = torch.cat([_list_sums(batch, output), output.loss.detach().float().reshape(1)])
+    def add(self, batch: ListBatch, output: LinearPerPOOutput, of_degrees: Tensor | None = None) -> None:
+        """Take in one batch, with `output.loss` summed over its lists, and what `DegreeHead` gave of it."""
+        more = output.loss.new_zeros(len(OVER_DEGREES) + 1) if of_degrees is None else of_degrees.detach()
+        sums = torch.cat([_list_sums(batch, output), output.loss.detach().float().reshape(1), more.float()])
         self.sums = sums if self.sums is None else self.sums + sums
         self.n_tokens += batch.n_tokens
         self.n_separate += batch.n_separate
@@ -59,16 +62,19 @@ class ListMetrics:
     def report(self, accelerator: Accelerator) -> dict[str, float]:
         """Averages over all ranks since the last reset, and speed. Every rank must call it."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
-        sums = torch.zeros(1 + len(OVER_ACTIVE) + len(OVER_LISTS)) if self.sums is None else self.sums
+        names = (*OVER_ACTIVE, *OVER_LISTS, *OVER_DEGREES, "judged")
+        sums = torch.zeros(1 + len(names)) if self.sums is None else self.sums
         counts = [self.n_tokens, self.n_separate, peak_memory()]
         mine = torch.cat([sums.double().cpu(), torch.tensor(counts).double()])
         everyone = accelerator.gather(mine.to(accelerator.device, torch.float32).unsqueeze(0)).double().cpu()
         totals = everyone.sum(0).tolist()
         n_lists, *of_lists, n_tokens, n_separate, _ = totals
-        values = dict(zip((*OVER_ACTIVE, *OVER_LISTS), of_lists, strict=True))
+        values = dict(zip(names, of_lists, strict=True))
         n_active = values["lists/active"]
         out = {name: values[name] / max(n_active, 1) for name in OVER_ACTIVE}
         out |= {name: values[name] / max(n_lists, 1) for name in OVER_LISTS}
+        if values["judged"]:
+            out |= {name: values[name] / values["judged"] for name in OVER_DEGREES}
         out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
         out["tokens_per_second"] = n_tokens / seconds
         out["prefix/token_ratio"] = n_separate / max(n_tokens, 1)

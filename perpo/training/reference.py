@@ -239,7 +239,7 @@ def attach_several(
             records.append(dataclasses.replace(same[0], ref_log_probs=tuple(log_probs)))
         return records[0] if isinstance(samples[0], ListRecord) else tuple(records)
 
-    each_set = [
+    each_set: list[Sequence[Sample] | None] = [
         None if samples[0] is None else Spool(map(combined, zip(*samples, strict=True)))
         for samples in zip(*of_models, strict=True)
     ]

@@ -27,9 +27,17 @@ from perpo.encoding.batch import ListBatch
 from perpo.encoding.collator import ListCollator, Sample
 from perpo.encoding.encoder import Encoder
 from perpo.model import sharing
-from perpo.model.language_head import accept_rows, causal_lm, check_language_head, perpo_output, through_head
+from perpo.model.language_head import (
+    LanguageHead,
+    accept_rows,
+    causal_lm,
+    check_language_head,
+    perpo_output,
+    through_head,
+)
 from perpo.model.trainable import keep_in_fp32, set_precision
 from perpo.storage.fingerprints import fingerprint
+from perpo.training import degree
 from perpo.training.batch_sampler import ListBatchSampler, batch_sampler
 from perpo.training.card import Provenance
 from perpo.training.checkpoints import (
@@ -115,6 +123,8 @@ class PerPOTrainer(Publishing):
         if train_dataset is not None and not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("model: none of its parameters requires a gradient, so nothing would be trained")
         check_reference(model, args, ref_model)
+        degree.take_off(model)
+        self.degree: degree.DegreeHead | None = None
         set_precision(model, args)
         accept_rows(model)
         self.encoder = Encoder.for_model(
@@ -154,14 +164,15 @@ class PerPOTrainer(Publishing):
                 check_language_head(model)
         shared = positions is not None
         ref_models = several(ref_model, args)
-        if ref_models is not None:
-            ref_model = None
-        elif args.reference == "model":
-            ref_model = second_model(ref_model, model, args, self.accelerator, shared)
+        one_model = ref_model if isinstance(ref_model, nn.Module) else None
+        if args.reference == "model" and ref_models is None:
+            one_model = second_model(one_model, model, args, self.accelerator, shared)
         self._identity: dict[str, str] = {}
         if self.is_world_process_zero():
-            self._identity = run_identity(model, args, self.encoder, self.train_dataset or [], ref_model)
-        self.ref_model = ref_model and self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
+            self._identity = run_identity(model, args, self.encoder, self.train_dataset or [], one_model)
+        self.ref_model: nn.Module | None = (
+            one_model and self.accelerator.prepare_model(one_model, evaluation_mode=True).eval()
+        )
         if args.reference in ("precomputed", "start"):
             if sharded:
                 raise ValueError(
@@ -175,6 +186,15 @@ class PerPOTrainer(Publishing):
         if ref_models is not None:
             load = partial(second_model, model=model, args=args, accelerator=self.accelerator, shared=shared)
             self._attach_several(ref_models, load, shared)
+        if args.degree_weight:
+            if sharded:
+                raise ValueError(
+                    "degree_weight > 0 is not supported under FSDP and DeepSpeed; train with DDP, or set it to 0"
+                )
+            assert args.degree_levels is not None
+            self.degree = degree.put_on(model, args.degree_levels, args.device)
+            if self._identity:
+                self._identity["degrees"] = f"{args.degree_levels} levels, weight {args.degree_weight}"
 
     def _precomputed(self, model: nn.Module, own_folder: bool = False) -> Precomputed:
         identity, prepare = self.encoder.fingerprint(), self._prepare_inputs
@@ -265,6 +285,8 @@ class PerPOTrainer(Publishing):
         of_checkpoint = _internal_call and not self.pushing
         with names_of_model(self.model) if of_checkpoint else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
+        if self.degree is not None and self.args.should_save:
+            degree.save(self.degree, output_dir or str(self.args.output_dir))
         if not _internal_call and self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             seal_weights(folder)
@@ -279,9 +301,19 @@ class PerPOTrainer(Publishing):
         if self.args.should_save:
             seal(folder)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.degree is not None:
+            degree.load(self.degree, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.degree is not None:
+            degree.load(self.degree, str(self.state.best_model_checkpoint))
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A checkpoint that holds other names would leave the model as it was, with a warning."""
-        check_loaded(self.model, load_result.missing_keys)
+        check_loaded(self.model, [name for name in load_result.missing_keys if not name.startswith(degree.NAME)])
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Resumed at its last step in the middle of an epoch, `Trainer` would take one step more."""
@@ -312,8 +344,8 @@ class PerPOTrainer(Publishing):
     ) -> Any:
         self._check_sharing(model)
         batch = with_reference(inputs, str(self.args.reference), model, self.ref_model)
-        output = self._forward(model, batch)
-        self.metrics["train" if model.training else "eval"].add(batch, output)
+        output, of_degrees = self._forward(model, batch)
+        self.metrics["train" if model.training else "eval"].add(batch, output, of_degrees)
         self._count_cut(batch, model.training)
         if num_items_in_batch is None:
             loss = output.loss / batch.n_lists
@@ -334,15 +366,19 @@ class PerPOTrainer(Publishing):
             self._n_cut += batch.n_cut
             self._n_responses += batch.cu_seqlens.numel() - 1
 
-    def _forward(self, model: nn.Module, batch: ListBatch) -> LinearPerPOOutput:
-        call = partial(
-            perpo_output,
-            batch=batch,
-            objective=self.objective,
-            reduction="sum",
-            max_chunk_bytes=self.args.max_chunk_bytes,
-        )
-        return LinearPerPOOutput(*through_head(model, call, **batch.keywords))
+    def _forward(self, model: nn.Module, batch: ListBatch) -> tuple[LinearPerPOOutput, Tensor | None]:
+        """What the loss gives, and the sums of the degrees; those are in `loss` too."""
+        options = {"objective": self.objective, "reduction": "sum", "max_chunk_bytes": self.args.max_chunk_bytes}
+
+        def call(hidden: Tensor, head: LanguageHead) -> Any:
+            output = perpo_output(hidden, head, batch, **options)
+            return output if self.degree is None else (*output, self.degree.sums(hidden, batch))
+
+        if self.degree is None:
+            return LinearPerPOOutput(*through_head(model, call, **batch.keywords)), None
+        *found, of_degrees = through_head(model, call, **batch.keywords)
+        output = LinearPerPOOutput(*found)
+        return output._replace(loss=output.loss + self.args.degree_weight * of_degrees[0]), of_degrees
 
     def _check_sharing(self, model: nn.Module) -> None:
         """Once, on lists of the data: packed rows give what separate rows give."""
