@@ -208,7 +208,11 @@ def _data_rows(lists: ListCounts, origin: Provenance) -> Iterable[tuple[str, str
 def _training_rows(model: nn.Module, args: PerPOConfig, loss: Objective, steps: int) -> Iterable[tuple[str, str]]:
     for name, value in _numbers(loss):
         yield f"objective: {name}", str(value)
-    yield "reference", str(args.reference)
+    n_models = len(args.ref_model_weights or args.ref_model_name_or_path or ())
+    together = f", {n_models} as one, weights {args.ref_model_weights or 'equal'}" if n_models > 1 else ""
+    yield "reference", f"{args.reference}{together}"
+    if args.degree_weight:
+        yield "awareness of degree (SPO)", f"weight {args.degree_weight:g}, {args.degree_levels} levels"
     if isinstance(model, PeftModel):
         config: Any = model.peft_config[model.active_adapters[0]]
         values = {name: getattr(config, name, None) for name in ("r", "lora_alpha", "lora_dropout")}

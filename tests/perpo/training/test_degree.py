@@ -70,11 +70,24 @@ def test_degrees_are_levels_of_the_range_of_each_list() -> None:
 
 
 def test_an_answer_under_a_corrupted_image_has_no_degree(tmp_path: Path) -> None:
-    runner = tiny_runs.trainer("llava", tmp_path, objective="mdpo", degree_weight=1.0)
-    batch = runner.data_collator(runner.train_dataset)
-    cross_entropy, _, lists = runner._forward(runner.model.eval(), batch)[1].tolist()
-    assert lists == 3  # the second of the four has equal rewards
-    assert cross_entropy == pytest.approx(3 * math.log(3))  # the head is 0
+    found = []
+    for objective in ("mdpo", "dpo"):
+        runner = tiny_runs.trainer("llava", tmp_path / objective, objective=objective, degree_weight=1.0)
+        torch.nn.init.normal_(runner.degree.weight, generator=torch.Generator().manual_seed(0))
+        batch = runner.data_collator(runner.train_dataset)
+        assert (batch.added is not None) == (objective == "mdpo")
+        found.append(runner._forward(runner.model.eval(), batch)[1])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert found[0][2] == 3  # the second of the four lists has equal rewards
+
+
+def test_in_bf16_the_head_stays_in_fp32(tmp_path: Path) -> None:
+    options = {"degree_weight": 1.0, "bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2}
+    runner = tiny_runs.trainer("llava", tmp_path, max_steps=3, reference="none", **options)
+    runner.train()
+    assert runner.degree.weight.dtype == torch.float32
+    assert runner.degree.weight.abs().max() > 0
+    assert all(math.isfinite(log["degree/loss"]) for log in runner.state.log_history if "degree/loss" in log)
 
 
 def test_at_weight_0_the_run_is_that_without_the_setting(tmp_path: Path) -> None:

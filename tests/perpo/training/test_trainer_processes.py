@@ -13,6 +13,7 @@ import torch
 
 from perpo.training.checkpoints import finished_checkpoints, problems
 
+from .. import tiny_models
 from ..run_training import train
 
 ROOT = Path(__file__).parents[3]
@@ -44,16 +45,23 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
         {"reference": "precomputed"},
         pytest.param({"reference": "adapter_off", "gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"lora": False, "ddp_find_unused_parameters": True}, marks=pytest.mark.slow),
+        pytest.param({"degree_weight": 2.0, "degree_levels": 2}, marks=pytest.mark.slow),
+        pytest.param({"reference": "model", "ref_model_weights": [0.2, 0.8]}, marks=pytest.mark.slow),
     ],
-    ids=["lora", "adapter_off", "full"],
+    ids=["lora", "adapter_off", "full", "degrees", "references"],
 )
 def test_two_processes_equal_one_that_accumulates(options: dict[str, Any], tmp_path: Path) -> None:
     options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1, "n_lists": 7} | options
+    if "ref_model_weights" in options:
+        options["ref_model_name_or_path"] = [str(tmp_path / "a"), str(tmp_path / "b")]
+        for seed, name in enumerate(options["ref_model_name_or_path"]):
+            tiny_models.build("llava", seed=seed)[0].save_pretrained(name)
     two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
     assert two.returncode == 0, two.stderr[-3000:]
     train(tmp_path / "one", gradient_accumulation_steps=2, **options)
     (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
     assert_same(ours, theirs)
+    assert any("degree_head" in name for name in ours) == ("degree_weight" in options)
     assert len(our_log) == 5  # the last step has one list
     for a, b in zip(our_log[:4], their_log[:4], strict=True):
         for name in ("loss", "rewards/accuracies", "lists/active", "lists/reward_mean", "logps/rejected"):
