@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -71,7 +71,7 @@ def _train(model_config: ModelConfig, data: DataConfig, trainable: TrainableConf
     model = model_config.load_model(name, revision)
     prepared = trainable.apply(model, folder=str(args.output_dir), dtype=model_config.dtype)
     names = args.ref_model_name_or_path or []
-    references: Iterator[Any] = (model_config.load_model(one) for one in names)  # several: one after another
+    references: Any = (model_config.load_model(one) for one in names)  # several: one after another
     trainer = PerPOTrainer(
         prepared.model,
         args,

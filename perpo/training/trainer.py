@@ -164,6 +164,15 @@ class PerPOTrainer(Publishing):
                 check_language_head(model)
         shared = positions is not None
         ref_models = several(ref_model, args)
+        if sharded and ref_models is not None:  # which they would load empty on all ranks but the first
+            raise ValueError(
+                "several reference models are run whole on each device, which FSDP and DeepSpeed do not give; use "
+                "one, or reference='data' with their log-probs combined by perpo_kernels.combine_references"
+            )
+        if sharded and args.degree_weight:
+            raise ValueError(
+                "degree_weight > 0 is not supported under FSDP and DeepSpeed; train with DDP, or set it to 0"
+            )
         one_model = ref_model if isinstance(ref_model, nn.Module) else None
         if args.reference == "model" and ref_models is None:
             one_model = second_model(one_model, model, args, self.accelerator, shared)
@@ -187,10 +196,6 @@ class PerPOTrainer(Publishing):
             load = partial(second_model, model=model, args=args, accelerator=self.accelerator, shared=shared)
             self._attach_several(ref_models, load, shared)
         if args.degree_weight:
-            if sharded:
-                raise ValueError(
-                    "degree_weight > 0 is not supported under FSDP and DeepSpeed; train with DDP, or set it to 0"
-                )
             assert args.degree_levels is not None
             self.degree = degree.put_on(model, args.degree_levels, args.device)
             if self._identity:

@@ -34,7 +34,7 @@ def trainer(folder: Path, ref_model: Any, **options: Any) -> PerPOTrainer:
     torch.manual_seed(1)
     lora = tiny_runs.language_lora(model, r=4, alpha=8)
     lora.init_lora_weights = False
-    config = tiny_runs.config(folder, reference="model", **options)
+    config = tiny_runs.config(folder, **{"reference": "model", **options})
     return PerPOTrainer(model, config, tiny_runs.records(), processor, peft_config=lora, ref_model=ref_model)
 
 
@@ -137,5 +137,25 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
     ],
 )
 def test_models_that_do_not_fit_are_refused(ref_model: Any, options: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, ref_model, **options)
+
+
+@pytest.mark.parametrize(
+    ("ref_model", "options", "message"),
+    [
+        (["one", "two"], {}, "several reference models are run whole on each device, which FSDP"),
+        (None, {"reference": "none", "degree_weight": 0.1}, "degree_weight > 0 is not supported under FSDP"),
+    ],
+)
+def test_sharded_weights_are_refused(
+    ref_model: Any, options: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sharded(self: Any) -> None:
+        plain(self)
+        self.is_fsdp_enabled = True
+
+    plain = PerPOTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(PerPOTrainer, "create_accelerator_and_postprocess", sharded)
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, ref_model, **options)
