@@ -13,7 +13,7 @@ import math
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -21,7 +21,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import _maybe_get_opdef
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import flex_attention as flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -69,6 +71,8 @@ class Copy(NamedTuple):
 class FakeGpu(TorchDispatchMode):
     """Notes."""
 
+    supports_higher_order_operators = True  # FlexAttention is one
+
     def __init__(self) -> None:
         super().__init__()
         self.mode = FakeTensorMode()
@@ -92,6 +96,9 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            self.others[str(func)] += 1
+            return func(*args, **kwargs)
         if func.namespace == "perpo_kernels":
             definition: Any = _maybe_get_opdef(func)
             with self:
@@ -211,7 +218,15 @@ _PLAIN_SDPA = torch.nn.functional.scaled_dot_product_attention
 def fake_gpu(notes: Any = None) -> Iterator[Any]:
     """Inside, tensors on CUDA are fake, and those on the CPU are real."""
     notes = notes or FakeGpu()
-    with patch("torch.nn.functional.scaled_dot_product_attention", _sdpa), _recorded_kernels(notes), notes.mode, notes:
+    with ExitStack() as stack:
+        stack.enter_context(patch("torch.nn.functional.scaled_dot_product_attention", _sdpa))
+        # FlexAttention as an operator, not compiled
+        stack.enter_context(patch("perpo.prefix.flex_attention.has_triton", lambda: True))
+        stack.enter_context(patch("perpo.prefix.flex_attention._compiled", lambda: flex.flex_attention))
+        stack.enter_context(patch.object(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True))
+        stack.enter_context(_recorded_kernels(notes))
+        stack.enter_context(notes.mode)
+        stack.enter_context(notes)
         yield notes
 
 
