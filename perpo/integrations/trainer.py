@@ -53,8 +53,8 @@ class PaddedListCollator:
     def __init__(
         self, processor: Any, model: nn.Module | None = None, image_root: str | None = None, **limits: int | None
     ) -> None:
-        core = None if model is None else causal_lm(model)
-        encoder = Encoder.for_model(processor, nn.Module() if core is None else core, **limits)
+        core = nn.Module() if model is None else causal_lm(model)
+        encoder = Encoder.for_model(processor, core, **limits)
         self._lists = ListCollator(encoder, image_root)
 
     def __call__(self, rows: Sequence[ListRecord | Mapping[str, Any]]) -> dict[str, Any]:

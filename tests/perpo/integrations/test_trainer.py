@@ -15,7 +15,7 @@ from perpo.integrations.trainer import ListLossMixin, PaddedListCollator
 from perpo.training.trainer import PerPOTrainer
 
 from .. import tiny_models, tiny_runs
-from .padded_batches import gradients
+from .padded_batches import gradients, plain_log_probs
 
 
 class ListTrainer(ListLossMixin, Trainer):
@@ -75,6 +75,16 @@ def test_a_batch_is_what_perpo_train_feeds_with_every_answer_s_last_token() -> N
     trainer_batch = perpo.integrations.trainer.ListCollator(collator._lists.encoder)(tiny_runs.records(5)[:3])
     own = perpo.model.language_head.sequence_log_probs(model, trainer_batch)
     torch.testing.assert_close(out.log_probs, own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, *tiny_models.MORE_FAMILIES])
+def test_a_batch_of_any_family_has_the_log_probs_of_its_logits(family: str) -> None:
+    model, processor = tiny_models.build(family)
+    batch = PaddedListCollator(processor, model.double().eval())(rows()[:2])
+    known = {name: batch.pop(name) for name in ("labels", "rewards", "cu_lists")}
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+    out = perpo.list_loss(model, inputs, **known)
+    torch.testing.assert_close(out.log_probs, plain_log_probs(model, inputs, known["labels"]), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
