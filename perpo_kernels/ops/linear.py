@@ -234,13 +234,17 @@ def linear_list_loss(
     gradient = HeadGradient(head, *need_head)
     rows = head.max_rows()
     buffer = head.buffer(min(rows, hidden.shape[0]))
-    unit = _coefficient_unit(problem.objective)
+    unit: float | Tensor = _coefficient_unit(problem.objective)
+    if problem.list_weights is not None and problem.list_weights.numel() > 0:
+        largest = problem.list_weights.to(log_probs.dtype).amax()
+        unit = unit * largest.where(largest > 0, 1.0)
 
     def close_lists(segment: Segment) -> None:
         lists = slice(segment.first_list, segment.last_list)
         part = problem._replace(
             cu_lists=problem.cu_lists[segment.first_list : segment.last_list + 1],
             pair_weights=None if problem.pair_weights is None else problem.pair_weights[lists],
+            list_weights=None if problem.list_weights is None else problem.list_weights[lists],
         )
         of_lists = result._replace(losses=result.losses[lists], active=result.active[lists])
         head.kernels.list_loss(log_probs, part, of_lists)
@@ -271,13 +275,21 @@ def linear_list_loss(
             head.kernels.grad_rows_(raw, labels[c], lse[:, c].contiguous(), None, z, raw)
             add_chunk(raw, c)
     _, coefficients, candidates, active = result
-    scale = log_probs.new_full((), unit)
+    scale = unit if isinstance(unit, Tensor) else log_probs.new_full((), unit)
     return result.losses.sum(), coefficients, candidates, active, derivative, gradient.weight, gradient.bias, scale
 
 
 def _coefficient_unit(objective: Objective) -> float:
     """What |∂L/∂s| is about; g ⊙ X is formed in multiples of it, so that fp16 neither overflows nor underflows."""
-    return 2 / objective.beta if objective.link == "squared" else objective.beta
+    o = objective
+    sizes = [
+        o.nll,
+        o.beta * o.list_scale * (o.list_term != "none"),
+        o.beta * o.pointwise_scale * (o.pointwise != "none"),
+    ]
+    if o.pairs != "none":
+        sizes.append(o.pair_scale * (2 / o.beta if o.link == "squared" else o.beta))
+    return max(sizes)
 
 
 def _segments(cu_seqlens: Tensor, cu_lists: Tensor, n_tokens: int, rows: int) -> list[Segment]:
