@@ -85,7 +85,7 @@ def run_identity(
         "model class": type(causal_lm(model)).__name__,
         "weights": weights_fingerprint(causal_lm(model)),
         "trained weights": fingerprint([trained, kinds]),
-        "weights of adapters": _starting_adapters(model),
+        "weights of adapters": starting_adapters(model),
         "reference weights": "none" if ref_model is None else weights_fingerprint(causal_lm(ref_model)),
         **encoder.fingerprint(),
         "lists": fingerprint([_of_list(record, args) for sample in samples for record in records_of(sample)]),
@@ -96,7 +96,7 @@ def run_identity(
     }
 
 
-def _starting_adapters(model: nn.Module) -> str:
+def starting_adapters(model: nn.Module) -> str:
     """Of adapters that an earlier run has trained; new ones change nothing yet: one factor of each is zero."""
     weights = [(name, p) for name, p in model.named_parameters() if "lora_" in name or "modules_to_save." in name]
     trained = any(bool(p.detach().any()) for name, p in weights if "lora_B" in name)

@@ -1,6 +1,7 @@
 """Log-probs of answers under the reference: where they come from, and computing them once before training.
 
 precomputed    by the model as it is before training, adapters off; once, kept on disk (`ReferenceCache`)
+start          the same with its adapters on: the policy that sampled, if that is the model that training begins with
 adapter_off    by the model without its adapters, at every step
 model          by a second model, at every step
 data           in the records
@@ -27,6 +28,7 @@ from perpo.model import sharing
 from perpo.model.language_head import accept_rows, causal_lm, sequence_log_probs
 from perpo.model.load import load_model
 from perpo.storage.fingerprints import weights_fingerprint
+from perpo.training.checkpoints import starting_adapters
 from perpo.training.config import PerPOConfig
 from perpo.training.reference_cache import ReferenceCache
 
@@ -94,10 +96,12 @@ def with_reference(batch: ListBatch, kind: str, model: nn.Module, ref_model: nn.
 
 
 @contextlib.contextmanager
-def as_reference(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters and without dropout."""
+def as_reference(model: nn.Module, adapters: bool = False) -> Iterator[None]:
+    """The model without its adapters, unless they are to stay, and without dropout."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
-    without_adapters = inner.disable_adapter() if isinstance(inner, PeftModel) else contextlib.nullcontext()
+    without_adapters = (
+        inner.disable_adapter() if isinstance(inner, PeftModel) and not adapters else contextlib.nullcontext()
+    )
     was_training = model.training
     model.eval()
     try:
@@ -108,7 +112,8 @@ def as_reference(model: nn.Module) -> Iterator[None]:
 
 
 class Precomputed:
-    """Reference log-probs of every record, by the model as it is now without its adapters; shared out over ranks.
+    """Reference log-probs of every record, by the model as it is now; shared out over ranks. Without its adapters, but
+    for reference="start".
 
     Args:
         identity: what the numbers depend on besides the model, see `Encoder.fingerprint`.
@@ -133,6 +138,9 @@ class Precomputed:
             "precision": accelerator.mixed_precision,
             **identity,
         }
+        self.adapters = args.reference == "start"
+        if self.adapters and (trained := starting_adapters(model)) != "new":  # new ones change nothing
+            self.identity["adapters"] = trained
 
     def attach(self, *datasets: Sequence[Sample] | None) -> list[list[Sample] | None]:
         """Each data set with its reference log-probs: of records that the cache does not hold yet, computed."""
@@ -160,7 +168,7 @@ class Precomputed:
         )
         hidden = self.args.disable_tqdm or self.args.process_index > 0 or not records
         batches = tqdm(loader, desc="reference log-probs", unit="list", disable=hidden)
-        with as_reference(self.model), self.accelerator.autocast():
+        with as_reference(self.model, self.adapters), self.accelerator.autocast():
             for record, batch in zip(records, batches, strict=True):
                 yield record, sequence_log_probs(self.model, self.prepare(batch)).tolist()
 

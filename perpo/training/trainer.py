@@ -43,6 +43,7 @@ from perpo.training.config import PerPOConfig
 from perpo.training.lists import training_lists
 from perpo.training.metrics import ListMetrics
 from perpo.training.reference import Precomputed, check_reference, second_model, with_reference
+from perpo.training.reward_shift import RewardShift
 from perpo.training.sharing_check import check_sharing
 from perpo.training.stopping import StopOnSignal, StoppedBySignal
 from perpo_kernels import LinearPerPOOutput
@@ -117,6 +118,7 @@ class PerPOTrainer(Trainer):
         self._eval_batches: ListBatchSampler | None = None
         self._n_cut = self._n_responses = 0
         self.objective = args.list_objective
+        self._shift = RewardShift(args.device) if self.objective.pointwise == "bco" else None
         self.metrics = {"train": ListMetrics(), "eval": ListMetrics()}
         super().__init__(
             model=model,
@@ -143,11 +145,11 @@ class PerPOTrainer(Trainer):
         if self.is_world_process_zero():
             self._identity = run_identity(model, args, self.encoder, self.train_dataset or [], ref_model)
         self.ref_model = ref_model and self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
-        if args.reference == "precomputed":
+        if args.reference in ("precomputed", "start"):
             if sharded:
                 raise ValueError(
-                    "reference='precomputed' needs the whole model on each device while it computes, which FSDP and "
-                    "DeepSpeed do not give; use reference='adapter_off' with adapters, or reference='data' with "
+                    f"reference={args.reference!r} needs the whole model on each device while it computes, which FSDP "
+                    "and DeepSpeed do not give; use reference='adapter_off' with adapters, or reference='data' with "
                     "records that hold ref_log_probs"
                 )
             self._check_sharing(model)
@@ -165,6 +167,8 @@ class PerPOTrainer(Trainer):
         with contextlib.ExitStack() as block:
             checkpoint = self._claim_folder(block, resume_from_checkpoint)
             self.metrics["train"].reset()
+            if self._shift is not None:
+                self._shift.load(Path(checkpoint)) if checkpoint else self._shift.reset()
             with self._stop:
                 output = super().train(resume_from_checkpoint=checkpoint, **options)
         if number := self._stop.stopped:
@@ -199,6 +203,10 @@ class PerPOTrainer(Trainer):
         if self.args.should_save:
             unseal(folder)
         super()._save_checkpoint(model, trial)
+        if self._shift is not None:
+            self._shift.update(self.accelerator)
+            if self.args.should_save:
+                self._shift.save(folder)
         self.accelerator.wait_for_everyone()  # each writes a part
         if self.args.should_save:
             seal(folder)
@@ -237,7 +245,9 @@ class PerPOTrainer(Trainer):
         self._check_sharing(model)
         batch = with_reference(inputs, str(self.args.reference), model, self.ref_model)
         output = self._forward(model, batch)
-        self.metrics["train" if model.training else "eval"].add(batch, output)
+        sums = self.metrics["train" if model.training else "eval"].add(batch, output)
+        if self._shift is not None and model.training:
+            self._shift.add(sums["rewards/chosen"] + sums["rewards/rejected"], 2 * sums["weight"])
         self._count_cut(batch, model.training)
         if num_items_in_batch is None:
             loss = output.loss / batch.n_lists
@@ -262,6 +272,7 @@ class PerPOTrainer(Trainer):
             batch=batch,
             objective=self.objective,
             reduction="sum",
+            delta=None if self._shift is None else self._shift.value,
             max_chunk_bytes=self.args.max_chunk_bytes,
         )
         return LinearPerPOOutput(*model(**batch.keywords, head_call=call))
@@ -278,6 +289,8 @@ class PerPOTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
         """Lists in the optimizer step, on all ranks. Takes those that only fill up the last batch out of it."""
+        if self._shift is not None:
+            self._shift.update(self.accelerator)
         n_lists = sum(batch.n_lists for batch in batch_samples)
         if not batch_samples or self.args.world_size == 1:
             return n_lists or None
@@ -320,6 +333,8 @@ class PerPOTrainer(Trainer):
             counts = torch.tensor([[self._n_cut, self._n_responses]], device=self.accelerator.device)
             n_cut, n_responses = self.accelerator.gather(counts).sum(0).tolist()
             self._n_cut = self._n_responses = 0
+            if self._shift is not None:
+                mine["rewards/shift"] = self._shift.value.item()
             logs = {**mine, "responses/cut": n_cut / max(n_responses, 1), **logs}
         super().log(logs, start_time)
 
