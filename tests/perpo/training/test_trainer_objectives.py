@@ -40,6 +40,8 @@ def settings(name: str) -> dict[str, Any]:
     """Other numbers than the defaults."""
     numbers = dict(DEFINITIONS[name][1])
     own = {key: numbers.pop(key) for key in ("beta", "gamma") if key in numbers}
+    if name == "gspo":  # of the adapters that training begins with all ratios would be 1
+        own["reference"] = "precomputed"
     return {"objective": name, **own, "objective_options": numbers}
 
 
