@@ -143,6 +143,13 @@ def bits(text: str) -> int:
     return 32
 
 
+def hint(text: str) -> str:
+    """What a global access asks of the caches: EL (evict last), EF (evict first; AMD: nt), or nothing."""
+    if found := re.search(r"\.(EL|EF)\b", text):
+        return found[1]
+    return "EF" if re.search(r"\bnt\b", text) else ""
+
+
 def nvidia(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -8,7 +8,8 @@ How. `benchmarks.kernel_cases` compiles what the launchers would launch. Registe
 are read from the cubin with the cuobjdump inside Triton, and from the assembly for AMD.
 
 Columns. regs: a thread's (AMD: VGPRs). spill, stack, local: bytes a thread. shared: bytes a program. load,
-store: bits of the narrowest and widest global access inside loops. The last columns are of the hot loop (the
+store: bits of the narrowest and widest global access inside innermost loops. hints: what their loads/stores ask of L2, EL to
+keep the line and EF to let it go. The last columns are of the hot loop (the
 innermost loop with the most exponentials): instructions, global loads, exponentials, shuffles, shared-memory
 accesses and barriers; ex2/el and ins/el are per element that its loads bring in.
 """
@@ -32,6 +33,7 @@ from benchmarks.machine_code import (
     ACCESS,
     bits,
     gcn_instructions,
+    hint,
     innermost,
     kind,
     loops,
@@ -56,8 +58,10 @@ class Row:
     local: int
     shared: int
     shared_limit: int
-    loads: tuple[int, int] | None  # narrowest and widest inside loops
+    loads: tuple[int, int] | None  # narrowest and widest inside innermost loops
     stores: tuple[int, int] | None
+    load_hints: list[str]  # EL and EF, of the same
+    store_hints: list[str]
     hot_loads: list[int]
     hot_stores: list[int]
     hot: dict[str, int]  # instructions and counts of ACCESS
@@ -99,7 +103,7 @@ def read(case: Case, target: str) -> Row:
 
     whole = loops(code)
     leaves = [leaf for loop in whole for leaf in innermost(code, loop)]
-    looping = [code[i].text for i in sorted(set().union(*whole))]
+    looping = [code[i].text for i in sorted(set().union(*leaves))]
     bodies = [[code[i].text for i in sorted(leaf)] for leaf in leaves]
     hot = max(bodies, key=lambda body: (len(kind("ex2", body, amd)), len(body)), default=[])
     hot_loads = [bits(x) for x in kind("load", hot, amd)]
@@ -107,6 +111,9 @@ def read(case: Case, target: str) -> Row:
     def span(name: str) -> tuple[int, int] | None:
         widths = [bits(x) for x in kind(name, looping, amd)]
         return (min(widths), max(widths)) if widths else None
+
+    def hints(name: str) -> list[str]:
+        return sorted({hint(x) for x in kind(name, looping, amd)} - {""})
 
     constants = {k: v for k, v in kernel.metadata._asdict().items() if k in ("num_warps", "num_stages")}
     return Row(
@@ -122,6 +129,8 @@ def read(case: Case, target: str) -> Row:
         shared_limit=limit,
         loads=span("load"),
         stores=span("store"),
+        load_hints=hints("load"),
+        store_hints=hints("store"),
         hot_loads=hot_loads,
         hot_stores=[bits(x) for x in kind("store", hot, amd)],
         hot={"instructions": len(hot)} | {name: len(kind(name, hot, amd)) for name in ACCESS},
@@ -148,13 +157,14 @@ def line(row: Row) -> list[str]:
         *map(str, numbers),
         width(row.loads),
         width(row.stores),
+        "/".join("+".join(h) or "-" for h in (row.load_hints, row.store_hints)),
         *(str(hot[x]) for x in ("instructions", "load", "ex2", "shuffle", "shared", "barrier")),
         per(hot["ex2"]),
         per(hot["instructions"]),
     ]
 
 
-HEADER = "kernel,case,target,warps,regs,spill,stack,local,shared,load,store,hot:ins,load,ex2,shfl,shm,bar,ex2/el,ins/el"
+HEADER = "kernel,case,target,warps,regs,spill,stack,local,shared,load,store,hints,hot:ins,load,ex2,shfl,shm,bar,ex2/el,ins/el"
 
 
 def table(rows: Iterable[Row]) -> str:

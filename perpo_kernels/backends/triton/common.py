@@ -11,6 +11,7 @@ before: otherwise the assembler postpones all but one or two of a step's loads t
 for memory several times in each step.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,14 @@ from torch import Tensor
 
 VECTOR_BYTES = 16  # the widest load and store of a thread
 VECTORS = 4  # of each thread in a step along a row, all in flight at once
+SUM_VECTORS = 2  # the same, of a row that is summed up: half the registers, twice the programs
 THREADS = 256  # of a program
-CACHED_ROW_BYTES = 256  # of a row swept twice, for each thread: see row_launch
-MAX_THREADS = 1024
+ROW_BYTES = 256  # of a row that is summed up, for each thread: a row past 64 KiB gets MAX_THREADS
+MAX_THREADS = 512
+MULTIPROCESSOR_THREADS = 1024  # that run at once, of 64 registers each
+L2_PERCENT = 80  # of L2, for rows that wait there for their second sweep; 0: as many as run (`rows_at_once`)
+# Of L2: what is swept again is to stay, what is read or written for the last time is to go. "" is no hint.
+KEEP, DROP = "evict_last", "evict_first"
 WARP_SIZE = 64 if torch.version.hip else 32
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
@@ -85,7 +91,16 @@ def lane_update(top, total, u, scale):
 
 @triton.jit
 def row_max_and_sum(
-    base, start, V, pre, scale, SOFTCAP: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
+    base,
+    start,
+    V,
+    pre,
+    scale,
+    SOFTCAP: tl.constexpr,
+    EDGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    HINT: tl.constexpr,
 ):
     """One read of the row: (max u, Σ exp(z − max z)), the maximum replaced by 0 if it is −inf; z = u · scale."""
     LANES: tl.constexpr = BLOCK // VEC
@@ -95,14 +110,14 @@ def row_max_and_sum(
     total = tl.zeros([LANES], tl.float32)
     first, last = body_bounds(start, V, VEC)
     whole = first + (last - first) // BLOCK * BLOCK
-    raw = tl.load(base + first + tile, mask=all_lanes(first < whole, LANES))
+    raw = tl.load(base + first + tile, mask=all_lanes(first < whole, LANES), eviction_policy=HINT)
     for at in range(first + BLOCK, whole + BLOCK, BLOCK):
-        ahead = tl.load(base + at + tile, mask=all_lanes(at < whole, LANES))
+        ahead = tl.load(base + at + tile, mask=all_lanes(at < whole, LANES), eviction_policy=HINT)
         top, total = lane_update(top, total, to_unit(raw, pre, SOFTCAP), scale)
         raw = ahead
     if whole < last:
         inside = lane_mask(lane, whole, last, VEC)
-        raw = tl.load(base + whole + tile, mask=inside, other=0.0)
+        raw = tl.load(base + whole + tile, mask=inside, other=0.0, eviction_policy=HINT)
         u = tl.where(inside, to_unit(raw, pre, SOFTCAP), -float("inf"))
         top, total = lane_update(top, total, u, scale)
     row_top = tl.max(top, axis=0)
@@ -147,25 +162,80 @@ class RowLaunch(NamedTuple):
     meta: dict[str, Any]  # EDGES, BLOCK, VEC, num_warps
 
 
-def row_launch(logits: Tensor, sweeps: int = 1, max_threads: int = MAX_THREADS) -> RowLaunch:
+def row_launch(logits: Tensor, summed: bool = False) -> RowLaunch:
     """Launch parameters for the rows of `logits` [N, V] or [B, N, V]; the last dimension must be dense.
 
-    Rows swept twice are to be found in L2 the second time. All programs that run at once work on a row each, so
-    the longer the row, the more threads it gets and the fewer run: at 64 registers per thread, 132
-    multiprocessors hold 35 MB.
+    All kernels that sum a row up have one configuration: the order of a sum, and so its last bit, depends on it, and
+    log-probs are to be the same bits with and without a gradient. Long rows get 512 threads: of the programs that
+    read a row once, three run at once on a multiprocessor, of those that sweep it twice two, so that one streams
+    while another waits at the end of its row.
     """
     assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "the vocabulary dimension must be contiguous"
-    n_vocab, itemsize = logits.shape[-1], logits.element_size()
+    n_vocab = logits.shape[-1]
     n_outer, n_inner = (1, logits.shape[0]) if logits.dim() == 2 else logits.shape[:2]
     stride_outer, stride_inner = (0, logits.stride(0)) if logits.dim() == 2 else logits.stride()[:2]
+    vec = VECTOR_BYTES // logits.element_size()
+    edges = (n_vocab | stride_outer | stride_inner) % vec != 0
+    vectors, row_bytes = (SUM_VECTORS, ROW_BYTES) if summed else (VECTORS, None)
+    meta = _row_meta(n_vocab, logits.element_size(), edges, vectors, row_bytes, THREADS, MAX_THREADS, WARP_SIZE)
+    return RowLaunch(n_outer * n_inner, (n_inner, stride_outer, stride_inner), meta)
+
+
+@functools.lru_cache
+def _row_meta(
+    n_vocab: int,
+    itemsize: int,
+    edges: bool,
+    vectors: int,
+    row_bytes: int | None,  # for each thread; None: `threads` for every row
+    threads: int,
+    max_threads: int,
+    warp_size: int,
+) -> dict[str, Any]:
     vec = VECTOR_BYTES // itemsize
     if n_vocab < 2 * vec:
-        vec = 1
-    edges = any(size % vec for size in (n_vocab, stride_outer, stride_inner))
-    threads = THREADS
-    if sweeps > 1:
-        threads = min(max_threads, max(threads, triton.next_power_of_2(n_vocab * itemsize // CACHED_ROW_BYTES)))
-    block = min(threads * VECTORS * vec, triton.next_power_of_2(n_vocab))
-    num_warps = max(1, min(threads, block // vec) // WARP_SIZE)
-    meta = {"EDGES": edges, "BLOCK": block, "VEC": vec, "num_warps": num_warps}
-    return RowLaunch(n_outer * n_inner, (n_inner, stride_outer, stride_inner), meta)
+        vec, edges = 1, False
+    if row_bytes is not None:
+        threads = min(max_threads, max(threads, triton.next_power_of_2(n_vocab * itemsize // row_bytes)))
+    block = min(threads * vectors * vec, triton.next_power_of_2(n_vocab))
+    num_warps = max(1, min(threads, block // vec) // warp_size)
+    return {"EDGES": edges, "BLOCK": block, "VEC": vec, "num_warps": num_warps}
+
+
+def rows_at_once(n_rows: int, row_bytes: int, threads: int, device: torch.device) -> int:
+    """Programs for rows that are swept twice: as many as find their row in L2 the second time.
+
+    A row enters L2 in its first sweep and leaves it in its second (`KEEP`, `DROP`), so half of it is there at a time, on
+    average. Two programs on each of 132 multiprocessors hold 40.1 MB at V = 152064 in bf16, and 69.2 MB at 262208; an
+    H100 has 50 MB of L2. Where the rows of half of the multiprocessors do not fit, as in the small L2 of AMD and of older
+    cards, the second sweep reads memory anyway, and all may run. Where those of all fit, each multiprocessor gets
+    the same number.
+    """
+    l2_bytes, multiprocessors = _l2_and_multiprocessors(device)
+    held = 2 * (l2_bytes * L2_PERCENT // 100) // row_bytes
+    running = multiprocessors * (MULTIPROCESSOR_THREADS // threads)
+    if held >= running or 2 * held < multiprocessors:
+        return n_rows
+    return min(n_rows, held if held < multiprocessors else held - held % multiprocessors)
+
+
+@functools.cache
+def _l2_and_multiprocessors(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":  # the interpreter's
+        return 0, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.L2_cache_size, properties.multi_processor_count
+
+
+def launch(kernel: Any, n_programs: int, device: torch.device, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of its tensors; Triton would take the current one, wherever the tensors are.
+
+    `options`: constexprs and num_warps. Products are fused with sums, as accuracy and machine code were checked, and
+    not as the default of this or the next Triton has it.
+    """
+    elsewhere = device.type == "cuda" and device.index != torch.accelerator.current_device_index()
+    if elsewhere:
+        with torch.accelerator.device_index(device.index):
+            kernel[(n_programs,)](*arguments, enable_fp_fusion=True, **options)
+    else:
+        kernel[(n_programs,)](*arguments, enable_fp_fusion=True, **options)

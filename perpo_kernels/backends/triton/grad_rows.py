@@ -16,16 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perpo_kernels.backends.triton import common
 from perpo_kernels.backends.triton.common import (
-    MAX_THREADS,
     all_lanes,
     body_bounds,
     edge_offsets,
     exp_unit,
     lane_mask,
+    launch,
     row_launch,
     row_max_and_sum,
     row_pointer,
+    rows_at_once,
     tanh_and_slope,
     to_unit,
 )
@@ -60,6 +62,7 @@ def write_row(
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    DROP: tl.constexpr,
 ):
     """D of the row: −c · p · dz/draw everywhere, then the target's element once more, with its 1.
 
@@ -81,15 +84,15 @@ def write_row(
     to_out = out_start - start
     if whole < last:
         inside = lane_mask(lane, whole, last, VEC)
-        raw = tl.load(logits + whole + tile, mask=inside, other=0.0)
+        raw = tl.load(logits + whole + tile, mask=inside, other=0.0, eviction_policy=DROP)
         d = softmax_term(raw, top, weight, pre, scale, SOFTCAP)
-        tl.store(out + (whole + to_out) + tile, d.to(out.dtype.element_ty), mask=inside)
-    raw = tl.load(logits + (whole - BLOCK) + tile, mask=all_lanes(first < whole, LANES))
+        tl.store(out + (whole + to_out) + tile, d.to(out.dtype.element_ty), mask=inside, eviction_policy=DROP)
+    raw = tl.load(logits + (whole - BLOCK) + tile, mask=all_lanes(first < whole, LANES), eviction_policy=DROP)
     for back in range(BLOCK, whole - first + BLOCK, BLOCK):
         at = whole - back
-        ahead = tl.load(logits + (at - BLOCK) + tile, mask=all_lanes(first < at, LANES))
+        ahead = tl.load(logits + (at - BLOCK) + tile, mask=all_lanes(first < at, LANES), eviction_policy=DROP)
         d = softmax_term(raw, top, weight, pre, scale, SOFTCAP)
-        tl.store(out + (at + to_out) + tile, d.to(out.dtype.element_ty))
+        tl.store(out + (at + to_out) + tile, d.to(out.dtype.element_ty), eviction_policy=DROP)
         raw = ahead
     if EDGES:
         offset, inside = edge_offsets(start, first, last, V, VEC)
@@ -154,26 +157,32 @@ def fused_rows_kernel(
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    KEEP: tl.constexpr,
+    DROP: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    label = tl.load(labels + row)
-    start = row_pointer(row, n_inner, stride_outer, stride_inner)
-    if label == ignore_index:
-        tl.store(log_probs + row, 0.0)
-        tl.store(lse + row, 0.0)
-        tl.store(lse + n_rows + row, 0.0)
-        zero_row(logits, start, V, EDGES, BLOCK, VEC)
-    else:
-        scale = post if SOFTCAP else pre
-        top, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC)
-        known = (label >= 0) & (label < V)
-        target = to_unit(tl.load(logits + start + label, mask=known, other=0.0), pre, SOFTCAP)
-        log_total = tl.log(total)
-        tl.store(log_probs + row, tl.where(known, (target - top) * scale - log_total, float("nan")))
-        tl.store(lse + row, top)
-        tl.store(lse + n_rows + row, log_total)
-        one = tl.where(known, 1.0, float("nan"))
-        write_row(logits, logits, start, start, V, label, one, top, 1.0 / total, pre, post, SOFTCAP, EDGES, BLOCK, VEC)
+    for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        label = tl.load(labels + row)
+        start = row_pointer(row, n_inner, stride_outer, stride_inner)
+        if label == ignore_index:
+            tl.store(log_probs + row, 0.0)
+            tl.store(lse + row, 0.0)
+            tl.store(lse + n_rows + row, 0.0)
+            zero_row(logits, start, V, EDGES, BLOCK, VEC)
+        else:
+            scale = post if SOFTCAP else pre
+            known = (label >= 0) & (label < V)
+            raw_target = tl.load(logits + start + label, mask=known, other=0.0)  # arrives while the row streams
+            top, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC, KEEP)
+            target = to_unit(raw_target, pre, SOFTCAP)
+            log_total = tl.log(total)
+            tl.store(log_probs + row, tl.where(known, (target - top) * scale - log_total, float("nan")))
+            tl.store(lse + row, top)
+            tl.store(lse + n_rows + row, log_total)
+            one = tl.where(known, 1.0, float("nan"))
+            inverse = 1.0 / total
+            write_row(
+                logits, logits, start, start, V, label, one, top, inverse, pre, post, SOFTCAP, EDGES, BLOCK, VEC, DROP
+            )
 
 
 @triton.jit
@@ -193,18 +202,18 @@ def grad_rows_kernel(
     post,
     ignore_index,
     SOFTCAP: tl.constexpr,
-    HAS_COEFFICIENTS: tl.constexpr,
     SAME_LAYOUT: tl.constexpr,
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    DROP: tl.constexpr,
 ):
     row = tl.program_id(0)
     label = tl.load(labels + row)
     start = row_pointer(row, n_inner, stride_outer, stride_inner)
     out_start = start if SAME_LAYOUT else row_pointer(row, n_inner, out_stride_outer, out_stride_inner)
     coefficient = 1.0
-    if HAS_COEFFICIENTS:
+    if coefficients is not None:
         coefficient = tl.load(coefficients + row)
     if (label == ignore_index) | (coefficient == 0.0):
         zero_row(out, out_start, V, EDGES, BLOCK, VEC)
@@ -228,28 +237,34 @@ def grad_rows_kernel(
             EDGES,
             BLOCK,
             VEC,
+            DROP,
         )
 
 
 def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
-    # of 64 registers, all that 1024 threads leave each, tanh spills
-    launch = row_launch(logits, sweeps=2, max_threads=MAX_THREADS // 2 if z.softcap else MAX_THREADS)
-    log_probs = torch.empty(launch.n_rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty(2, launch.n_rows, dtype=torch.float32, device=logits.device)
-    if launch.n_rows:
-        fused_rows_kernel[(launch.n_rows,)](
+    rows = row_launch(logits, summed=True)
+    log_probs = torch.empty(rows.n_rows, dtype=torch.float32, device=logits.device)
+    lse = torch.empty(2, rows.n_rows, dtype=torch.float32, device=logits.device)
+    if rows.n_rows:
+        row_bytes, threads = logits.shape[-1] * logits.element_size(), rows.meta["num_warps"] * common.WARP_SIZE
+        launch(
+            fused_rows_kernel,
+            rows_at_once(rows.n_rows, row_bytes, threads, logits.device),
+            logits.device,
             logits,
             labels,
             log_probs,
             lse,
-            launch.n_rows,
+            rows.n_rows,
             logits.shape[-1],
-            *launch.layout,
+            *rows.layout,
             z.pre,
             z.post,
             z.ignore_index,
             SOFTCAP=z.softcap is not None,
-            **launch.meta,
+            KEEP=common.KEEP,
+            DROP=common.DROP,
+            **rows.meta,
         )
     return log_probs, lse
 
@@ -257,30 +272,31 @@ def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Te
 def grad_rows_(
     logits: Tensor, labels: Tensor, lse: Tensor, coefficients: Tensor | None, z: LogitMap, out: Tensor
 ) -> None:
-    launch, target = row_launch(logits), row_launch(out)
-    same_layout = launch.layout == target.layout
-    meta = {**launch.meta, "EDGES": launch.meta["EDGES"] or target.meta["EDGES"]}
-    if launch.n_rows:
-        grad_rows_kernel[(launch.n_rows,)](
+    rows, target = row_launch(logits), row_launch(out)
+    if rows.n_rows:
+        launch(
+            grad_rows_kernel,
+            rows.n_rows,
+            logits.device,
             logits,
             out,
             labels,
             lse,
-            lse if coefficients is None else coefficients,
+            coefficients,
             logits.shape[-1],
-            *launch.layout,
+            *rows.layout,
             *target.layout[1:],
             z.pre,
             z.post,
             z.ignore_index,
             SOFTCAP=z.softcap is not None,
-            HAS_COEFFICIENTS=coefficients is not None,
-            SAME_LAYOUT=same_layout,
-            **meta,
+            SAME_LAYOUT=rows.layout == target.layout,
+            DROP=common.DROP,
+            **(rows.meta | {"EDGES": rows.meta["EDGES"] or target.meta["EDGES"]}),
         )
 
 
 def clear_rows_(rows: Tensor, coefficients: Tensor) -> None:
-    launch = row_launch(rows)
-    if launch.n_rows:
-        clear_rows_kernel[(launch.n_rows,)](rows, coefficients, rows.shape[-1], *launch.layout, **launch.meta)
+    n_rows, layout, meta = row_launch(rows)
+    if n_rows:
+        launch(clear_rows_kernel, n_rows, rows.device, rows, coefficients, rows.shape[-1], *layout, **meta)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perpo_kernels.backends.triton.common import launch
 from perpo_kernels.backends.triton.list_scores import (
     candidate_scores,
     ranks_and_denominators,
@@ -28,19 +29,6 @@ from perpo_kernels.backends.triton.list_scores import (
     reward_place,
 )
 from perpo_kernels.backends.triton.list_terms import (
-    ADVANTAGE_STANDARDIZED,
-    LIST_PLACKETT_LUCE,
-    LIST_SOFTMAX,
-    NORMALIZE_LIST,
-    NORMALIZE_PAIRS,
-    PAIRS_GIVEN,
-    PAIRS_NONE,
-    POINTWISE_BCO,
-    POINTWISE_CLIPPED,
-    POINTWISE_NCA,
-    POINTWISE_NONE,
-    WEIGHT_LAMBDA,
-    WEIGHT_POWER,
     bco_term,
     clipped_term,
     in_pair_set,
@@ -49,7 +37,7 @@ from perpo_kernels.backends.triton.list_terms import (
     softplus_and_sigmoid,
     target_share,
 )
-from perpo_kernels.objectives import CHOICES
+from perpo_kernels.objectives import LARGEST_LOG_RATIO
 from perpo_kernels.problem import ListProblem, ListResult
 
 MAX_TILE = 64  # candidates per step
@@ -101,19 +89,12 @@ def list_loss_kernel(
     LIST_TERM: tl.constexpr,
     POINTWISE: tl.constexpr,
     ADVANTAGE: tl.constexpr,
+    LARGEST: tl.constexpr,
     LOG_MARGIN: tl.constexpr,
     TEMPERED: tl.constexpr,
     NLL: tl.constexpr,
     NLL_PER_TOKEN: tl.constexpr,
     LENGTH_NORMALIZED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    HAS_TOKEN_WEIGHTS: tl.constexpr,
-    HAS_FLIPS: tl.constexpr,
-    HAS_LIST_WEIGHTS: tl.constexpr,
-    HAS_DELTA: tl.constexpr,
     SOFT: tl.constexpr,
     K: tl.constexpr,
     J: tl.constexpr,
@@ -130,10 +111,10 @@ def list_loss_kernel(
     ranks = inverse_lengths + n_candidates
     denominators = ranks + n_candidates
     luce_slopes = denominators + n_candidates
-    RANKS: tl.constexpr = (PAIRS != PAIRS_NONE) and (WEIGHT == WEIGHT_LAMBDA)
-    LUCE: tl.constexpr = LIST_TERM == LIST_PLACKETT_LUCE
-    ANCHORED: tl.constexpr = (POINTWISE != POINTWISE_NONE) and (POINTWISE < POINTWISE_BCO)  # nca, anchor
-    ADVANTAGES: tl.constexpr = POINTWISE > POINTWISE_BCO  # policy_gradient, clipped
+    RANKS: tl.constexpr = (PAIRS != "none") and (WEIGHT == "lambda")
+    LUCE: tl.constexpr = LIST_TERM == "plackett_luce"
+    ANCHORED: tl.constexpr = (POINTWISE == "nca") or (POINTWISE == "anchor")
+    ADVANTAGES: tl.constexpr = (POINTWISE == "policy_gradient") or (POINTWISE == "clipped")
     slot = tl.arange(0, K)
 
     highest = -float("inf")
@@ -153,11 +134,6 @@ def list_loss_kernel(
             token_weights,
             cu_seqlens,
             ignore_index,
-            TOKENS,
-            HAS_REF,
-            HAS_VALID,
-            HAS_LENGTHS,
-            HAS_TOKEN_WEIGHTS,
             LENGTH_NORMALIZED,
             K,
             R,
@@ -193,16 +169,16 @@ def list_loss_kernel(
         i = start + slot
         key_i = tl.load(keys + i, mask=i < end, other=float("nan"))
         z_i = beta * tl.load(scores + i, mask=i < end, other=0.0)
-        if (LIST_TERM == LIST_SOFTMAX) or (POINTWISE != POINTWISE_NONE) or NLL:
+        if (LIST_TERM == "softmax") or (POINTWISE != "none") or NLL:
             member = key_i == key_i
             n_best += tl.sum((key_i == highest).to(tl.int32), axis=0)
-            if POINTWISE == POINTWISE_BCO:
+            if POINTWISE == "bco":
                 n_worst += tl.sum((key_i == lowest).to(tl.int32), axis=0)
             n_members += tl.sum(member.to(tl.int32), axis=0)
             if TEMPERED:
                 exp = tl.exp((key_i - highest) * inverse_temperature)
                 target_total += tl.sum(tl.where(member, exp, 0.0), axis=0)
-        if LIST_TERM == LIST_SOFTMAX:
+        if LIST_TERM == "softmax":
             z = tl.where(key_i == key_i, z_i, -float("inf"))
             new_top = tl.maximum(z_top, tl.max(z, axis=0))
             shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -216,7 +192,7 @@ def list_loss_kernel(
             key_j = tl.load(keys + j, mask=j < end, other=float("nan"))
             z_j = beta * tl.load(scores + j, mask=j < end, other=0.0)
             ahead = z_i[:, None] - z_j[None, :]
-            if PAIRS == PAIRS_GIVEN:
+            if PAIRS == "given":
                 row = i - begin
                 column = j - begin
                 both = (key_i == key_i)[:, None] & (key_j == key_j)[None, :]
@@ -226,7 +202,7 @@ def list_loss_kernel(
                 w_lose = tl.load(matrix + column[None, :] * given_k + row[:, None], mask=both, other=0.0).to(tl.float32)
                 flip_win = soft_flip
                 flip_lose = soft_flip
-                if HAS_FLIPS:
+                if flip_probs is not None:
                     flip_win = tl.load(flip_probs + j, mask=j < end, other=0.0).to(tl.float32)[None, :]
                     flip_lose = tl.load(flip_probs + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
                 w_win = tl.where(w_win > 0, w_win, 0.0)
@@ -239,7 +215,7 @@ def list_loss_kernel(
                 # A candidate without edges may have any score; its product with a weight of 0 is not taken.
                 link_sums += tl.where(w_win > 0, w_win * link, 0.0)
                 slope += tl.where(w_win > 0, w_win * slope_win, 0.0) - tl.where(w_lose > 0, w_lose * slope_lose, 0.0)
-            elif PAIRS != PAIRS_NONE:
+            elif PAIRS != "none":
                 better = in_pair_set(key_i[:, None], key_j[None, :], highest, lowest, PAIRS)
                 worse = in_pair_set(key_j[None, :], key_i[:, None], highest, lowest, PAIRS)
                 pair = better | worse
@@ -255,14 +231,14 @@ def list_loss_kernel(
                     rank_j = tl.load(ranks + j, mask=j < end, other=1.0)[None, :]
                 weight = ranked_weight(gap, key_i[:, None], key_j[None, :], rank_i, rank_j, gamma, WEIGHT)
                 flip = soft_flip
-                if HAS_FLIPS:
+                if flip_probs is not None:
                     flip_i = tl.load(flip_probs + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
                     flip_j = tl.load(flip_probs + j, mask=j < end, other=0.0).to(tl.float32)[None, :]
                     flip = tl.where(better, flip_j, flip_i)  # of the worse
                 link, pull = link_and_slope(d, flip, beta, LINK, SOFT)
                 winning = tl.where(better, weight, 0.0)
                 norms += winning
-                if NORMALIZE == NORMALIZE_PAIRS:
+                if NORMALIZE == "pairs":
                     pairs += better.to(tl.int32)
                 link_sums += winning * link
                 slope += (winning - tl.where(worse, weight, 0.0)) * pull
@@ -283,27 +259,25 @@ def list_loss_kernel(
     tl.debug_barrier()
 
     active = highest > lowest
-    if PAIRS == PAIRS_GIVEN:
+    if PAIRS == "given":
         active = n_pairs > 0
-    if NORMALIZE == NORMALIZE_LIST:
+    if NORMALIZE == "list":
         scale = 1.0 / tl.where(norm > 0, norm, 1.0)
     else:
         scale = 1.0
-        if (WEIGHT == WEIGHT_POWER) and (PAIRS != PAIRS_GIVEN):
+        if (WEIGHT == "power") and (PAIRS != "given"):
             scale = tl.exp2(gamma * tl.log2(2.0 * half_spread))  # weights were powers of gaps in multiples of the range
-        if NORMALIZE == NORMALIZE_PAIRS:
+        if NORMALIZE == "pairs":
             scale = scale / tl.maximum(n_pairs, 1)
 
     scale *= pair_scale
     if ADVANTAGES:
-        mean, unit, n_members = reward_moments(
-            keys, begin, end, lowest, half_spread, ADVANTAGE == ADVANTAGE_STANDARDIZED, K
-        )
+        mean, unit, n_members = reward_moments(keys, begin, end, lowest, half_spread, ADVANTAGE == "standardized", K)
     reward_shift = 0.0
-    if HAS_DELTA:
+    if delta is not None:
         reward_shift = tl.load(delta).to(tl.float32)
     weight_of_list = 1.0
-    if HAS_LIST_WEIGHTS:
+    if list_weights is not None:
         weight_of_list = tl.load(list_weights + g).to(tl.float32)
     counts = active & (weight_of_list > 0)
 
@@ -313,26 +287,26 @@ def list_loss_kernel(
         here = i < end
         c = tl.load(slopes + i, mask=here, other=0.0) * scale
         likelihood = tl.zeros([K], tl.float32)
-        if (LIST_TERM != 0) or (POINTWISE != POINTWISE_NONE) or NLL:
+        if (LIST_TERM != "none") or (POINTWISE != "none") or NLL:
             key = tl.load(keys + i, mask=here, other=float("nan"))
             member = key == key
             z = tl.where(member, beta * tl.load(scores + i, mask=here, other=0.0), 0.0)
             if LUCE:
                 c += list_scale * tl.load(luce_slopes + i, mask=here, other=0.0)
-            if (LIST_TERM == LIST_SOFTMAX) or ANCHORED:
+            if (LIST_TERM == "softmax") or ANCHORED:
                 p = target_share(key, highest, inverse_temperature, target_total, n_best, TEMPERED)
-            if LIST_TERM == LIST_SOFTMAX:
+            if LIST_TERM == "softmax":
                 other_loss += list_scale * tl.sum(p * (log_normaliser - z), axis=0)
                 c += list_scale * (tl.exp(z - log_normaliser) - p)
             if ANCHORED:
                 down, keep = softplus_and_sigmoid(-z)
                 other_loss += pointwise_scale * tl.sum(p * down, axis=0)
                 c -= pointwise_scale * (p * keep)
-            if POINTWISE == POINTWISE_NCA:
+            if POINTWISE == "nca":
                 up, push = softplus_and_sigmoid(z)
                 other_loss += pointwise_scale * (tl.sum(tl.where(member, up, 0.0), axis=0) / tl.maximum(n_members, 1))
                 c += pointwise_scale * (push / tl.maximum(n_members, 1))
-            if POINTWISE == POINTWISE_BCO:
+            if POINTWISE == "bco":
                 best = tl.where(key == highest, 1.0 / n_best, 0.0)
                 worst = tl.where(key == lowest, 1.0 / n_worst, 0.0)
                 term, pull = bco_term(z - reward_shift, best, worst)
@@ -341,9 +315,9 @@ def list_loss_kernel(
             if ADVANTAGES:
                 per_member = pointwise_scale / tl.maximum(n_members, 1)
                 advantage = tl.where(member, (reward_place(key, lowest, half_spread) - mean) * unit, 0.0)
-                if POINTWISE == POINTWISE_CLIPPED:
+                if POINTWISE == "clipped":
                     score = tl.where(member, tl.load(scores + i, mask=here, other=0.0), 0.0)
-                    gain, pull = clipped_term(score, advantage, clip_low, clip_high)
+                    gain, pull = clipped_term(score, advantage, clip_low, clip_high, LARGEST)
                     other_loss -= beta * per_member * tl.sum(gain, axis=0)
                     c -= per_member * pull
                 else:
@@ -361,7 +335,7 @@ def list_loss_kernel(
         if LENGTH_NORMALIZED:
             c *= tl.load(inverse_lengths + i, mask=here, other=0.0)
         c = tl.where(counts, weight_of_list * (c + likelihood), 0.0)
-        if TOKENS:
+        if cu_seqlens is not None:
             first = tl.load(cu_seqlens + i, mask=here, other=0)
             last = tl.load(cu_seqlens + i + 1, mask=here, other=0)
             step = tl.arange(0, R)
@@ -370,7 +344,7 @@ def list_loss_kernel(
                 t = first[:, None] + (r + step)[None, :]
                 inside = t < last[:, None]
                 spread_c = tl.broadcast_to(c[:, None], [K, R])
-                if HAS_TOKEN_WEIGHTS:  # those of ignored tokens may be anything
+                if token_weights is not None:  # those of ignored tokens may be anything
                     kept = inside & (tl.load(labels + t, mask=inside, other=0) != ignore_index)
                     spread_c *= tl.load(token_weights + t, mask=kept, other=0.0).to(tl.float32)
                 tl.store(coefficients + t, spread_c, mask=inside)
@@ -385,26 +359,24 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
     n_lists, n_candidates = p.cu_lists.numel() - 1, p.rewards.numel()
     if n_lists == 0:
         return
-    tokens = p.cu_seqlens is not None
     tile = min(MAX_TILE, max(16, triton.next_power_of_2(triton.cdiv(n_candidates, n_lists))))
     scratch = torch.empty(SCRATCH_ROWS, n_candidates, dtype=torch.float32, device=p.rewards.device)
-
-    def or_dummy(x: Tensor | None) -> Tensor:
-        return p.rewards if x is None else x
-
-    list_loss_kernel[(n_lists,)](
+    launch(
+        list_loss_kernel,
+        n_lists,
+        log_probs.device,
         log_probs,
-        or_dummy(p.labels),
+        p.labels,
         p.rewards,
-        or_dummy(p.ref_log_probs),
-        p.rewards if p.valid is None else p.valid.view(torch.uint8),
-        or_dummy(p.lengths),
-        or_dummy(p.token_weights),
-        or_dummy(p.pair_weights),
-        or_dummy(p.flip_probs),
-        or_dummy(p.list_weights),
-        or_dummy(p.delta),
-        or_dummy(p.cu_seqlens),
+        p.ref_log_probs,
+        None if p.valid is None else p.valid.view(torch.uint8),
+        p.lengths,
+        p.token_weights,
+        p.pair_weights,
+        p.flip_probs,
+        p.list_weights,
+        p.delta,
+        p.cu_seqlens,
         p.cu_lists,
         *result,
         scratch,
@@ -423,23 +395,22 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         o.clip_low,
         o.clip_high,
         p.ignore_index,
-        **{field.upper(): choices.index(getattr(o, field)) for field, choices in CHOICES.items()},
+        PAIRS=o.pairs,
+        WEIGHT=o.weight,
+        NORMALIZE=o.normalize,
+        LINK=o.link,
+        LIST_TERM=o.list_term,
+        POINTWISE=o.pointwise,
+        ADVANTAGE=o.advantage,
+        LARGEST=LARGEST_LOG_RATIO,
         LOG_MARGIN=o.log_margin != 0,
         TEMPERED=o.target_temperature > 0,
         NLL=o.nll > 0,
         NLL_PER_TOKEN=o.nll_per_token,
         LENGTH_NORMALIZED=o.length_normalized,
-        TOKENS=tokens,
-        HAS_REF=p.ref_log_probs is not None,
-        HAS_VALID=p.valid is not None,
-        HAS_LENGTHS=p.lengths is not None,
-        HAS_TOKEN_WEIGHTS=p.token_weights is not None,
-        HAS_FLIPS=p.flip_probs is not None,
-        HAS_LIST_WEIGHTS=p.list_weights is not None,
-        HAS_DELTA=p.delta is not None,
         SOFT=p.flip_probs is not None or o.soft_target != 1,
         K=tile,
         J=min(tile, PAIR_TILE // tile),
-        R=TOKEN_TILE // tile if tokens else 1,
+        R=1 if p.cu_seqlens is None else TOKEN_TILE // tile,
         num_warps=NUM_WARPS,
     )

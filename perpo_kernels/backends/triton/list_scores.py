@@ -18,22 +18,17 @@ def candidate_scores(
     token_weights,
     cu_seqlens,
     ignore_index,
-    TOKENS: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    HAS_TOKEN_WEIGHTS: tl.constexpr,
     LENGTH_NORMALIZED: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
 ):
-    """(Σ ω log_prob, s, key, 1 / length) of the candidates i [K] that are `here`."""
-    if HAS_VALID:
+    """(Σ ω log_prob, s, key, 1 / length) of the candidates i [K] that are `here`; what is None is absent."""
+    if valid is not None:
         here = here & (tl.load(valid + i, mask=here, other=0) != 0)
     reward = tl.load(rewards + i, mask=here, other=float("nan")).to(tl.float32)
     ok = here & (tl.abs(reward) < float("inf"))
     length = tl.full([K], 1.0, tl.float32)
-    if TOKENS:
+    if cu_seqlens is not None:
         first = tl.load(cu_seqlens + i, mask=here, other=0)
         last = tl.load(cu_seqlens + i + 1, mask=here, other=0)
         partial = tl.zeros([K, R], tl.float32)
@@ -45,7 +40,7 @@ def candidate_scores(
             inside = t < last[:, None]
             inside = inside & (tl.load(labels + t, mask=inside, other=0) != ignore_index)
             term = tl.load(log_probs + t, mask=inside, other=0.0).to(tl.float32)
-            if HAS_TOKEN_WEIGHTS:
+            if token_weights is not None:
                 weight = tl.load(token_weights + t, mask=inside, other=0.0).to(tl.float32)
                 inside = inside & (weight != 0.0)
                 term = tl.where(inside, term * weight, 0.0)
@@ -56,11 +51,11 @@ def candidate_scores(
         ok = ok & (length > 0)
     else:
         total = tl.load(log_probs + i, mask=here, other=0.0).to(tl.float32)
-        if HAS_LENGTHS:
+        if lengths is not None:
             length = tl.load(lengths + i, mask=here, other=0).to(tl.float32)
             ok = ok & (length > 0)
     score = total
-    if HAS_REF:
+    if ref_log_probs is not None:
         score = total - tl.load(ref_log_probs + i, mask=here, other=0.0).to(tl.float32)
     inverse_length = 1.0 / tl.maximum(length, 1.0)
     if LENGTH_NORMALIZED:

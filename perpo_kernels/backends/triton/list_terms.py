@@ -1,38 +1,12 @@
 """The terms of the family of objectives, as functions of tiles, from which `list_loss` is composed.
 
-Formulas: `perpo_kernels.objectives`. Which of them a kernel holds is decided when it is compiled; the constants below
-are the indices of the names in `objectives.CHOICES`.
+Formulas: `perpo_kernels.objectives`. Which of them a kernel holds is decided when it is compiled, by the names of
+`objectives.CHOICES`. The names stand here as they are, since Triton compares every global that a kernel uses with what
+it was, at each launch: seventeen constants were half of the time that a launch took of the host.
 """
 
 import triton
 import triton.language as tl
-
-from perpo_kernels.objectives import CHOICES, LARGEST_LOG_RATIO
-
-
-def _place(field: str, choice: str) -> tl.constexpr:
-    return tl.constexpr(CHOICES[field].index(choice))
-
-
-PAIRS_NONE = _place("pairs", "none")
-PAIRS_ALL = _place("pairs", "all")
-PAIRS_BEST_VS_WORST = _place("pairs", "best_vs_worst")
-PAIRS_GIVEN = _place("pairs", "given")
-WEIGHT_POWER = _place("weight", "power")
-WEIGHT_LAMBDA = _place("weight", "lambda")
-NORMALIZE_LIST = _place("normalize", "list")
-NORMALIZE_PAIRS = _place("normalize", "pairs")
-LINK_LOGISTIC = _place("link", "logistic")
-LINK_HINGE = _place("link", "hinge")
-LINK_SQUARED = _place("link", "squared")
-LIST_SOFTMAX = _place("list_term", "softmax")
-LIST_PLACKETT_LUCE = _place("list_term", "plackett_luce")
-POINTWISE_NONE = _place("pointwise", "none")
-POINTWISE_NCA = _place("pointwise", "nca")
-POINTWISE_BCO = _place("pointwise", "bco")
-POINTWISE_CLIPPED = _place("pointwise", "clipped")
-ADVANTAGE_STANDARDIZED = _place("advantage", "standardized")
-MAX_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
 
 
 @triton.jit
@@ -48,16 +22,16 @@ def softplus_and_sigmoid(x):
 @triton.jit
 def link_and_slope(d, flip, beta, LINK: tl.constexpr, SOFT: tl.constexpr):
     """ℓ(d) and ℓ'(d); flip is 1 − q of the logistic link, 0 unless SOFT."""
-    if LINK == LINK_LOGISTIC:
+    if LINK == "logistic":
         softplus, sigmoid = softplus_and_sigmoid(-d)
         if SOFT:
             softplus += tl.where(flip == 0.0, 0.0, flip * d)  # d may be infinite
             return softplus, flip - sigmoid
         else:
             return softplus, -sigmoid
-    elif LINK == LINK_HINGE:
+    elif LINK == "hinge":
         return tl.maximum(1.0 - d, 0.0), tl.where(d < 1.0, -1.0, 0.0)
-    elif LINK == LINK_SQUARED:
+    elif LINK == "squared":
         from_target = (d - 0.5) / beta
         return from_target * from_target, 2.0 * from_target / beta
     else:
@@ -68,9 +42,9 @@ def link_and_slope(d, flip, beta, LINK: tl.constexpr, SOFT: tl.constexpr):
 def in_pair_set(key_i, key_j, highest, lowest, PAIRS: tl.constexpr):
     """Whether i is preferred to j and the objective takes the pair; never where a key is NaN."""
     pair = key_i > key_j
-    if PAIRS != PAIRS_ALL:
+    if PAIRS != "all":
         pair = pair & (key_i == highest)
-    if PAIRS == PAIRS_BEST_VS_WORST:
+    if PAIRS == "best_vs_worst":
         pair = pair & (key_j == lowest)
     return pair
 
@@ -78,9 +52,9 @@ def in_pair_set(key_i, key_j, highest, lowest, PAIRS: tl.constexpr):
 @triton.jit
 def ranked_weight(gap, key_i, key_j, rank_i, rank_j, gamma, WEIGHT: tl.constexpr):
     """w_ij of a ranked pair, of either direction; gap = |r_i − r_j| / range, 1 where there is no pair."""
-    if WEIGHT == WEIGHT_POWER:
+    if WEIGHT == "power":
         return tl.exp2(gamma * tl.log2(tl.maximum(gap, 1e-37)))
-    elif WEIGHT == WEIGHT_LAMBDA:
+    elif WEIGHT == "lambda":
         discounts = tl.abs(1.0 / tl.log(1.0 + rank_i) - 1.0 / tl.log(1.0 + rank_j))
         return tl.abs(tl.exp2(key_i) - tl.exp2(key_j)) * discounts
     else:
@@ -106,10 +80,10 @@ def bco_term(z, best_share, worst_share):
 
 
 @triton.jit
-def clipped_term(score, advantage, clip_low, clip_high):
-    """min(ρA, clip(ρ)A) and its slope in the score, ρ = exp(score)."""
-    ratio = tl.exp(tl.minimum(score, MAX_LOG_RATIO))
+def clipped_term(score, advantage, clip_low, clip_high, LARGEST: tl.constexpr):
+    """min(ρA, clip(ρ)A) and its slope in the score, ρ = exp(min(score, LARGEST))."""
+    ratio = tl.exp(tl.minimum(score, LARGEST))
     gain = ratio * advantage
     clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * advantage
-    follows = (gain <= clipped) & (score <= MAX_LOG_RATIO)
+    follows = (gain <= clipped) & (score <= LARGEST)
     return tl.minimum(gain, clipped), tl.where(follows, gain, 0.0)

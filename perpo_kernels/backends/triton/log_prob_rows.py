@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perpo_kernels.backends.triton.common import row_launch, row_max_and_sum, row_pointer, to_unit
+from perpo_kernels.backends.triton import common
+from perpo_kernels.backends.triton.common import launch, row_launch, row_max_and_sum, row_pointer, to_unit
 from perpo_kernels.problem import LogitMap
 
 
@@ -33,6 +34,7 @@ def log_prob_rows_kernel(
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    DROP: tl.constexpr,
 ):
     row = tl.program_id(0)
     label = tl.load(labels + row)
@@ -43,9 +45,10 @@ def log_prob_rows_kernel(
     else:
         start = row_pointer(row, n_inner, stride_outer, stride_inner)
         scale = post if SOFTCAP else pre
-        top, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC)
         known = (label >= 0) & (label < V)
-        target = to_unit(tl.load(logits + start + label, mask=known, other=0.0), pre, SOFTCAP)
+        raw_target = tl.load(logits + start + label, mask=known, other=0.0)  # arrives while the row streams
+        top, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC, DROP)
+        target = to_unit(raw_target, pre, SOFTCAP)
         log_total = tl.log(total)
         tl.store(log_probs + row, tl.where(known, (target - top) * scale - log_total, float("nan")))
         tl.store(lse + row, top)
@@ -53,21 +56,25 @@ def log_prob_rows_kernel(
 
 
 def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Tensor]:
-    launch = row_launch(logits)
-    log_probs = torch.empty(launch.n_rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty(2, launch.n_rows, dtype=torch.float32, device=logits.device)
-    if launch.n_rows:
-        log_prob_rows_kernel[(launch.n_rows,)](
+    rows = row_launch(logits, summed=True)
+    log_probs = torch.empty(rows.n_rows, dtype=torch.float32, device=logits.device)
+    lse = torch.empty(2, rows.n_rows, dtype=torch.float32, device=logits.device)
+    if rows.n_rows:
+        launch(
+            log_prob_rows_kernel,
+            rows.n_rows,
+            logits.device,
             logits,
             labels,
             log_probs,
             lse,
             logits.shape[-1],
-            *launch.layout,
+            *rows.layout,
             z.pre,
             z.post,
             z.ignore_index,
             SOFTCAP=z.softcap is not None,
-            **launch.meta,
+            DROP=common.DROP,
+            **rows.meta,
         )
     return log_probs, lse
