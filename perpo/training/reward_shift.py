@@ -20,13 +20,13 @@ class RewardShift:
     """Attributes: value: fp32 [1], δ of the present step; 0 in the first, as the scores are of a new policy."""
 
     def __init__(self, device: torch.device) -> None:
-        self.reset(device)
+        self.device = device
+        self.reset()
 
-    def reset(self, device: torch.device | None = None, mean: float = 0.0, weight: float = 0.0) -> None:
-        device = self.value.device if device is None else device
-        self.value = torch.full((1,), mean, dtype=torch.float32, device=device)
-        self.weight = torch.full((1,), weight, dtype=torch.float32, device=device)  # answers that it is the mean of
-        self.pending = torch.zeros(2, dtype=torch.float32, device=device)
+    def reset(self, mean: float = 0.0, weight: float = 0.0) -> None:
+        self.value = torch.full((1,), mean, dtype=torch.float32, device=self.device)
+        self.weight = torch.full((1,), weight, dtype=torch.float32, device=self.device)  # of how many answers it is
+        self.pending = torch.zeros(2, dtype=torch.float32, device=self.device)
 
     def add(self, rewards: Tensor, weight: Tensor) -> None:
         """Take in a batch: Σ β·score over `weight` answers."""

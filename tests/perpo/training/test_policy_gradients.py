@@ -3,6 +3,7 @@ shift from step to step, and what each list counts."""
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from perpo.data.record import ListRecord
 from perpo.encoding.batch import candidate_tensors
 from perpo.training.metrics import ListMetrics
-from perpo.training.reward_shift import FILE
+from perpo.training.reward_shift import FILE, RewardShift
 from perpo.training.trainer import PerPOTrainer
 
 from .. import tiny_runs
@@ -95,6 +96,22 @@ def test_a_resumed_run_has_the_shift_of_one_that_was_not_stopped(tmp_path: Path)
     (tmp_path / "half" / "checkpoint-4" / "checksums.json").unlink()  # one that does not notice
     with pytest.raises(ValueError, match=f"{FILE}, the reward shift of this objective, cannot be read"):
         bco(tmp_path / "half", max_steps=5).train(resume_from_checkpoint=True)
+
+
+def test_ranks_have_one_shift_between_them() -> None:
+    """As of one process that has seen the answers of both."""
+    ranks, one = [RewardShift(torch.device("cpu")) for _ in range(2)], RewardShift(torch.device("cpu"))
+    batches = ((3.0, 4.0), (-1.0, 2.0)), ((0.5, 2.0), (2.5, 4.0))  # of each step: sum and weight on each rank
+    for step in batches:
+        for rank, sums in zip(ranks, step, strict=True):
+            rank.add(*torch.tensor(sums))
+            one.add(*torch.tensor(sums))
+        total = sum(rank.pending for rank in ranks)
+        for rank in ranks:
+            rank.update(SimpleNamespace(reduce=lambda pending, how, total=total: total))  # type: ignore[arg-type]
+        one.update(SimpleNamespace(reduce=lambda pending, how: pending))  # type: ignore[arg-type]
+        assert ranks[0].value == ranks[1].value == one.value
+    assert one.value.item() == pytest.approx(5 / 12)
 
 
 def test_evaluation_neither_waits_for_a_shift_nor_moves_it(tmp_path: Path) -> None:
