@@ -8,8 +8,8 @@ How. `benchmarks.kernel_cases` compiles what the launchers would launch. Registe
 are read from the cubin with the cuobjdump inside Triton, and from the assembly for AMD.
 
 Columns. regs: a thread's (AMD: VGPRs). spill, stack, local: bytes a thread. shared: bytes a program. load,
-store: bits of the narrowest and widest global access inside innermost loops. hints: what their loads/stores ask of L2, EL to
-keep the line and EF to let it go. The last columns are of the hot loop (the
+store: bits of the narrowest and widest global access inside innermost loops. hints: what their loads and
+stores ask of the caches, EL to keep the line and EF to let it go. The last columns are of the hot loop (the
 innermost loop with the most exponentials): instructions, global loads, exponentials, shuffles, shared-memory
 accesses and barriers; ex2/el and ins/el are per element that its loads bring in.
 """
@@ -68,6 +68,7 @@ class Row:
     elements: int  # that the hot loop's loads bring to a thread in one turn
     fp64: int
     wide_offsets: bool
+    globals: list[str]  # that Triton compares with what they were, at each launch
 
     @property
     def name(self) -> str:
@@ -137,6 +138,7 @@ def read(case: Case, target: str) -> Row:
         elements=sum(hot_loads) // (8 * case.itemsize),
         fp64=len(kind("fp64", (x.text for x in code), amd)),
         wide_offsets=offsets_are_64_bit(kernel.asm["ttir"]),
+        globals=[name for name, _ in kernel.src.fn.used_global_vals],
     )
 
 
@@ -164,7 +166,8 @@ def line(row: Row) -> list[str]:
     ]
 
 
-HEADER = "kernel,case,target,warps,regs,spill,stack,local,shared,load,store,hints,hot:ins,load,ex2,shfl,shm,bar,ex2/el,ins/el"
+HEADER = "kernel,case,target,warps,regs,spill,stack,local,shared,load,store,hints,"
+HEADER += "hot:ins,load,ex2,shfl,shm,bar,ex2/el,ins/el"
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -1,8 +1,8 @@
 """python -m benchmarks.tune: are the constants of the kernels the best ones for this GPU?
 
-Hypothesis. The defaults (256 threads per row with four 16-byte loads in flight each; more threads for long rows
-that are swept twice; list tiles of 64 candidates and 1024 pairs; chunks of 1 GiB) are within 2 % of the best
-everywhere.
+Hypothesis. The defaults (256 threads per row with two 16-byte loads in flight each, 512 for long rows that are summed
+up; 80 % of L2 for rows that are swept twice, with hints to keep them; list tiles of 64 candidates and 1024 pairs;
+chunks of 1 GiB) are within 2 % of the best everywhere.
 
 How. Each kernel is timed over a grid of its module constants, all settings in turn, the default among them; the
 constants are put back afterwards. `× ours` of a row is its time over the default's in the same round: below 1 is
@@ -40,12 +40,23 @@ Knobs = dict[str, Any]
 Question = tuple[str, str, Callable[[], list[Case]]]  # question, case, how to make its cases
 
 
-def grid_of(**values: Sequence[int]) -> list[Knobs]:
+def grid_of(**values: Sequence[int | str | None]) -> list[Knobs]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
-ROW_GRID = grid_of(THREADS=(128, 256, 512, 1024), VECTORS=(2, 4, 8))
-SWEEP_GRID = grid_of(CACHED_ROW_BYTES=(64, 128, 256, 512, 1024), VECTORS=(2, 4, 8))
+ROW_GRID = [*grid_of(THREADS=(128, 256, 512), VECTORS=(1, 2, 4)), {"DROP": ""}]
+# log_prob_rows and fused_rows_ sum a row up in one order: what is best for one is set for both
+SUM_GRID = [
+    *grid_of(MAX_THREADS=(512, 1024), VECTORS=(1, 2, 4)),
+    *grid_of(VECTORS=(2, 4), REGISTERS=(None,)),
+    *grid_of(ROW_BYTES=(128, 512)),
+    {"DROP": ""},
+]
+SWEEP_GRID = [
+    *SUM_GRID,
+    *grid_of(L2_PERCENT=(0, 40, 60, 100)),  # 0: as many rows at once as run
+    *grid_of(KEEP=("", "evict_last"), DROP=("", "evict_first"), L2_PERCENT=(0, 80)),
+]
 LIST_GRID = grid_of(MAX_TILE=(16, 32, 64), PAIR_TILE=(512, 1024, 2048), NUM_WARPS=(4, 8, 16))
 BLOCK_GRID = grid_of(_CPU_BLOCK_BYTES=[1 << n for n in range(18, 25)])
 
@@ -61,7 +72,7 @@ def variants(module: ModuleType, grid: Sequence[Knobs], run: Callable[[], object
         with mock.patch.multiple(module, **knobs):
             return run()
 
-    for name in grid[0]:
+    for name in {name for knobs in grid for name in knobs}:
         getattr(module, name)
     named = ((" ".join(f"{name}={value}" for name, value in knobs.items()), knobs) for knobs in grid)
     return [Case(OURS, run, **case), *(Case(name, partial(call, knobs), **case) for name, knobs in named)]
@@ -81,7 +92,7 @@ def row_cases(kernel: str, n_rows: int, n_vocab: int, setting: Setting) -> list[
     copy = torch.empty_like(half)
     # how to run it, over what, and in how many copies of half of the rows its bytes go by (a second read hits L2)
     run, grid, n_copies = {
-        "log_prob_rows": (lambda: kernels.log_prob_rows(logits, labels, z), ROW_GRID, 1),
+        "log_prob_rows": (lambda: kernels.log_prob_rows(logits, labels, z), SUM_GRID, 1),
         "grad_rows_": (lambda: kernels.grad_rows_(logits, labels, lse, coefficients, z, logits), ROW_GRID, 2),
         "fused_rows_": (lambda: kernels.fused_rows_(logits, labels, z), SWEEP_GRID, 2),
     }[kernel]

@@ -12,7 +12,8 @@ import perpo_kernels as pk
 from perpo_kernels.ops.lists import new_list_result
 from perpo_kernels.problem import ListProblem, LogitMap
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton has no package for this platform")
+
 from benchmarks.kernel_cases import kernel_objects
 from perpo_kernels.backends import triton as kernels
 from perpo_kernels.backends.triton import common

@@ -9,6 +9,8 @@ A lane (one vector's place in the tile) keeps a running maximum and sum of its o
 per VEC elements and no exchange between threads until the row ends. Each step's loads are issued in the step
 before: otherwise the assembler postpones all but one or two of a step's loads to save registers, and waits
 for memory several times in each step.
+
+The kernels use no global constants: Triton compares each with what it was, at every launch, on the host.
 """
 
 import functools
@@ -19,19 +21,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perpo_kernels.problem import LogitMap
+
 VECTOR_BYTES = 16  # the widest load and store of a thread
-VECTORS = 4  # of each thread in a step along a row, all in flight at once
-SUM_VECTORS = 2  # the same, of a row that is summed up: half the registers, twice the programs
+VECTORS = 2  # of each thread in a step along a row, in flight at once; with 4, half as many programs have registers
 THREADS = 256  # of a program
 ROW_BYTES = 256  # of a row that is summed up, for each thread: a row past 64 KiB gets MAX_THREADS
 MAX_THREADS = 512
+REGISTERS = None if torch.version.hip else 64  # at most, of a thread that sums a row up; AMD's compiler takes no limit
 MULTIPROCESSOR_THREADS = 1024  # that run at once, of 64 registers each
 L2_PERCENT = 80  # of L2, for rows that wait there for their second sweep; 0: as many as run (`rows_at_once`)
 # Of L2: what is swept again is to stay, what is read or written for the last time is to go. "" is no hint.
 KEEP, DROP = "evict_last", "evict_first"
 WARP_SIZE = 64 if torch.version.hip else 32
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+# How a soft cap divides (`reciprocal`); the interpreter knows no PTX.
+DIVISION = "ieee" if torch.version.hip or triton.knobs.runtime.interpret else "ptx"
 
 
 @triton.jit
@@ -51,24 +55,43 @@ def body_bounds(start, V, VEC: tl.constexpr):
 
 
 @triton.jit
-def tanh_and_slope(x):
-    """tanh(x) to relative fp32 precision, and 1 − tanh²(x) without cancellation."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    t = (1.0 - e) / (1.0 + e)
-    x2 = x * x
-    # near 0 the quotient cancels; the series to x⁹ is exact to fp32 there
-    small = tl.abs(x) * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
-    t = tl.where(x2 < 0.0625, small, t)
-    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
-    return tl.where(x < 0, -t, t), slope
+def reciprocal(x, HOW: tl.constexpr):
+    """1 / x for x >= 1. On NVIDIA a quotient costs eight instructions, for the sake of other x; PTX's reciprocal one."""
+    if HOW == "ptx":
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def tanh(x, HOW: tl.constexpr):
+    """tanh(x) to four units of the last place of fp32.
+
+    x (1 + s P(s)) / Q(s) with s = x² is the minimax rational of relative error 1.6e-8 on |x| <= 8.7, beyond which tanh
+    is 1 in fp32. Thirteen instructions and one division; exponentials, of which the softmax needs its own, are scarcer.
+    """
+    x = tl.clamp(x, -8.7, 8.7, propagate_nan=tl.PropagateNan.ALL)
+    s = x * x
+    p = ((1.3962104946041076e-08 * s + 2.1043778455155804e-05) * s + 0.003521939752974045) * s + 0.134032160201518
+    q = (8.023904131956376e-07 * s + 0.0003328758632739063) * s + 0.025977229423600822
+    q = (q * s + 0.4673654059946975) * s + 1.0
+    return ((x * s) * p + x) * reciprocal(q, HOW)
+
+
+@triton.jit
+def tanh_and_slope(x, HOW: tl.constexpr):
+    """tanh(x), and 1 − tanh²(x) = exp(−2|x|) (1 + |tanh x|)², which is exact where the difference cancels."""
+    t = tanh(x, HOW)
+    one_more = 1.0 + tl.abs(t)
+    return t, tl.exp2(tl.abs(x) * (-2.0 * 1.4426950408889634)) * one_more * one_more
 
 
 @triton.jit
 def to_unit(raw, pre, SOFTCAP: tl.constexpr):
     """u with z = u · scale for the z of `LogitMap`: raw, or tanh(pre · raw) with a soft-cap. fp32."""
     u = raw.to(tl.float32)
-    if SOFTCAP:
-        u, _ = tanh_and_slope(u * pre)
+    if SOFTCAP is not None:
+        u = tanh(u * pre, SOFTCAP)
     return u
 
 
@@ -78,7 +101,7 @@ def exp_unit(u, scale, top):
 
     The difference comes first: of large u it is exact, where that of two rounded products may be off by any amount.
     """
-    return tl.exp2((u - top) * (scale * LOG2E))
+    return tl.exp2((u - top) * (scale * 1.4426950408889634))  # log2 e
 
 
 @triton.jit
@@ -106,7 +129,7 @@ def row_max_and_sum(
     LANES: tl.constexpr = BLOCK // VEC
     lane = tl.arange(0, LANES)
     tile = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    top = tl.full([LANES], LOWEST, tl.float32)  # finite, so that −inf − top is never NaN
+    top = tl.full([LANES], -3.4028234663852886e38, tl.float32)  # fp32's lowest; finite: −inf − top is never NaN
     total = tl.zeros([LANES], tl.float32)
     first, last = body_bounds(start, V, VEC)
     whole = first + (last - first) // BLOCK * BLOCK
@@ -159,16 +182,15 @@ class RowLaunch(NamedTuple):
 
     n_rows: int
     layout: tuple[int, int, int]  # n_inner, stride_outer, stride_inner: arguments of `row_pointer`
-    meta: dict[str, Any]  # EDGES, BLOCK, VEC, num_warps
+    meta: dict[str, Any]  # EDGES, BLOCK, VEC, num_warps, maxnreg
 
 
 def row_launch(logits: Tensor, summed: bool = False) -> RowLaunch:
     """Launch parameters for the rows of `logits` [N, V] or [B, N, V]; the last dimension must be dense.
 
     All kernels that sum a row up have one configuration: the order of a sum, and so its last bit, depends on it, and
-    log-probs are to be the same bits with and without a gradient. Long rows get 512 threads: of the programs that
-    read a row once, three run at once on a multiprocessor, of those that sweep it twice two, so that one streams
-    while another waits at the end of its row.
+    log-probs are to be the same bits with and without a gradient. Long rows get 512 threads: two or three such
+    programs run at once on a multiprocessor, so that one streams while another waits at the end of its row.
     """
     assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "the vocabulary dimension must be contiguous"
     n_vocab = logits.shape[-1]
@@ -176,8 +198,9 @@ def row_launch(logits: Tensor, summed: bool = False) -> RowLaunch:
     stride_outer, stride_inner = (0, logits.stride(0)) if logits.dim() == 2 else logits.stride()[:2]
     vec = VECTOR_BYTES // logits.element_size()
     edges = (n_vocab | stride_outer | stride_inner) % vec != 0
-    vectors, row_bytes = (SUM_VECTORS, ROW_BYTES) if summed else (VECTORS, None)
-    meta = _row_meta(n_vocab, logits.element_size(), edges, vectors, row_bytes, THREADS, MAX_THREADS, WARP_SIZE)
+    row_bytes, registers = (ROW_BYTES, REGISTERS) if summed else (None, None)
+    constants = VECTORS, row_bytes, registers, THREADS, MAX_THREADS, WARP_SIZE
+    meta = _row_meta(n_vocab, logits.element_size(), edges, *constants)
     return RowLaunch(n_outer * n_inner, (n_inner, stride_outer, stride_inner), meta)
 
 
@@ -188,6 +211,7 @@ def _row_meta(
     edges: bool,
     vectors: int,
     row_bytes: int | None,  # for each thread; None: `threads` for every row
+    registers: int | None,
     threads: int,
     max_threads: int,
     warp_size: int,
@@ -199,17 +223,19 @@ def _row_meta(
         threads = min(max_threads, max(threads, triton.next_power_of_2(n_vocab * itemsize // row_bytes)))
     block = min(threads * vectors * vec, triton.next_power_of_2(n_vocab))
     num_warps = max(1, min(threads, block // vec) // warp_size)
-    return {"EDGES": edges, "BLOCK": block, "VEC": vec, "num_warps": num_warps}
+    meta = {"EDGES": edges, "BLOCK": block, "VEC": vec, "num_warps": num_warps}
+    return meta if registers is None else meta | {"maxnreg": registers}
 
 
 def rows_at_once(n_rows: int, row_bytes: int, threads: int, device: torch.device) -> int:
     """Programs for rows that are swept twice: as many as find their row in L2 the second time.
 
-    A row enters L2 in its first sweep and leaves it in its second (`KEEP`, `DROP`), so half of it is there at a time, on
-    average. Two programs on each of 132 multiprocessors hold 40.1 MB at V = 152064 in bf16, and 69.2 MB at 262208; an
-    H100 has 50 MB of L2. Where the rows of half of the multiprocessors do not fit, as in the small L2 of AMD and of older
-    cards, the second sweep reads memory anyway, and all may run. Where those of all fit, each multiprocessor gets
-    the same number.
+    A row enters L2 in its first sweep and leaves it in its second (`KEEP`, `DROP`), so half of it is there at a time,
+    on average over programs that are not in step. Two programs on each of 132 multiprocessors hold 40.1 MB at
+    V = 152064 in bf16, and 69.2 MB at 262208; an H100 has 50 MB of L2. Where the rows of half of the multiprocessors
+    do not fit, as in the small L2 of AMD and of older cards, the second sweep reads memory anyway, and all may run.
+    Where those of all fit, each multiprocessor gets the same number. This is argued, not measured; `benchmarks.tune`
+    asks a GPU.
     """
     l2_bytes, multiprocessors = _l2_and_multiprocessors(device)
     held = 2 * (l2_bytes * L2_PERCENT // 100) // row_bytes
@@ -225,6 +251,11 @@ def _l2_and_multiprocessors(device: torch.device) -> tuple[int, int]:
         return 0, 0
     properties = torch.cuda.get_device_properties(device)
     return properties.L2_cache_size, properties.multi_processor_count
+
+
+def soft_cap(z: LogitMap) -> str | None:
+    """SOFTCAP of the kernels: None, or how they divide."""
+    return None if z.softcap is None else DIVISION
 
 
 def launch(kernel: Any, n_programs: int, device: torch.device, *arguments: Any, **options: Any) -> None:

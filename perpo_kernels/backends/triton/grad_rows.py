@@ -39,8 +39,8 @@ def softmax_term(raw, top, weight, pre, scale, SOFTCAP: tl.constexpr):
     """weight · exp((u − top) · scale), times 1 − tanh² with a soft cap; fp32."""
     u = raw.to(tl.float32)
     w = weight
-    if SOFTCAP:
-        u, sech2 = tanh_and_slope(u * pre)
+    if SOFTCAP is not None:
+        u, sech2 = tanh_and_slope(u * pre, SOFTCAP)
         w = sech2 * weight
     return exp_unit(u, scale, top) * w
 
@@ -70,8 +70,8 @@ def write_row(
     its start: what the sweep before this one read last is what L2 still holds.
     """
     LANES: tl.constexpr = BLOCK // VEC
-    scale = post if SOFTCAP else pre
-    slope = pre * post if SOFTCAP else pre
+    scale = post if SOFTCAP is not None else pre
+    slope = pre * post if SOFTCAP is not None else pre
     weight = -coefficient * inverse * slope
     known = (label >= 0) & (label < V)
     raw_target = tl.load(logits + start + label, mask=known, other=0.0)
@@ -102,8 +102,8 @@ def write_row(
 
     tl.debug_barrier()  # of the two stores to the target's element, this is the later
     u = raw_target.to(tl.float32)
-    if SOFTCAP:
-        u, sech2 = tanh_and_slope(u * pre)
+    if SOFTCAP is not None:
+        u, sech2 = tanh_and_slope(u * pre, SOFTCAP)
         slope *= sech2
     d = coefficient * slope * (1.0 - exp_unit(u, scale, top) * inverse)
     tl.store(out + out_start + label, d.to(out.dtype.element_ty), mask=known)
@@ -169,7 +169,7 @@ def fused_rows_kernel(
             tl.store(lse + n_rows + row, 0.0)
             zero_row(logits, start, V, EDGES, BLOCK, VEC)
         else:
-            scale = post if SOFTCAP else pre
+            scale = post if SOFTCAP is not None else pre
             known = (label >= 0) & (label < V)
             raw_target = tl.load(logits + start + label, mask=known, other=0.0)  # arrives while the row streams
             top, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC, KEEP)
@@ -261,7 +261,7 @@ def fused_rows_(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, Te
             z.pre,
             z.post,
             z.ignore_index,
-            SOFTCAP=z.softcap is not None,
+            SOFTCAP=common.soft_cap(z),
             KEEP=common.KEEP,
             DROP=common.DROP,
             **rows.meta,
@@ -289,7 +289,7 @@ def grad_rows_(
             z.pre,
             z.post,
             z.ignore_index,
-            SOFTCAP=z.softcap is not None,
+            SOFTCAP=common.soft_cap(z),
             SAME_LAYOUT=rows.layout == target.layout,
             DROP=common.DROP,
             **(rows.meta | {"EDGES": rows.meta["EDGES"] or target.meta["EDGES"]}),

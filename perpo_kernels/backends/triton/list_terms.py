@@ -1,8 +1,7 @@
 """The terms of the family of objectives, as functions of tiles, from which `list_loss` is composed.
 
 Formulas: `perpo_kernels.objectives`. Which of them a kernel holds is decided when it is compiled, by the names of
-`objectives.CHOICES`. The names stand here as they are, since Triton compares every global that a kernel uses with what
-it was, at each launch: seventeen constants were half of the time that a launch took of the host.
+`objectives.CHOICES`.
 """
 
 import triton

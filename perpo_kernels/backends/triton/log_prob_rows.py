@@ -44,7 +44,7 @@ def log_prob_rows_kernel(
         tl.store(lse + tl.num_programs(0) + row, 0.0)
     else:
         start = row_pointer(row, n_inner, stride_outer, stride_inner)
-        scale = post if SOFTCAP else pre
+        scale = post if SOFTCAP is not None else pre
         known = (label >= 0) & (label < V)
         raw_target = tl.load(logits + start + label, mask=known, other=0.0)  # arrives while the row streams
         top, total = row_max_and_sum(logits, start, V, pre, scale, SOFTCAP, EDGES, BLOCK, VEC, DROP)
@@ -73,7 +73,7 @@ def log_prob_rows(logits: Tensor, labels: Tensor, z: LogitMap) -> tuple[Tensor, 
             z.pre,
             z.post,
             z.ignore_index,
-            SOFTCAP=z.softcap is not None,
+            SOFTCAP=common.soft_cap(z),
             DROP=common.DROP,
             **rows.meta,
         )
