@@ -103,6 +103,8 @@ class ListProblem(NamedTuple):
     token_weights: Tensor | None = None  # [T]
     pair_weights: Tensor | None = None  # [G, k, k]
     flip_probs: Tensor | None = None  # [S]
+    list_weights: Tensor | None = None  # [G]
+    delta: Tensor | None = None  # [1]
     objective: Objective = PERPO
     ignore_index: int = -100
 

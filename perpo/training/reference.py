@@ -1,7 +1,7 @@
 """Log-probs of answers under the reference: where they come from, and computing them once before training.
 
 precomputed    by the model as it is before training, adapters off; once, kept on disk (`ReferenceCache`)
-start          the same with the adapters that it comes with, which an earlier round has trained
+start          the same with its adapters on: the policy that sampled, if that is the model that training begins with
 adapter_off    by the model without its adapters, at every step
 model          by a second model, at every step
 data           in the records
@@ -113,8 +113,8 @@ def as_reference(model: nn.Module, adapters: bool = False) -> Iterator[None]:
 
 
 class Precomputed:
-    """Reference log-probs of every record, by the model as it is now; shared out over ranks. reference="start" leaves
-    its adapters on, "precomputed" does not.
+    """Reference log-probs of every record, by the model as it is now; shared out over ranks. Without its adapters, but
+    for reference="start".
 
     Args:
         identity: what the numbers depend on besides the model, see `Encoder.fingerprint`.
@@ -140,8 +140,8 @@ class Precomputed:
             **identity,
         }
         self.adapters = args.reference == "start"
-        if self.adapters:
-            self.identity["weights of adapters"] = starting_adapters(model)
+        if self.adapters and (trained := starting_adapters(model)) != "new":  # new ones change nothing
+            self.identity["adapters"] = trained
 
     def attach(self, *datasets: Sequence[Sample] | None) -> list[Sequence[Sample] | None]:
         """Each data set with its reference log-probs: of records that the cache does not hold yet, computed."""

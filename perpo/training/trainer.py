@@ -47,6 +47,7 @@ from perpo.training.lists import training_lists
 from perpo.training.metrics import ListMetrics
 from perpo.training.publish import Publishing
 from perpo.training.reference import Precomputed, check_reference, second_model, with_reference
+from perpo.training.reward_shift import RewardShift
 from perpo.training.sharing_check import AMONG, check_sharing
 from perpo.training.stopping import FAILED, StopOnSignal, StoppedBySignal
 from perpo_kernels import LinearPerPOOutput
@@ -123,6 +124,7 @@ class PerPOTrainer(Publishing):
         self._eval_batches: ListBatchSampler | None = None
         self._n_cut = self._n_responses = 0
         self.objective = args.list_objective
+        self._shift = RewardShift(args.device) if self.objective.pointwise == "bco" else None
         self.metrics = {"train": ListMetrics(), "eval": ListMetrics()}
         super().__init__(
             model=model,
@@ -174,6 +176,8 @@ class PerPOTrainer(Publishing):
         with contextlib.ExitStack() as block:
             checkpoint = self._claim_folder(block, resume_from_checkpoint)
             self.metrics["train"].reset()
+            if self._shift is not None:
+                self._shift.load(Path(checkpoint)) if checkpoint else self._shift.reset()
             with self._stop:
                 output = super().train(resume_from_checkpoint=checkpoint, **options)
         if self._stop.stopped == FAILED:
@@ -240,6 +244,10 @@ class PerPOTrainer(Publishing):
         if self.args.should_save:
             unseal(folder)
         super()._save_checkpoint(model, trial)
+        if self._shift is not None:
+            self._shift.update(self.accelerator)
+            if self.args.should_save:
+                self._shift.save(folder)
         self.accelerator.wait_for_everyone()  # each writes a part
         if self.args.should_save:
             seal(folder)
@@ -278,7 +286,9 @@ class PerPOTrainer(Publishing):
         self._check_sharing(model)
         batch = with_reference(inputs, str(self.args.reference), model, self.ref_model)
         output = self._forward(model, batch)
-        self.metrics["train" if model.training else "eval"].add(batch, output)
+        sums = self.metrics["train" if model.training else "eval"].add(batch, output)
+        if self._shift is not None and model.training:
+            self._shift.add(sums["rewards/chosen"] + sums["rewards/rejected"], 2 * sums["weight"])
         self._count_cut(batch, model.training)
         if num_items_in_batch is None:
             loss = output.loss / batch.n_lists
@@ -305,6 +315,7 @@ class PerPOTrainer(Publishing):
             batch=batch,
             objective=self.objective,
             reduction="sum",
+            delta=None if self._shift is None else self._shift.value,
             max_chunk_bytes=self.args.max_chunk_bytes,
         )
         return LinearPerPOOutput(*through_head(model, call, **batch.keywords))
@@ -321,6 +332,8 @@ class PerPOTrainer(Publishing):
 
     def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
         """Lists in the optimizer step, on all ranks. Takes those that only fill up the last batch out of it."""
+        if self._shift is not None:
+            self._shift.update(self.accelerator)
         n_lists = sum(batch.n_lists for batch in batch_samples)
         if not batch_samples or self.args.world_size == 1:
             return n_lists or None
@@ -363,6 +376,8 @@ class PerPOTrainer(Publishing):
             counts = torch.tensor([[self._n_cut, self._n_responses]], device=self.accelerator.device)
             n_cut, n_responses = self.accelerator.gather(counts).sum(0).tolist()
             self._n_cut = self._n_responses = 0
+            if self._shift is not None:
+                mine["rewards/shift"] = self._shift.value.item()
             logs = {**mine, "responses/cut": n_cut / max(n_responses, 1), **logs}
         super().log(logs, start_time)
 

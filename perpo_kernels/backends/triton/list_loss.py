@@ -22,14 +22,22 @@ import triton.language as tl
 from torch import Tensor
 
 from perpo_kernels.backends.triton.common import launch
-from perpo_kernels.backends.triton.list_scores import candidate_scores, ranks_and_denominators
+from perpo_kernels.backends.triton.list_scores import (
+    candidate_scores,
+    ranks_and_denominators,
+    reward_moments,
+    reward_place,
+)
 from perpo_kernels.backends.triton.list_terms import (
+    bco_term,
+    clipped_term,
     in_pair_set,
     link_and_slope,
     ranked_weight,
     softplus_and_sigmoid,
     target_share,
 )
+from perpo_kernels.objectives import LARGEST_LOG_RATIO
 from perpo_kernels.problem import ListProblem, ListResult
 
 MAX_TILE = 64  # candidates per step
@@ -50,6 +58,8 @@ def list_loss_kernel(
     token_weights,
     pair_weights,
     flip_probs,
+    list_weights,
+    delta,
     cu_seqlens,
     cu_lists,
     losses,
@@ -66,6 +76,11 @@ def list_loss_kernel(
     log_margin,
     inverse_temperature,
     nll,
+    pair_scale,
+    list_scale,
+    pointwise_scale,
+    clip_low,
+    clip_high,
     ignore_index,
     PAIRS: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -73,9 +88,12 @@ def list_loss_kernel(
     LINK: tl.constexpr,
     LIST_TERM: tl.constexpr,
     POINTWISE: tl.constexpr,
+    ADVANTAGE: tl.constexpr,
+    LARGEST: tl.constexpr,
     LOG_MARGIN: tl.constexpr,
     TEMPERED: tl.constexpr,
     NLL: tl.constexpr,
+    NLL_PER_TOKEN: tl.constexpr,
     LENGTH_NORMALIZED: tl.constexpr,
     SOFT: tl.constexpr,
     K: tl.constexpr,
@@ -95,6 +113,8 @@ def list_loss_kernel(
     luce_slopes = denominators + n_candidates
     RANKS: tl.constexpr = (PAIRS != "none") and (WEIGHT == "lambda")
     LUCE: tl.constexpr = LIST_TERM == "plackett_luce"
+    ANCHORED: tl.constexpr = (POINTWISE == "nca") or (POINTWISE == "anchor")
+    ADVANTAGES: tl.constexpr = (POINTWISE == "policy_gradient") or (POINTWISE == "clipped")
     slot = tl.arange(0, K)
 
     highest = -float("inf")
@@ -121,7 +141,7 @@ def list_loss_kernel(
         tl.store(sequence_log_probs + i, total, mask=here)
         tl.store(scores + i, score, mask=here)
         tl.store(keys + i, key, mask=here)
-        if LENGTH_NORMALIZED:
+        if LENGTH_NORMALIZED or NLL_PER_TOKEN:
             tl.store(inverse_lengths + i, inverse_length, mask=here)
         is_number = key == key
         highest = tl.maximum(highest, tl.max(tl.where(is_number, key, -float("inf")), axis=0))
@@ -140,6 +160,7 @@ def list_loss_kernel(
     pairs = tl.zeros([K, J], tl.int32)
     other_loss = 0.0
     n_best = 0
+    n_worst = 0
     n_members = 0
     target_total = 0.0
     z_top = -float("inf")
@@ -151,6 +172,8 @@ def list_loss_kernel(
         if (LIST_TERM == "softmax") or (POINTWISE != "none") or NLL:
             member = key_i == key_i
             n_best += tl.sum((key_i == highest).to(tl.int32), axis=0)
+            if POINTWISE == "bco":
+                n_worst += tl.sum((key_i == lowest).to(tl.int32), axis=0)
             n_members += tl.sum(member.to(tl.int32), axis=0)
             if TEMPERED:
                 exp = tl.exp((key_i - highest) * inverse_temperature)
@@ -227,7 +250,7 @@ def list_loss_kernel(
         tl.store(slopes + i, tl.sum(slope, axis=1), mask=i < end)
         if LUCE:
             own = tl.load(denominators + i, mask=i < end, other=0.0)
-            other_loss += tl.sum(tl.where(has_worse, own - z_i, 0.0), axis=0)
+            other_loss += list_scale * tl.sum(tl.where(has_worse, own - z_i, 0.0), axis=0)
             chances = tl.sum(luce_slope, axis=1)
             tl.store(luce_slopes + i, chances - tl.where(has_worse, 1.0, 0.0), mask=i < end)
     norm = tl.sum(tl.sum(norms, axis=1), axis=0)
@@ -247,6 +270,17 @@ def list_loss_kernel(
         if NORMALIZE == "pairs":
             scale = scale / tl.maximum(n_pairs, 1)
 
+    scale *= pair_scale
+    if ADVANTAGES:
+        mean, unit, n_members = reward_moments(keys, begin, end, lowest, half_spread, ADVANTAGE == "standardized", K)
+    reward_shift = 0.0
+    if delta is not None:
+        reward_shift = tl.load(delta).to(tl.float32)
+    weight_of_list = 1.0
+    if list_weights is not None:
+        weight_of_list = tl.load(list_weights + g).to(tl.float32)
+    counts = active & (weight_of_list > 0)
+
     log_normaliser = z_top + tl.log(tl.where(z_total > 0, z_total, 1.0))
     for start in range(begin, end, K):
         i = start + slot
@@ -258,22 +292,41 @@ def list_loss_kernel(
             member = key == key
             z = tl.where(member, beta * tl.load(scores + i, mask=here, other=0.0), 0.0)
             if LUCE:
-                c += tl.load(luce_slopes + i, mask=here, other=0.0)
-            if (LIST_TERM == "softmax") or (POINTWISE != "none"):
+                c += list_scale * tl.load(luce_slopes + i, mask=here, other=0.0)
+            if (LIST_TERM == "softmax") or ANCHORED:
                 p = target_share(key, highest, inverse_temperature, target_total, n_best, TEMPERED)
             if LIST_TERM == "softmax":
-                other_loss += tl.sum(p * (log_normaliser - z), axis=0)
-                c += tl.exp(z - log_normaliser) - p
-            if POINTWISE != "none":
+                other_loss += list_scale * tl.sum(p * (log_normaliser - z), axis=0)
+                c += list_scale * (tl.exp(z - log_normaliser) - p)
+            if ANCHORED:
                 down, keep = softplus_and_sigmoid(-z)
-                other_loss += tl.sum(p * down, axis=0)
-                c -= p * keep
+                other_loss += pointwise_scale * tl.sum(p * down, axis=0)
+                c -= pointwise_scale * (p * keep)
             if POINTWISE == "nca":
                 up, push = softplus_and_sigmoid(z)
-                other_loss += tl.sum(tl.where(member, up, 0.0), axis=0) / tl.maximum(n_members, 1)
-                c += push / tl.maximum(n_members, 1)
+                other_loss += pointwise_scale * (tl.sum(tl.where(member, up, 0.0), axis=0) / tl.maximum(n_members, 1))
+                c += pointwise_scale * (push / tl.maximum(n_members, 1))
+            if POINTWISE == "bco":
+                best = tl.where(key == highest, 1.0 / n_best, 0.0)
+                worst = tl.where(key == lowest, 1.0 / n_worst, 0.0)
+                term, pull = bco_term(z - reward_shift, best, worst)
+                other_loss += pointwise_scale * tl.sum(term, axis=0)
+                c += pointwise_scale * pull
+            if ADVANTAGES:
+                per_member = pointwise_scale / tl.maximum(n_members, 1)
+                advantage = tl.where(member, (reward_place(key, lowest, half_spread) - mean) * unit, 0.0)
+                if POINTWISE == "clipped":
+                    score = tl.where(member, tl.load(scores + i, mask=here, other=0.0), 0.0)
+                    gain, pull = clipped_term(score, advantage, clip_low, clip_high, LARGEST)
+                    other_loss -= beta * per_member * tl.sum(gain, axis=0)
+                    c -= per_member * pull
+                else:
+                    other_loss -= per_member * tl.sum(tl.where(advantage != 0, advantage * z, 0.0), axis=0)
+                    c -= per_member * advantage
             if NLL:
                 share = tl.where(key == highest, nll / n_best, 0.0)
+                if NLL_PER_TOKEN:
+                    share *= tl.load(inverse_lengths + i, mask=here, other=0.0)
                 likelihood -= share
                 total = tl.load(sequence_log_probs + i, mask=here, other=0.0)
                 other_loss -= tl.sum(tl.where(share > 0, share * total, 0.0), axis=0)
@@ -281,7 +334,7 @@ def list_loss_kernel(
         c = c * beta
         if LENGTH_NORMALIZED:
             c *= tl.load(inverse_lengths + i, mask=here, other=0.0)
-        c = tl.where(active, c + likelihood, 0.0)
+        c = tl.where(counts, weight_of_list * (c + likelihood), 0.0)
         if cu_seqlens is not None:
             first = tl.load(cu_seqlens + i, mask=here, other=0)
             last = tl.load(cu_seqlens + i + 1, mask=here, other=0)
@@ -297,7 +350,7 @@ def list_loss_kernel(
                 tl.store(coefficients + t, spread_c, mask=inside)
         else:
             tl.store(coefficients + i, c, mask=here)
-    tl.store(losses + g, tl.where(active, pair_loss * scale + other_loss, 0.0))
+    tl.store(losses + g, tl.where(counts, weight_of_list * (pair_loss * scale + other_loss), 0.0))
     tl.store(is_active + g, tl.where(active, 1.0, 0.0))
 
 
@@ -321,6 +374,8 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         p.token_weights,
         p.pair_weights,
         p.flip_probs,
+        p.list_weights,
+        p.delta,
         p.cu_seqlens,
         p.cu_lists,
         *result,
@@ -334,6 +389,11 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         o.log_margin,
         1.0 / o.target_temperature if o.target_temperature else 0.0,
         o.nll,
+        o.pair_scale,
+        o.list_scale,
+        o.pointwise_scale,
+        o.clip_low,
+        o.clip_high,
         p.ignore_index,
         PAIRS=o.pairs,
         WEIGHT=o.weight,
@@ -341,9 +401,12 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         LINK=o.link,
         LIST_TERM=o.list_term,
         POINTWISE=o.pointwise,
+        ADVANTAGE=o.advantage,
+        LARGEST=LARGEST_LOG_RATIO,
         LOG_MARGIN=o.log_margin != 0,
         TEMPERED=o.target_temperature > 0,
         NLL=o.nll > 0,
+        NLL_PER_TOKEN=o.nll_per_token,
         LENGTH_NORMALIZED=o.length_normalized,
         SOFT=p.flip_probs is not None or o.soft_target != 1,
         K=tile,
