@@ -130,7 +130,7 @@ def test_a_step_and_a_reference_pass(family: str) -> None:
         assert gpu.others["_flash_attention_backward"] == FLASH.get(family, 6)
 
 
-# ----------------------------------------------------------------------------------------------------------- the trainer
+# ------------------------------------------------------------------------------------------------ the trainer
 
 
 def trainer_on_gpu(family: str, folder: Path) -> PerPOTrainer:
