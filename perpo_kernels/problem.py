@@ -116,7 +116,8 @@ class ListProblem(NamedTuple):
     ) -> "ListProblem":
         """A fake implementation, which wants shapes, has no numbers to make the objective of."""
         assert len(tensors) == len(TENSORS)
-        return ListProblem(*tensors, objective=objective, ignore_index=ignore_index)  # type: ignore[arg-type]
+        fields: list[Any] = [*tensors, objective, ignore_index]
+        return ListProblem(*fields)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "ListProblem":
         """The problem with every tensor changed."""
