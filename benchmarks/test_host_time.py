@@ -29,7 +29,7 @@ REPEATS = 20  # launches of a sample
 
 
 @triton.jit
-def empty_kernel(x):
+def empty_kernel(x: Any) -> None:
     pass
 
 

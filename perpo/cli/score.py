@@ -99,6 +99,7 @@ def run(config: ScoreConfig) -> None:
 def _read(config: ScoreConfig, needs_answer: bool) -> list[ListRecord]:
     apart = None if config.responses is None else read_responses(config.responses)
     require = ["answer"] * needs_answer + ["responses"] * (apart is None)
+    records: Sequence[ListRecord]
     records, report = read_records(config.records, require=require, skip_bad=config.skip_bad)
     report.show()
     if apart is not None:

@@ -51,7 +51,7 @@ def attention(
     n_tokens = layout.n_tokens
     missing = layout.sight.shape[1] - n_tokens
     query, key, value = (pad(x, (0, 0, 0, missing)) for x in (query, key, value))
-    run = flex_attention if torch.compiler.is_compiling() else _run_compiled  # the former in a model that is compiled
+    run: Any = flex_attention if torch.compiler.is_compiling() else _run_compiled  # the former in a model that is compiled
     out = run(
         query,
         key,

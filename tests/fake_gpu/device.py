@@ -7,6 +7,7 @@ are not launched but noted.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
@@ -68,6 +69,14 @@ class Copy(NamedTuple):
     blocking: bool  # the host waits
 
 
+@functools.cache
+def _is_made_of_others(func: Any) -> bool:
+    """.to, .reshape and the like, which below autograd arrive whole."""
+    return func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )
+
+
 class FakeGpu(TorchDispatchMode):
     """Notes."""
 
@@ -103,11 +112,9 @@ class FakeGpu(TorchDispatchMode):
             definition: Any = _maybe_get_opdef(func)
             with self:
                 return definition._init_fn(*args, **kwargs)
-        if func.namespace == "aten":
+        if _is_made_of_others(func):
             with self:
-                parts = func.decompose(*args, **kwargs)  # .to, .reshape and others that are made of operators
-            if parts is not NotImplemented:
-                return parts
+                return func.decompose(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
             with unset_fake_temporarily():  # of the CPU alone: the real thing
