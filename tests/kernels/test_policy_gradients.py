@@ -1,5 +1,7 @@
 """PerPO and policy gradients are one family, and the terms of an objective add up by their weights."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -91,6 +93,18 @@ def test_gspo_stops_where_the_ratio_has_gone_far_enough(backend, device, log_rat
     options = {"ref_log_probs": ref, "lengths": torch.full((2,), 2.0, device=device)}
     _, gradient = solve(gspo, ref + 2 * log_ratio, rewards, backend, **options)
     assert (gradient != 0).tolist() == [follows_best, follows_worst]
+
+
+def test_a_ratio_is_held_where_fp32_ends(backend, device):
+    """The worse answer has become e¹⁰⁰ times as likely: its ratio counts as e⁸⁰, and nothing pulls at what is held."""
+    rewards, scores = torch.tensor([1.0, 0.0], device=device), torch.tensor([0.0, 100.0], device=device)
+    options = {"ref_log_probs": torch.zeros(2, device=device), "lengths": torch.ones(2, device=device)}
+    loss, gradient = solve(objectives.gspo(), scores, rewards, backend, **options)
+    torch.testing.assert_close(
+        loss.double(), torch.tensor(math.sqrt(0.5) / 2 * math.exp(80)).double(), rtol=1e-4, atol=0
+    )
+    assert gradient[1] == 0
+    assert gradient[0] != 0
 
 
 def test_bco_of_another_shift_is_that_of_shifted_scores(device, dense_backend):

@@ -37,7 +37,6 @@ from perpo_kernels.backends.triton.list_terms import (
     softplus_and_sigmoid,
     target_share,
 )
-from perpo_kernels.objectives import LARGEST_LOG_RATIO
 from perpo_kernels.problem import ListProblem, ListResult
 
 MAX_TILE = 64  # candidates per step
@@ -69,18 +68,7 @@ def list_loss_kernel(
     scratch,
     n_candidates,
     given_k,
-    beta,
-    gamma,
-    soft_flip,
-    offset,
-    log_margin,
-    inverse_temperature,
-    nll,
-    pair_scale,
-    list_scale,
-    pointwise_scale,
-    clip_low,
-    clip_high,
+    numbers,
     ignore_index,
     PAIRS: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -89,17 +77,30 @@ def list_loss_kernel(
     LIST_TERM: tl.constexpr,
     POINTWISE: tl.constexpr,
     ADVANTAGE: tl.constexpr,
-    LARGEST: tl.constexpr,
     LOG_MARGIN: tl.constexpr,
     TEMPERED: tl.constexpr,
     NLL: tl.constexpr,
-    NLL_PER_TOKEN: tl.constexpr,
     LENGTH_NORMALIZED: tl.constexpr,
     SOFT: tl.constexpr,
     K: tl.constexpr,
     J: tl.constexpr,
     R: tl.constexpr,
 ):
+    # One tuple is bound faster than twelve arguments.
+    (
+        beta,
+        gamma,
+        soft_flip,
+        offset,
+        log_margin,
+        inverse_temperature,
+        nll,
+        pair_scale,
+        list_scale,
+        pointwise_scale,
+        clip_low,
+        clip_high,
+    ) = numbers
     g = tl.program_id(0)
     begin = tl.load(cu_lists + g)
     end = tl.load(cu_lists + g + 1)
@@ -141,7 +142,7 @@ def list_loss_kernel(
         tl.store(sequence_log_probs + i, total, mask=here)
         tl.store(scores + i, score, mask=here)
         tl.store(keys + i, key, mask=here)
-        if LENGTH_NORMALIZED or NLL_PER_TOKEN:
+        if LENGTH_NORMALIZED or (NLL == "per_token"):
             tl.store(inverse_lengths + i, inverse_length, mask=here)
         is_number = key == key
         highest = tl.maximum(highest, tl.max(tl.where(is_number, key, -float("inf")), axis=0))
@@ -169,7 +170,7 @@ def list_loss_kernel(
         i = start + slot
         key_i = tl.load(keys + i, mask=i < end, other=float("nan"))
         z_i = beta * tl.load(scores + i, mask=i < end, other=0.0)
-        if (LIST_TERM == "softmax") or (POINTWISE != "none") or NLL:
+        if (LIST_TERM == "softmax") or (POINTWISE != "none") or (NLL != "none"):
             member = key_i == key_i
             n_best += tl.sum((key_i == highest).to(tl.int32), axis=0)
             if POINTWISE == "bco":
@@ -287,7 +288,7 @@ def list_loss_kernel(
         here = i < end
         c = tl.load(slopes + i, mask=here, other=0.0) * scale
         likelihood = tl.zeros([K], tl.float32)
-        if (LIST_TERM != "none") or (POINTWISE != "none") or NLL:
+        if (LIST_TERM != "none") or (POINTWISE != "none") or (NLL != "none"):
             key = tl.load(keys + i, mask=here, other=float("nan"))
             member = key == key
             z = tl.where(member, beta * tl.load(scores + i, mask=here, other=0.0), 0.0)
@@ -317,15 +318,15 @@ def list_loss_kernel(
                 advantage = tl.where(member, (reward_place(key, lowest, half_spread) - mean) * unit, 0.0)
                 if POINTWISE == "clipped":
                     score = tl.where(member, tl.load(scores + i, mask=here, other=0.0), 0.0)
-                    gain, pull = clipped_term(score, advantage, clip_low, clip_high, LARGEST)
+                    gain, pull = clipped_term(score, advantage, clip_low, clip_high)
                     other_loss -= beta * per_member * tl.sum(gain, axis=0)
                     c -= per_member * pull
                 else:
                     other_loss -= per_member * tl.sum(tl.where(advantage != 0, advantage * z, 0.0), axis=0)
                     c -= per_member * advantage
-            if NLL:
+            if NLL != "none":
                 share = tl.where(key == highest, nll / n_best, 0.0)
-                if NLL_PER_TOKEN:
+                if NLL == "per_token":
                     share *= tl.load(inverse_lengths + i, mask=here, other=0.0)
                 likelihood -= share
                 total = tl.load(sequence_log_probs + i, mask=here, other=0.0)
@@ -382,18 +383,20 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         scratch,
         n_candidates,
         0 if p.pair_weights is None else p.pair_weights.shape[-1],
-        o.beta,
-        o.gamma,
-        1.0 - o.soft_target,
-        o.offset,
-        o.log_margin,
-        1.0 / o.target_temperature if o.target_temperature else 0.0,
-        o.nll,
-        o.pair_scale,
-        o.list_scale,
-        o.pointwise_scale,
-        o.clip_low,
-        o.clip_high,
+        (
+            o.beta,
+            o.gamma,
+            1.0 - o.soft_target,
+            o.offset,
+            o.log_margin,
+            1.0 / o.target_temperature if o.target_temperature else 0.0,
+            o.nll,
+            o.pair_scale,
+            o.list_scale,
+            o.pointwise_scale,
+            o.clip_low,
+            o.clip_high,
+        ),
         p.ignore_index,
         PAIRS=o.pairs,
         WEIGHT=o.weight,
@@ -402,11 +405,9 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         LIST_TERM=o.list_term,
         POINTWISE=o.pointwise,
         ADVANTAGE=o.advantage,
-        LARGEST=LARGEST_LOG_RATIO,
         LOG_MARGIN=o.log_margin != 0,
         TEMPERED=o.target_temperature > 0,
-        NLL=o.nll > 0,
-        NLL_PER_TOKEN=o.nll_per_token,
+        NLL="none" if o.nll == 0 else "per_token" if o.nll_per_token else "sum",
         LENGTH_NORMALIZED=o.length_normalized,
         SOFT=p.flip_probs is not None or o.soft_target != 1,
         K=tile,

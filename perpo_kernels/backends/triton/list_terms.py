@@ -79,10 +79,10 @@ def bco_term(z, best_share, worst_share):
 
 
 @triton.jit
-def clipped_term(score, advantage, clip_low, clip_high, LARGEST: tl.constexpr):
-    """min(ρA, clip(ρ)A) and its slope in the score, ρ = exp(min(score, LARGEST))."""
-    ratio = tl.exp(tl.minimum(score, LARGEST))
+def clipped_term(score, advantage, clip_low, clip_high):
+    """min(ρA, clip(ρ)A) and its slope in the score, ρ = exp(min(score, 80)): `objectives.LARGEST_LOG_RATIO`."""
+    ratio = tl.exp(tl.minimum(score, 80.0))
     gain = ratio * advantage
     clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * advantage
-    follows = (gain <= clipped) & (score <= LARGEST)
+    follows = (gain <= clipped) & (score <= 80.0)
     return tl.minimum(gain, clipped), tl.where(follows, gain, 0.0)
