@@ -71,11 +71,12 @@ def row_cases(name: str, n_vocab: int, dtype: torch.dtype, z: LogitMap) -> Itera
     yield Case("grad_rows_ (out)", name, lambda: kernels.grad_rows_(logits, labels, lse, g, z, out), size)
 
 
-def list_cases(k: int, objective: Objective, name: str = "") -> Iterator[Case]:
+def list_cases(k: int, objective: Objective, name: str = "", weighted: bool = False) -> Iterator[Case]:
     from perpo_kernels.backends import triton as kernels
 
     n_lists, n_tokens = 64, 64 * k * 40
     given = meta(n_lists, k, k) if objective.pairs == "given" else None
+    per_length = objective.length_normalized or objective.nll_per_token
 
     def call(tokens: bool) -> None:
         size = n_tokens if tokens else n_lists * k
@@ -86,9 +87,11 @@ def list_cases(k: int, objective: Objective, name: str = "") -> Iterator[Case]:
             labels=meta(n_tokens, dtype=torch.int64) if tokens else None,
             ref_log_probs=meta(n_lists * k) if objective.reference else None,
             valid=None if tokens else meta(n_lists * k, dtype=torch.bool),
-            lengths=meta(n_lists * k) if objective.length_normalized and not tokens else None,
+            lengths=meta(n_lists * k) if per_length and not tokens else None,
             flip_probs=meta(n_lists * k) if objective.flips else None,
             pair_weights=given,
+            list_weights=meta(n_lists) if weighted else None,
+            delta=meta(1) if objective.pointwise == "bco" else None,
             objective=objective,
         )
         result = ListResult(meta(n_lists), meta(size), meta(3, n_lists * k), meta(n_lists))
@@ -110,6 +113,7 @@ def cases() -> Iterator[Case]:
     yield from row_cases("bf16 262208 capped", 262208, bf16, LogitMap(softcap=30.0))
     for k in (2, 20, 64, 1024):
         yield from list_cases(k, objectives.perpo())
+    yield from list_cases(20, objectives.perpo(), " list weights", weighted=True)
     for name, preset in objectives.PRESETS.items():
         if name != "perpo":
             yield from list_cases(20, preset(), f" {name}")

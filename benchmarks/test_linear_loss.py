@@ -9,6 +9,10 @@ Floor. The one, two or three bare GEMMs, the whole batch at once, into buffers t
 U = Z W, dW = Zᵀ X. Beside it the same products in chunks of as many rows as ours has (chunking is ours to pay for); and
 on a CPU into new buffers, whose pages cost a fault each, which every function that allocates pays.
 
+Any other loss. `perpo_kernels, any loss`: the same list loss written in PyTorch on top of `linear_token_log_probs`, as
+one would write a loss of one's own. With a frozen head it is to cost what the fused loss costs; with a trainable one a
+GEMM more, since the logits are made again.
+
 Shapes. `benchmarks.problems`: LLaVA-1.5 (small vocabulary), Qwen2.5-VL (large), Gemma-3 (largest) and T from 500 (one
 grounding list of 20) to 16000 (OCR pages), bf16; on the CPU V 32000, k 20, fp32, T 800 and H 512, with `--full` T 1600
 and 3200 and H 1024. Logits are peaked at the label, for all alike: see `benchmarks.problems`.
@@ -47,6 +51,18 @@ def ours(p: Problem, grad: bool) -> Callable[[], object]:
                 ref_log_probs=p.ref_log_probs,
             )
             return torch.autograd.grad(out.loss, wanted) if grad else out
+
+    return run
+
+
+def any_loss(p: Problem, grad: bool) -> Callable[[], object]:
+    """A loss of one's own on top of log-probs, here the same one."""
+    wanted = [x for x in (p.hidden, p.weight) if x.requires_grad]
+
+    def run() -> object:
+        with torch.set_grad_enabled(grad):
+            loss = peers.list_loss_of_tokens(pk.linear_token_log_probs(p.hidden, p.weight, p.labels), p)
+            return torch.autograd.grad(loss, wanted) if grad else loss
 
     return run
 
@@ -126,7 +142,7 @@ def test_linear_loss(
 ) -> None:
     n_gemms, grad, trainable = MODES[mode]
     p = problem(head, lists, setting, trainable)
-    cases = [Case(OURS, ours(p, grad)), *bare_gemms(p, n_gemms)]
+    cases = [Case(OURS, ours(p, grad)), Case(f"{OURS}, any loss", any_loss(p, grad)), *bare_gemms(p, n_gemms)]
     chosen = setting.lists[len(setting.lists) // 2]
     here = setting.device == "cpu" or (mode, lists) == ("frozen", chosen)
     for peer in peers.for_task("linear_log_probs"):

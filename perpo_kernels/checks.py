@@ -191,10 +191,37 @@ def objective_data(p: ListProblem) -> None:
             f"pair_weights go with pairs='given' and nothing else; the objective has pairs={target.pairs!r} and "
             f"pair_weights {'is None' if p.pair_weights is None else 'were given'}"
         )
+    if target.pointwise == "clipped" and p.ref_log_probs is None:
+        raise ValueError(
+            "ref_log_probs must be given: this objective takes ratios to the policy that sampled the answers, so its "
+            "log-probs; right after sampling, when all ratios are 1, grpo with length_normalized=True has its gradient"
+        )
+    if p.delta is not None:
+        _delta(p.delta, p.rewards.device)
+        if target.pointwise != "bco":
+            raise ValueError(f"delta is of pointwise='bco' alone, and the objective has pointwise={target.pointwise!r}")
+    if p.list_weights is not None:
+        _list_weights(p.list_weights, p.cu_lists.numel() - 1, p.rewards.device)
     if target.flips and p.flip_probs is None:
         raise ValueError("flip_probs must be given: this objective takes the probability of a flip of each candidate")
     if p.flip_probs is not None and (target.link != "logistic" or target.pairs == "none"):
         raise ValueError("flip_probs soften the logistic link of pairs, which this objective does not have")
+
+
+def _delta(x: Tensor, device: torch.device) -> None:
+    tensor("delta", x)
+    if x.dtype not in FLOATS or x.numel() != 1 or x.dim() > 1:
+        raise ValueError(f"delta must be one float, of shape [] or [1], got {x.dtype} of shape {_shape(x)}")
+    _constant("delta", x)
+    same_device("delta", x, device)
+
+
+def _list_weights(x: Tensor, n_lists: int, device: torch.device) -> None:
+    floating("list_weights", x)
+    _constant("list_weights", x)
+    if x.shape != (n_lists,):
+        raise ValueError(f"list_weights must be [G] = [{n_lists}], one number a list, got {_shape(x)}")
+    same_device("list_weights", x, device)
 
 
 def pair_weights(x: Tensor | None, cu_lists: Tensor, device: torch.device, k: int = 0) -> None:
@@ -316,6 +343,11 @@ def list_values(p: ListProblem, n_log_probs: int) -> None:
     if p.flip_probs is not None and values_are_checked(p.flip_probs):
         right = (p.flip_probs >= 0) & (p.flip_probs <= 1)
         _values("flip_probs", p.flip_probs, right, "be probabilities in [0, 1]")
+    if p.list_weights is not None and values_are_checked(p.list_weights):
+        right = (p.list_weights >= 0) & (p.list_weights < math.inf)
+        _values("list_weights", p.list_weights, right, "be finite and >= 0")
+    if p.delta is not None and values_are_checked(p.delta):
+        _values("delta", p.delta, p.delta.isfinite(), "be finite")
 
 
 def _values(name: str, x: Tensor, right: Tensor, expected: str) -> None:

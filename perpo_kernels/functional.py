@@ -117,6 +117,8 @@ def perpo_loss(
     lengths: Tensor | None = None,  # same shape
     pair_weights: Tensor | None = None,  # [G, k, k]
     flip_probs: Tensor | None = None,  # same shape
+    list_weights: Tensor | None = None,  # [G]
+    delta: Tensor | None = None,  # [] or [1]
     beta: float | None = None,
     gamma: float | None = None,
     reduction: str = "mean",
@@ -129,14 +131,20 @@ def perpo_loss(
         log_probs: log π(y_i) of whole responses: [G, k] padded, or [S] packed with `cu_lists`.
         rewards: same shape. Higher is better; order within a list does not matter. A candidate with a NaN or infinite
             reward takes part in no pair. A list whose rewards are all equal has loss 0.
-        ref_log_probs: same shape, under the reference model, or None for no reference.
+        ref_log_probs: same shape, under the reference model, or None for no reference. Of objectives with
+            pointwise="clipped" under the policy that sampled, and required.
         cu_lists: candidates of list g are cu_lists[g] .. cu_lists[g + 1]; required exactly when log_probs is [S].
         valid: False for a candidate that is padding; what stands there is never read.
-        lengths: numbers of response tokens, needed by length-normalised objectives only.
+        lengths: numbers of response tokens, needed by objectives with length_normalized or nll_per_token only.
         pair_weights: [G, k, k] with k at least the longest list, needed by objectives with pairs="given": entry [g,
             i, j] is the weight with which candidate i of list g is preferred to candidate j; 0 for no preference.
         flip_probs: probability in [0, 1] that a preference over this candidate is wrong; RosePO needs it, other
             objectives on pairs with the logistic link take 1 − soft_target if it is not given.
+        list_weights: [G], finite and ≥ 0, of the difficulty of a prompt for example: loss and gradient of list g are
+            multiplied by list_weights[g]; at 0 they are 0, whatever the list holds. "mean" divides by the number of
+            lists and not by the sum of the weights: weights of mean 1 keep the size of a step, and batches may be
+            cut anywhere. On a GPU a weight that is negative or NaN counts as 0 unless PERPO_CHECK=1 finds it.
+        delta: the reward shift δ of pointwise="bco", a tensor so that nothing waits for it; None is 0.
         beta, gamma: of PerPO, 0.1 and 0.5 if not given; `objective` takes their place.
         reduction: "mean" over all lists (inactive ones count, so that accumulation stays exact), "sum", or "none".
         objective: any of `perpo_kernels.objectives`, for example `objectives.plackett_luce()`.
@@ -168,12 +176,14 @@ def perpo_loss(
         lengths=lengths,
         pair_weights=pair_weights,
         flip_probs=flip_probs,
+        list_weights=list_weights,
+        delta=delta,
         objective=checks.objective(objective, beta, gamma),
     )
     shape = log_probs.shape
     checks.candidates(problem, shape, f"have the shape of log_probs, {list(shape)}", log_probs.device)
     checks.objective_data(problem)
-    if problem.objective.length_normalized and lengths is None:
+    if (problem.objective.length_normalized or problem.objective.nll_per_token) and lengths is None:
         raise ValueError("lengths must be given: this objective divides log-probs by the number of tokens")
     checks.reduction(reduction)
     checks.pair_weights(pair_weights, cu_lists, log_probs.device, k)
@@ -193,6 +203,7 @@ class LinearPerPOOutput(NamedTuple):
     active: Tensor  # [G]: 1 if the list has a preferred pair, else 0
     cu_lists: Tensor  # [G + 1]
     beta: float
+    list_weights: Tensor | None = None  # [G]
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -200,7 +211,8 @@ class LinearPerPOOutput(NamedTuple):
 
         rewards/chosen, rewards/rejected: β·(log π − log π_ref) of the best and the worst candidate, mean over active
         lists; rewards/margins: their difference; lists/pair_accuracy: share of preferred pairs that the scores rank
-        right, mean over active lists; lists/active: share of lists that have a preferred pair at all.
+        right, mean over active lists; lists/active: share of lists that have a preferred pair at all. With
+        `list_weights` the means over active lists are weighted, Σ w x / Σ w; lists/active is not.
         """
         ranking = metrics.rank(self.scores, self.rewards, self.cu_lists)
         scores = self.beta * self.scores
@@ -209,14 +221,16 @@ class LinearPerPOOutput(NamedTuple):
             metrics.pick(scores, ranking.worst),
             ranking.pair_accuracy.to(scores.dtype),
         )
-        n_active = self.active.sum()
-        chosen, rejected, right = torch.stack(of_lists).where(self.active > 0, 0.0).sum(-1) / n_active.clamp(min=1)
+        weights = self.active if self.list_weights is None else metrics.list_weights(self.active, self.list_weights)
+        total = weights.sum()
+        values = torch.stack(of_lists).where(weights > 0, 0.0)
+        chosen, rejected, right = (weights * values).sum(-1) / total.where(total > 0, 1.0)
         return {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "lists/pair_accuracy": right,
-            "lists/active": n_active / max(self.active.shape[0], 1),
+            "lists/active": self.active.sum() / max(self.active.shape[0], 1),
         }
 
 
@@ -233,6 +247,8 @@ def linear_perpo_loss(
     token_weights: Tensor | None = None,  # [T]
     pair_weights: Tensor | None = None,  # [G, k, k]
     flip_probs: Tensor | None = None,  # [S]
+    list_weights: Tensor | None = None,  # [G]
+    delta: Tensor | None = None,  # [] or [1]
     beta: float | None = None,
     gamma: float | None = None,
     reduction: str = "mean",
@@ -266,7 +282,7 @@ def linear_perpo_loss(
         token_weights: [T], ω_t of each token in Σ_t ω_t log π(y_it) (TIS-DPO, arXiv 2410.04350); constants. The
             reference log-probs must then be sums with the same weights. A token of weight 0 is as absent as an ignored
             one: it does not count in a length, and a candidate with no other takes part in no pair.
-        pair_weights, flip_probs: as `perpo_loss`; the objective says whether they are needed.
+        pair_weights, flip_probs, list_weights, delta: as `perpo_loss`; the objective says whether they are needed.
         beta, gamma, reduction, objective: as `perpo_loss`.
         backend: "auto", "triton", "eager" or "reference".
 
@@ -293,6 +309,8 @@ def linear_perpo_loss(
         token_weights=token_weights,
         pair_weights=pair_weights,
         flip_probs=flip_probs,
+        list_weights=list_weights,
+        delta=delta,
         objective=checks.objective(objective, beta, gamma),
         ignore_index=ignore_index,
     )
@@ -323,7 +341,7 @@ def linear_perpo_loss(
     loss = _reduce(total, losses, reduction)
     log_probs, scores, ranked_rewards = candidates.detach()
     beta = problem.objective.beta
-    return LinearPerPOOutput(loss, log_probs, scores, ranked_rewards, active.detach(), cu_lists, beta)
+    return LinearPerPOOutput(loss, log_probs, scores, ranked_rewards, active.detach(), cu_lists, beta, list_weights)
 
 
 # ---------------------------------------------------- the operators, or the definition itself, which is no operator

@@ -70,3 +70,8 @@ def rank(scores: Tensor, rewards: Tensor, cu_lists: Tensor) -> Ranking:
 def pick(values: Tensor, index: Tensor) -> Tensor:  # [G]
     """values [S] of the candidates `index` [G]; 0 for the index S of a list that has none."""
     return torch.cat([values, values.new_zeros(1)])[index]
+
+
+def list_weights(active: Tensor, weights: Tensor) -> Tensor:  # [G]
+    """What each list counts in a mean over active lists: its weight, 0 if it is not active."""
+    return torch.where(active > 0, weights.to(active.device, active.dtype), 0.0)

@@ -7,13 +7,21 @@ list of k candidates:
     r_i   reward; only its order and its differences matter
     d_ij  = β (s_i − s_j) − m_ij,   m_ij = offset + log_margin · log(r_i − r_j)
     p_i   target: softmax(r / target_temperature)_i, or the best candidates in equal shares at target_temperature 0
+    q_i   the worst candidates in equal shares
+    A_i   advantage, centered: r_i − r̄       standardized: (r_i − r̄) / √(Σ_j (r_j − r̄)² / (k − 1))
 
-The loss of a list is a sum of terms, each of which may be absent:
+The loss of a list is a sum of terms, each of which may be absent and has a weight (pair_scale, list_scale,
+pointwise_scale, nll):
 
     pair term       Σ_ij w_ij ℓ(d_ij) over the chosen pairs (i better than j)
     list term       softmax: −Σ_i p_i log softmax(βs)_i       plackett_luce: Σ_j (log Σ_{m: r_m ≤ r_j} exp βs_m − βs_j)
     pointwise term  nca: −Σ_i p_i log σ(βs_i) − 1/k Σ_i log σ(−βs_i)       anchor: −Σ_i p_i log σ(βs_i)
-    nll term        −nll · Σ_i p_i Σ_t ω_t log π(y_it), p at target_temperature 0
+                    bco: −Σ_i p_i log σ(βs_i − δ) − Σ_i q_i log σ(δ − βs_i), p at target_temperature 0, δ given or 0
+                    policy_gradient: −β/k Σ_i A_i s_i
+                    clipped: −β/k Σ_i min(ρ_i A_i, clip(ρ_i, 1 − clip_low, 1 + clip_high) A_i),
+                        ρ_i = exp(min(s_i, 80)), with the policy that sampled the candidates for π_ref
+    nll term        −nll · Σ_i p_i Σ_t ω_t log π(y_it), p at target_temperature 0; each sum divided by its number of
+                        tokens if `nll_per_token`
 
     link ℓ          logistic: softplus(−d) + (1 − q) d       hinge: max(0, 1 − d)
                     squared: ((d − 1/2) / β)²                linear: −d
@@ -25,7 +33,7 @@ The loss of a list is a sum of terms, each of which may be absent:
 
 For every objective: weights, targets and ranks are constants; an invalid candidate (no token, a NaN or infinite
 reward) is left out of every term; a list in which no candidate is better than another has loss 0 and gradient 0.
-The gradient of the pair, softmax and Plackett–Luce terms sums to 0 over the list.
+The gradient of the pair, softmax, Plackett–Luce and policy-gradient terms sums to 0 over the list.
 
 Plackett–Luce with ties: the tied candidates share one denominator (Breslow), and those tied for last place have no
 term.
@@ -43,11 +51,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": ("list", "pairs", "none"),
     "link": ("logistic", "hinge", "squared", "linear"),
     "list_term": ("none", "softmax", "plackett_luce"),
-    "pointwise": ("none", "nca", "anchor"),
+    "pointwise": ("none", "nca", "anchor", "bco", "policy_gradient", "clipped"),
+    "advantage": ("centered", "standardized"),
 }
 
 
 SMALLEST_TEMPERATURE = 1e-30  # 1 / T has to be a number of fp32
+LARGEST_LOG_RATIO = 80.0  # exp of it is a number of fp32; a ratio beyond it is held there
+POLICY_GRADIENTS = ("policy_gradient", "clipped")  # the pointwise terms with an advantage
 
 
 @dataclass(frozen=True)
@@ -67,11 +78,16 @@ class Objective:
         offset, log_margin: the margin m_ij that a pair must keep.
         list_term: "none", "softmax" or "plackett_luce".
         target_temperature: of p; 0 puts p on the best.
-        pointwise: "none", "nca" or "anchor".
+        pointwise: "none", "nca", "anchor", "bco" (takes δ as `delta` with the data), "policy_gradient" or "clipped"
+            (the reference log-probs must be given, and be of the policy that sampled).
         nll: ≥ 0, weight of the negative log-likelihood of the best candidates.
         length_normalized: scores are means over tokens.
         reference: False refuses reference log-probs.
         flips: the data must hold `flip_probs`, each candidate's own 1 − q.
+        pair_scale, list_scale, pointwise_scale: > 0, the weights of these terms; one that is absent has none.
+        nll_per_token: the likelihood of the nll term is a mean over tokens.
+        advantage: "centered" or "standardized", of the two policy gradients.
+        clip_low, clip_high: ≥ 0, how far ratios of pointwise="clipped" are followed below and above 1.
 
     Raises:
         ValueError, TypeError: a value outside its range, or a combination without meaning, with the reason.
@@ -93,28 +109,36 @@ class Objective:
     length_normalized: bool = False
     reference: bool = True
     flips: bool = False
+    pair_scale: float = 1.0
+    list_scale: float = 1.0
+    pointwise_scale: float = 1.0
+    nll_per_token: bool = False
+    advantage: str = "centered"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("beta", "gamma", "target_temperature", "nll", "soft_target", "offset", "log_margin"):
+        for name in (field.name for field in fields(self) if isinstance(field.default, float)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
             if not -math.inf < value < math.inf:
                 raise ValueError(f"{name} must be finite, got {value!r}")
-        for name in ("length_normalized", "reference", "flips"):
+        for name in (field.name for field in fields(self) if isinstance(field.default, bool)):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not self.beta > 0:
-            raise ValueError(f"beta must be a finite number > 0, got {self.beta!r}")
+        for name in ("beta", "pair_scale", "list_scale", "pointwise_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
         if 0 < self.target_temperature < SMALLEST_TEMPERATURE:
             raise ValueError(
                 f"target_temperature must be 0 (the best alone) or at least {SMALLEST_TEMPERATURE}, "
                 f"got {self.target_temperature!r}"
             )
-        for name in ("gamma", "target_temperature", "nll", "soft_target"):
+        for name in ("gamma", "target_temperature", "nll", "soft_target", "clip_low", "clip_high"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}")
         self._check_combination()
@@ -130,8 +154,28 @@ class Objective:
                 f"soft_target and flips are probabilities of the logistic link of pairs, but link is {self.link!r} and "
                 f"pairs is {self.pairs!r}"
             )
-        for of_pairs in ("weight", "gamma", "normalize", "link", "offset", "log_margin"):
+        for of_pairs in ("weight", "gamma", "normalize", "link", "offset", "log_margin", "pair_scale"):
             self._must_not_be_set(of_pairs, self.pairs == "none", "shapes the pair term, and pairs is 'none'")
+        self._must_not_be_set("list_scale", self.list_term == "none", "weighs the list term, and list_term is 'none'")
+        self._must_not_be_set(
+            "pointwise_scale", self.pointwise == "none", "weighs the pointwise term, and there is none"
+        )
+        self._must_not_be_set("nll_per_token", self.nll == 0, "shapes the nll term, and nll is 0")
+        self._must_not_be_set(
+            "advantage",
+            self.pointwise not in POLICY_GRADIENTS,
+            f"is of pointwise='policy_gradient' and 'clipped', and pointwise is {self.pointwise!r}",
+        )
+        for of_ratios in ("clip_low", "clip_high"):
+            self._must_not_be_set(
+                of_ratios,
+                self.pointwise != "clipped",
+                f"is of pointwise='clipped', and pointwise is {self.pointwise!r}",
+            )
+        if self.pointwise == "clipped" and not self.reference:
+            raise ValueError(
+                "pointwise='clipped' takes the ratio to the policy that sampled, so reference must be True"
+            )
         self._must_not_be_set(
             "gamma", self.pairs == "given", "is the exponent of power weights; given pairs have theirs"
         )
@@ -282,6 +326,49 @@ def p3o(beta: float = 0.5) -> Objective:
     return Objective(beta, gamma=1.0, normalize="pairs", link="linear")
 
 
+def dr_grpo(beta: float = 1.0) -> Objective:
+    """Dr. GRPO (arXiv 2503.20783), one step on lists just sampled: −β/k Σ (r_i − r̄) s_i. No clipping, no KL term.
+
+    RLOO (arXiv 2402.14740) is β = k / (k − 1); `p3o` is RLOO too, over lists without ties.
+    """
+    return Objective(beta, pairs="none", pointwise="policy_gradient")
+
+
+def grpo(beta: float = 1.0) -> Objective:
+    """GRPO (arXiv 2402.03300), one step on lists just sampled: −β/k Σ (r_i − r̄) / std(r) · s_i. No clipping, no KL.
+
+    Of whole answers: s is a sum over tokens. The paper's mean over tokens is `length_normalized=True`.
+    """
+    return Objective(beta, pairs="none", pointwise="policy_gradient", advantage="standardized")
+
+
+def gspo(beta: float = 1.0, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
+    """GSPO (arXiv 2507.18071): GRPO's advantages times ρ_i = (π(y_i) / π_old(y_i))^(1/n_i), clipped.
+
+    `ref_log_probs` are those of the policy that sampled. The clipping range is the paper's.
+    """
+    return Objective(
+        beta, pairs="none", pointwise="clipped", advantage="standardized", length_normalized=True, clip_low=clip_low,
+        clip_high=clip_high,
+    )  # fmt: skip
+
+
+def bco(beta: float = 0.1) -> Objective:
+    """BCO (arXiv 2404.04656) of the best and the worst: −log σ(βs_w − δ) − log σ(δ − βs_l).
+
+    δ, the data's `delta`, is the mean of βs so far; without one it is 0, as in TRL's "bco_pair".
+    """
+    return Objective(beta, pairs="none", pointwise="bco")
+
+
+def mpo(beta: float = 0.1) -> Objective:
+    """MPO (InternVL, arXiv 2411.10442): 0.8 DPO + 0.2 BCO + 1.0 mean negative log-likelihood per token of the best."""
+    return Objective(
+        beta, pairs="best_vs_worst", weight="uniform", pair_scale=0.8, pointwise="bco", pointwise_scale=0.2, nll=1.0,
+        nll_per_token=True,
+    )  # fmt: skip
+
+
 def _probability(name: str, value: float, below: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -310,5 +397,10 @@ PRESETS: dict[str, Callable[..., Objective]] = {
         rpo,
         mdpo,
         p3o,
+        dr_grpo,
+        grpo,
+        gspo,
+        bco,
+        mpo,
     )
 }

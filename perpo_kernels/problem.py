@@ -103,6 +103,8 @@ class ListProblem(NamedTuple):
     token_weights: Tensor | None = None  # [T]
     pair_weights: Tensor | None = None  # [G, k, k]
     flip_probs: Tensor | None = None  # [S]
+    list_weights: Tensor | None = None  # [G]
+    delta: Tensor | None = None  # [1]
     objective: Objective = PERPO
     ignore_index: int = -100
 
@@ -116,7 +118,8 @@ class ListProblem(NamedTuple):
     ) -> "ListProblem":
         """A fake implementation, which wants shapes, has no numbers to make the objective of."""
         assert len(tensors) == len(TENSORS)
-        return ListProblem(*tensors, objective=objective, ignore_index=ignore_index)  # type: ignore[arg-type]
+        fields: list[Any] = [*tensors, objective, ignore_index]
+        return ListProblem(*fields)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "ListProblem":
         """The problem with every tensor changed."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perpo_kernels.objectives import Objective
+from perpo_kernels.objectives import LARGEST_LOG_RATIO, Objective
 from perpo_kernels.problem import ListProblem
 
 
@@ -90,20 +90,24 @@ def members(problem: ListProblem) -> Iterator[list[int]]:
 
 
 def list_losses(log_probs: Tensor, problem: ListProblem) -> Tensor:  # [G]
-    """The objective of each list, term by term as in `perpo_kernels.objectives`; 0 without a preferred pair."""
+    """The objective of each list, term by term as in `perpo_kernels.objectives`, times the list's weight; 0 without a
+    preferred pair or at weight 0."""
     log_probs, problem = per_candidate(log_probs, problem)
     s, rewards, objective = scores(log_probs, problem), problem.rewards, problem.objective
     losses = []
     for g, inside in enumerate(members(problem)):
-        if not is_active(problem, g, inside):
+        weight = 1.0 if problem.list_weights is None else float(problem.list_weights[g])
+        if weight == 0 or not is_active(problem, g, inside):
             # zero, attached to the graph, whatever the scores are
             losses.append(s.masked_fill(torch.ones_like(s, dtype=torch.bool), 0.0).sum())
             continue
-        loss = pair_term(problem, s, pair_weights(problem, s.detach(), g, inside))
-        loss = loss + list_term(rewards, s, inside, objective)
-        loss = loss + pointwise_term(rewards, s, inside, objective)
-        best = target(rewards, inside, 0.0)
-        losses.append(loss - objective.nll * sum(p * log_probs[i] for i, p in best.items()))
+        loss = objective.pair_scale * pair_term(problem, s, pair_weights(problem, s.detach(), g, inside))
+        loss = loss + objective.list_scale * list_term(rewards, s, inside, objective)
+        loss = loss + objective.pointwise_scale * pointwise_term(problem, s, inside)
+        for i, p in target(rewards, inside, 0.0).items():
+            n_tokens = problem.lengths[i] if objective.nll_per_token and problem.lengths is not None else 1
+            loss = loss - objective.nll * p * log_probs[i] / n_tokens
+        losses.append(weight * loss)
     return torch.stack(losses) if losses else s.new_zeros(0)
 
 
@@ -219,15 +223,40 @@ def list_term(rewards: Tensor, scores: Tensor, members: list[int], objective: Ob
     return total
 
 
-def pointwise_term(rewards: Tensor, scores: Tensor, members: list[int], objective: Objective) -> Tensor:
+def pointwise_term(problem: ListProblem, scores: Tensor, members: list[int]) -> Tensor:
+    objective, rewards = problem.objective, problem.rewards
     total = scores.new_zeros(())
-    if objective.pointwise == "none":
-        return total
-    for i, p in target(rewards, members, objective.target_temperature).items():
-        total = total - p * F.logsigmoid(objective.beta * scores[i])
-        if objective.pointwise == "nca":
-            total = total - F.logsigmoid(-objective.beta * scores[i]) / len(members)
+    if objective.pointwise in ("nca", "anchor"):
+        for i, p in target(rewards, members, objective.target_temperature).items():
+            total = total - p * F.logsigmoid(objective.beta * scores[i])
+            if objective.pointwise == "nca":
+                total = total - F.logsigmoid(-objective.beta * scores[i]) / len(members)
+    elif objective.pointwise == "bco":
+        delta = 0.0 if problem.delta is None else float(problem.delta)
+        best, worst = target(rewards, members, 0.0), target(-rewards, members, 0.0)
+        for sign, shares in ((1, best), (-1, worst)):
+            for i, share in shares.items():
+                if share:
+                    total = total - share * F.logsigmoid(sign * (objective.beta * scores[i] - delta))
+    elif objective.pointwise != "none":
+        for i, advantage in advantages(rewards, members, objective.advantage).items():
+            gain = advantage * scores[i]
+            if objective.pointwise == "clipped":
+                ratio = scores[i].clamp(max=LARGEST_LOG_RATIO).exp()
+                near = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+                gain = torch.minimum(advantage * ratio, advantage * near)
+            total = total - objective.beta * gain / len(members)
     return total
+
+
+def advantages(rewards: Tensor, members: list[int], kind: str) -> dict[int, float]:
+    """A_i: r_i less the mean over the list, in multiples of their standard deviation if standardized."""
+    values = rewards[members].double()
+    values = values - values.mean()
+    if kind == "standardized":
+        spread = (values.square().sum() / max(len(members) - 1, 1)).sqrt()
+        values = values / spread if spread > 0 else torch.zeros_like(values)
+    return dict(zip(members, values.tolist(), strict=True))
 
 
 def target(rewards: Tensor, members: list[int], temperature: float) -> dict[int, float]:

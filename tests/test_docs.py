@@ -85,7 +85,7 @@ def test_every_picture_is_shown_and_explained_on_a_page_of_the_documentation() -
         assert not words.startswith(("#", "!", "|"))
 
 
-@pytest.mark.parametrize("page", ["api.md", "frozen_head.md"])
+@pytest.mark.parametrize("page", ["api.md", "frozen_head.md", "objectives.md"])
 def test_the_code_of_a_page_runs(page: str) -> None:
     examples = blocks(page, "python")
     assert examples

@@ -41,6 +41,8 @@ from perpo.storage import identity
 from perpo.storage.fingerprints import file_fingerprint, fingerprint
 from perpo.storage.lock import held
 
+Interval = tuple[float, float | None, float | None]  # value, low, high
+
 START = "start"
 REFERENCES = ("round", "first", "none")
 STATE = "trainer_state.json"  # the last file that `perpo train` writes
@@ -88,7 +90,8 @@ class AlignConfig(LoadSettings):
     stop_when_worse: bool = field(
         default=True,
         metadata={
-            "help": "End when, in any task, the first metric on held_out falls out of the interval of the best round."
+            "help": "End when, in any task, the first metric on held_out falls out of the interval of the best round; "
+            "below 30 records there is none."
         },
     )
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are under."})
@@ -312,8 +315,8 @@ def _evaluated(folder: Path) -> list[str]:
     return [name for task in _tasks(folder)[:1] for name in task["models"]]
 
 
-def _first_metric(task: dict[str, Any]) -> tuple[str, float, dict[str, tuple[float, float, float]]]:
-    """Its label, 1 or −1 as higher or lower is better, and of each model the value, low and high."""
+def _first_metric(task: dict[str, Any]) -> tuple[str, float, dict[str, Interval]]:
+    """Its label, 1 or −1 as higher or lower is better, and of each model the value with its bounds (None: too few)."""
     name, about = next(iter(task["metrics"].items()))
     found = {model: of["metrics"][name]["greedy"] for model, of in task["models"].items()}
     values = {model: (one["value"], one["low"], one["high"]) for model, one in found.items()}
@@ -326,10 +329,9 @@ def _worse(folder: Path, models: dict[str, str]) -> str:
     for task in _tasks(folder):
         label, sign, values = _first_metric(task)
         best = max(earlier, key=lambda name: sign * values[name][0])
-        value, low, high = values[best]
-        if sign * values[last][0] < min(sign * low, sign * high):
-            that = f"{value:.3f} [{low:.3f}, {high:.3f}]"
-            return f"{label} of {task['task']} is {values[last][0]:.3f}, that of {best} {that}"
+        _, low, high = values[best]
+        if low is not None and high is not None and sign * values[last][0] < min(sign * low, sign * high):
+            return f"{label} of {task['task']} is {values[last][0]:.3f}, that of {best} {_shown(values[best])}"
     return ""
 
 
@@ -340,11 +342,16 @@ def _summary(folder: Path, models: dict[str, str]) -> str:
         known = {name: values[name] for name in models}
         best = max(known, key=lambda name: sign * known[name][0])
         lines.append(f"{label} of {task['task']} ({task['n_records']} records)")
-        for name, (value, low, high) in known.items():
-            lines.append(f"  {name:12} {value:.3f} [{low:.3f}, {high:.3f}]" + ("  best" if name == best else ""))
+        lines += [f"  {name:12} {_shown(one)}" + ("  best" if name == best else "") for name, one in known.items()]
     if not _tasks(folder):
         lines.append("no held_out records: nothing was evaluated")
     return "\n".join([*lines, "", f"the last model: {list(models.values())[-1]}"])
+
+
+def _shown(one: Interval) -> str:
+    value, low, high = one
+    bounds = "too few records for an interval" if low is None or high is None else f"{low:.3f}, {high:.3f}"
+    return f"{value:.3f} [{bounds}]"
 
 
 def _identity(config: AlignConfig) -> dict[str, str]:

@@ -81,13 +81,14 @@ def run(config: ScoreConfig) -> None:
     reward = config.named(config.reward)
     own = reward is not None and find_task(reward).fault is None
     records = _read(config, needs_answer=not own)
-    seen, identity = _seen(config, records, reward)
+    seen, identity, opened = _seen(config, records, reward)
     scored = score_existing(
         records,
         config.output,
         reward=reward,
         columns=seen,
         identity=identity,
+        opened=opened,
         image_root=config.image_root,
         skip_bad=config.skip_bad,
     )
@@ -98,6 +99,7 @@ def run(config: ScoreConfig) -> None:
 def _read(config: ScoreConfig, needs_answer: bool) -> list[ListRecord]:
     apart = None if config.responses is None else read_responses(config.responses)
     require = ["answer"] * needs_answer + ["responses"] * (apart is None)
+    records: Sequence[ListRecord]
     records, report = read_records(config.records, require=require, skip_bad=config.skip_bad)
     report.show()
     if apart is not None:
@@ -118,8 +120,8 @@ def _read(config: ScoreConfig, needs_answer: bool) -> list[ListRecord]:
 
 def _seen(
     config: ScoreConfig, records: Sequence[ListRecord], reward: str | None
-) -> tuple[Callable[[ListRecord], Mapping[str, Any]] | None, dict[str, str]]:
-    """What gives the column image_size, and what it depends on.
+) -> tuple[Callable[[ListRecord], Mapping[str, Any]] | None, dict[str, str], str]:
+    """What gives the column image_size, what it depends on, and what the model's template begins each answer with.
 
     Raises:
         ValueError: a record's boxes are in pixels as a model saw them, and nothing says which size that was.
@@ -132,9 +134,8 @@ def _seen(
         encoder = Encoder(processor)
         if not encoder.sees_images:
             raise ValueError(f"model: {config.model_name_or_path} takes no images, so it says nothing about their size")
-        return lambda record: _size(record, config, encoder.seen_size), {
-            "image size": encoder.fingerprint()["image processor"]
-        }
+        identity = {"image size": encoder.fingerprint()["image processor"]}
+        return lambda record: _size(record, config, encoder.seen_size), identity, encoder.opened
     for record in records:
         task, _, form = (reward or record.task).partition("/")
         pixels = task in ("grounding", "grounding-giou") and form and box_format(form).scale is None
@@ -145,8 +146,8 @@ def _seen(
                 "give each record that (width, height) as image_size"
             )
     if any("llava-pad" in (reward or record.task) for record in records):
-        return lambda record: _size(record, config, lambda size: size), {"image size": "as it is"}
-    return None, {}
+        return lambda record: _size(record, config, lambda size: size), {"image size": "as it is"}, ""
+    return None, {}, ""
 
 
 def _size(

@@ -223,7 +223,7 @@ def _write_parquet(rows: Sequence[Mapping[str, Any]], file: IO[bytes]) -> int:
     arrow, parquet = _optional("pyarrow"), _optional("pyarrow.parquet")
     text, numbers = arrow.string(), arrow.list_(arrow.float64())
     types = {"id": text, "task": text, "responses": arrow.list_(text), "complete": arrow.list_(arrow.bool_())}
-    types |= dict.fromkeys(("rewards", "ref_log_probs", "flip_probs"), numbers)
+    types |= dict.fromkeys(("rewards", "ref_log_probs", "flip_probs"), numbers) | {"weight": arrow.float64()}
     columns = {name: arrow.array([row[name] for row in rows], kind) for name, kind in types.items()}
     for name in ("prompt", "answer"):
         values = [row[name] for row in rows]

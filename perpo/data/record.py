@@ -56,6 +56,7 @@ class ListRecord:
         flip_probs: [k] probabilities in [0, 1) that a preference over this response is wrong, or None.
         complete: [k] whether a response ended by itself; a response that was cut is trained without an end of turn.
             None: all of them did.
+        weight: what the list counts in the loss, finite and ≥ 0: of its difficulty for example. None: 1.
         columns: further columns, passed to reward functions by name. Their values must be JSON.
 
     NumPy's arrays and numbers become lists and numbers of Python.
@@ -75,6 +76,7 @@ class ListRecord:
     flip_probs: tuple[float, ...] | None = None
     complete: tuple[bool, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    weight: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("answer", "responses", *_PER_RESPONSE, "columns"):
@@ -103,6 +105,8 @@ class ListRecord:
             raise FieldError("flip_probs", f"must be probabilities in [0, 1), got {shown(self.flip_probs)}")
         if self.complete is not None:
             object.__setattr__(self, "complete", _booleans("complete", self.complete, len(responses)))
+        if self.weight is not None:
+            object.__setattr__(self, "weight", _weight(plain(self.weight)))
         if not isinstance(self.columns, Mapping) or not all(isinstance(name, str) for name in self.columns):
             raise FieldError("columns", f"must be a mapping by name, got {shown(self.columns)}")
 
@@ -168,6 +172,17 @@ def _check_prompt(prompt: Any) -> None:
                     "prompt", f'a text part of message {i} must be {{"type": "text", "text": …}}, got {shown(text)}'
                 )
             _check_text("prompt", text)
+
+
+def _weight(value: Any) -> float:
+    known = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= _LARGEST_FP32  # type: ignore[operator]
+    if not known:  # NaN compares false
+        raise FieldError(
+            "weight",
+            f"must be a number from 0 to 3.4e38, what the list counts in the loss, got {shown(value)}; a column "
+            "that means something else needs another name",
+        )
+    return float(value)
 
 
 def _numbers(name: str, values: Any, k: int) -> tuple[float, ...]:

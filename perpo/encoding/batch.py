@@ -43,6 +43,7 @@ class ListBatch:
     ref_log_probs: Tensor | None = None  # fp32 [S]
     flip_probs: Tensor | None = None  # fp32 [S]
     pair_weights: Tensor | None = None  # fp32 [G, k, k], k the longest list
+    list_weights: Tensor | None = None  # fp32 [G]; None: 1 each
     layout: PrefixLayout | None = None  # of a packed row; None: a row for every candidate
     host: HostInputs | None = None  # keywords of the model's forward that stay on the CPU
     added: Tensor | None = None  # bool [S]: of a list's second or later prompt, in the loss but not in list metrics
@@ -108,7 +109,7 @@ def collate_lists(
     """Encoded prompts and responses -> one row a candidate, prompt and image repeated.
 
     Args:
-        options: `prompts_per_list`, `flip_probs`, `pair_weights` of `candidate_tensors`.
+        options: `prompts_per_list`, `flip_probs`, `pair_weights`, `list_weights` of `candidate_tensors`.
 
     Raises:
         ValueError: lengths that do not fit, prompts of different kinds in one batch, or an input whose shape runs along
@@ -127,6 +128,7 @@ def candidate_tensors(
     prompts_per_list: Sequence[int] | None = None,  # [G]; None: one each
     flip_probs: Sequence[Sequence[float]] | None = None,
     pair_weights: Sequence[Sequence[Sequence[float]]] | None = None,  # of each list [k, k], k its own
+    list_weights: Sequence[float] | None = None,  # [G]
 ) -> dict[str, Any]:
     """The fields of `ListBatch` that say what is known of each candidate, however the model's rows are laid out.
 
@@ -139,6 +141,8 @@ def candidate_tensors(
         raise ValueError(f"prompts_per_list: expected numbers ≥ 1 that add up to {len(counts)} prompts, got {per_list}")
     ends = cumulative(per_list).tolist()
     sizes = [sum(counts[start:end]) for start, end in pairwise(ends)]
+    if list_weights is not None and len(list_weights) != len(sizes):
+        raise ValueError(f"list_weights: expected one number for each of {len(sizes)} lists, got {len(list_weights)}")
     flat = [ids for ids_list in responses for ids in ids_list]
     of_first = torch.tensor([i in ends for i, count in enumerate(counts) for _ in range(count)], dtype=torch.bool)
     return {
@@ -149,6 +153,7 @@ def candidate_tensors(
         "ref_log_probs": None if ref_log_probs is None else _flat("ref_log_probs", ref_log_probs, counts),
         "flip_probs": None if flip_probs is None else _flat("flip_probs", flip_probs, counts),
         "pair_weights": None if pair_weights is None else _padded_matrices(pair_weights, sizes),
+        "list_weights": None if list_weights is None else torch.tensor(list_weights, dtype=torch.float32),
         "added": None if len(per_list) == len(counts) else ~of_first,
     }
 

@@ -68,6 +68,7 @@ class ListCollator:
             pair_weights=[image_pairs(one_list[0].rewards or ()) for one_list in lists]
             if all(len(one_list) == 2 for one_list in lists)
             else None,
+            list_weights=_weights([one_list[0] for one_list in lists]),
         )
         known["n_cut"] = sum(
             _is_cut(ids, limit) for of_record, limit in zip(whole, limits, strict=True) for ids in of_record
@@ -133,6 +134,13 @@ def _of_all(records: Sequence[ListRecord], name: str) -> list[tuple[float, ...]]
     """A field of each record, if all have it."""
     values = [getattr(record, name) for record in records]
     return None if any(value is None for value in values) else values
+
+
+def _weights(records: Sequence[ListRecord]) -> list[float] | None:
+    """What each list counts, 1 where its record says nothing; None where none of them does."""
+    if all(record.weight is None for record in records):
+        return None
+    return [1.0 if record.weight is None else record.weight for record in records]
 
 
 def _messages(record: ListRecord) -> str | list[dict]:

@@ -18,7 +18,7 @@ from perpo.model.language_head import HeadCall, LanguageHead, check_once, perpo_
 from perpo_kernels import LinearPerPOOutput, linear_token_log_probs
 from perpo_kernels.objectives import Objective
 
-OPTIONS = ("temperature", "max_chunk_bytes", "backend")
+OPTIONS = ("temperature", "max_chunk_bytes", "logits_dtype", "delta", "backend")
 
 
 def list_loss(
@@ -33,6 +33,7 @@ def list_loss(
     objective: Objective | None = None,
     token_weights: Tensor | None = None,  # [B, L]
     pair_weights: Tensor | None = None,  # [G, k, k]
+    list_weights: Tensor | None = None,  # [G]
     flip_probs: Tensor | None = None,  # [B]
     beta: float | None = None,
     gamma: float | None = None,
@@ -58,8 +59,8 @@ def list_loss(
         num_candidates: instead of cu_lists, where all lists have as many answers.
         ref_log_probs: [B] under the reference model, from `sequence_log_probs` under no_grad; None: no reference.
         token_weights: [B, L], aligned with labels: constants ω in Σ_t ω_t log π(y_t).
-        objective, pair_weights, flip_probs, beta, gamma, reduction: as `perpo_kernels.perpo_loss`.
-        options: temperature, max_chunk_bytes, backend, as `perpo_kernels.linear_perpo_loss`.
+        objective, pair_weights, list_weights, flip_probs, beta, gamma, reduction: as `perpo_kernels.perpo_loss`.
+        options: temperature, max_chunk_bytes, logits_dtype, delta, backend, as `perpo_kernels.linear_perpo_loss`.
 
     Returns:
         LinearPerPOOutput: loss (differentiable in all that is trained), log_probs [B] and metrics (detached).
@@ -82,6 +83,7 @@ def list_loss(
         num_candidates=num_candidates,
         ref_log_probs=ref_log_probs,
         pair_weights=pair_weights,
+        list_weights=list_weights,
         flip_probs=flip_probs,
     )
     options |= {"objective": objective, "beta": beta, "gamma": gamma, "reduction": reduction}

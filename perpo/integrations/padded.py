@@ -61,6 +61,7 @@ def padded_batch(
     num_candidates: int | None = None,
     ref_log_probs: Tensor | None = None,  # [B]
     pair_weights: Tensor | None = None,  # [G, k, k]
+    list_weights: Tensor | None = None,  # [G]
     flip_probs: Tensor | None = None,  # [B]
 ) -> ListBatch:
     """The rows of a padded batch as candidates of lists.
@@ -113,6 +114,7 @@ def padded_batch(
         ref_log_probs=known("ref_log_probs", ref_log_probs),
         flip_probs=known("flip_probs", flip_probs),
         pair_weights=None if pair_weights is None else pair_weights.to(device),
+        list_weights=None if list_weights is None else list_weights.to(device),
     )
 
 

@@ -132,7 +132,7 @@ class ListDPOTrainer(PerPOTrainer):
                 _turn_off_dropout(one)
 
 
-def _as_records(name: str, source: Any, args: ListDPOConfig) -> tuple[list[ListRecord] | None, bool | None]:
+def _as_records(name: str, source: Any, args: ListDPOConfig) -> tuple[Sequence[ListRecord] | None, bool | None]:
     """The lists of a data set, and whether their prompts are texts to be fed as they stand. Records have none such."""
     if source is None:
         return None, None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from perpo.training.config import PerPOConfig
 from perpo_kernels import objectives
@@ -68,6 +68,11 @@ class ListDPOConfig(PerPOConfig):
     Raises:
         ValueError: a setting of TRL that is not supported, or two that contradict each other; what to do instead.
     """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *PerPOConfig._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]  # JSON on the command line
 
     objective: Objective | str | None = field(
         default=None,

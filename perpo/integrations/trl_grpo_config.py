@@ -58,7 +58,8 @@ class ListGRPOConfig(GRPOConfig):
         ValueError: settings of the GRPO loss, or ones that contradict each other; what to do instead.
     """
 
-    objective: Objective | str = field(
+    # HfArgumentParser parses the option as the second type of the union.
+    objective: Objective | str | None = field(
         default="perpo",
         metadata={
             "help": f"What is minimised over the answers to a prompt: {', '.join(PRESETS)}; in Python also an Objective"
@@ -84,6 +85,8 @@ class ListGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.objective is None:
+            self.objective = "perpo"
         default = {one.name: one.default for one in dataclasses.fields(GRPOConfig)}
         for name in OF_ITS_LOSS:
             if name in default and getattr(self, name) != default[name]:
@@ -152,6 +155,7 @@ class ListGRPOConfig(GRPOConfig):
     @property
     def list_objective(self) -> Objective:
         """What `objective`, `beta`, `gamma` and `objective_options` say together."""
+        assert self.objective is not None
         beta = None if isinstance(self.objective, Objective) or not self.beta else self.beta
         return named_objective(self.objective, beta, self.gamma, self.objective_options)
 

@@ -31,7 +31,7 @@ _OF_TEMPLATES = ("tools", "chat_template_kwargs")
 class Lists:
     """Records of a data set; `plain` where its prompts are texts, which TRL feeds as they stand."""
 
-    records: list[ListRecord]
+    records: Sequence[ListRecord]
     plain: bool
 
 

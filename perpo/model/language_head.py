@@ -141,7 +141,7 @@ def sequence_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [S] fp3
     def call(hidden: Tensor, head: LanguageHead) -> Tensor:
         return perpo_output(hidden, head, plain).log_probs
 
-    plain = replace(batch, ref_log_probs=None, flip_probs=None, pair_weights=None)
+    plain = replace(batch, ref_log_probs=None, flip_probs=None, pair_weights=None, list_weights=None)
     with torch.no_grad():
         return through_head(model, call, **batch.keywords)
 
@@ -410,6 +410,7 @@ def perpo_output(hidden: Tensor, head: LanguageHead, batch: ListBatch, **options
         ref_log_probs=batch.ref_log_probs,
         pair_weights=batch.pair_weights,
         flip_probs=batch.flip_probs,
+        list_weights=batch.list_weights,
         bias=head.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,

@@ -51,7 +51,8 @@ def attention(
     n_tokens = layout.n_tokens
     missing = layout.sight.shape[1] - n_tokens
     query, key, value = (pad(x, (0, 0, 0, missing)) for x in (query, key, value))
-    run = flex_attention if torch.compiler.is_compiling() else _run_compiled  # the former in a model that is compiled
+    in_model = torch.compiler.is_compiling()  # which is compiled as a whole
+    run: Any = flex_attention if in_model else _run_compiled
     out = run(
         query,
         key,

@@ -41,6 +41,7 @@ def score_existing(
     reward: str | None = None,
     columns: Callable[[ListRecord], Mapping[str, Any]] | None = None,
     identity: Mapping[str, str] | None = None,
+    opened: str = "",
     image_root: str | os.PathLike[str] | None = None,
     skip_bad: bool = False,
 ) -> dict[str, TaskTotals]:
@@ -51,6 +52,7 @@ def score_existing(
     Args:
         reward: name or import path for all records; None: each record's task, which is no import path.
         columns: further columns for the reward, from the image: {"image_size": …}. identity: what they depend on.
+        opened: goes in front of each answer where it is judged, see `Encoder.opened`.
         skip_bad: leave out and count the records that cannot be scored, instead of raising at the first.
 
     Raises:
@@ -67,7 +69,8 @@ def score_existing(
         found.setdefault(names[record.id], task_of(record, reward))
     seen = [name for name in (*SOURCE, "responses") if columns is not None or name != "image"]
     by_task = {name: TaskTotals() for name in found}
-    with Shards(folder, {"scored": "existing answers", **_of_reward(reward, found), **(identity or {})}) as shards:
+    of_answers = {"scored": "existing answers", **({"opened by the template": opened} if opened else {})}
+    with Shards(folder, {**of_answers, **_of_reward(reward, found), **(identity or {})}) as shards:
         finished = shards.read()
         check_sources(records, finished, folder, image_root, seen)
         done = {one.id: one for one in finished.values() if one.error is None}
@@ -81,7 +84,7 @@ def score_existing(
                     counts.tally.total += len(one.responses)
                     counts.tally.unreadable += one.unreadable
                 else:
-                    one = _scored(record, found[names[record.id]], counts.tally, columns, skip_bad)
+                    one = _scored(record, found[names[record.id]], counts.tally, columns, opened, skip_bad)
                     done[record.id] = one
                     waiting.append(replace(one, source=source_of(record, image_root, seen)))
                 counts.totals.add(one)
@@ -116,11 +119,13 @@ def _scored(
     task: Task,
     tally: Tally,
     columns: Callable[[ListRecord], Mapping[str, Any]] | None,
+    opened: str,
     skip_bad: bool,
 ) -> Finished:
     before = tally.unreadable
     try:
-        scored = score_record(record, task, tally, columns(record) if columns else None)
+        judged = replace(record, responses=tuple(opened + answer for answer in record.responses)) if opened else record
+        scored = score_record(judged, task, tally, columns(record) if columns else None)
     except RECORD_ERRORS as error:
         said = reason_of(error)
         shown = said if repr(record.id) in said else f"record {record.id!r}: {said}"

@@ -98,6 +98,7 @@ def run_identity(
 
 
 def starting_adapters(model: nn.Module) -> str:
+    """Of adapters that an earlier run has trained; new ones change nothing yet: one factor of each is zero."""
     weights = [(name, p) for name, p in model.named_parameters() if "lora_" in name or "modules_to_save." in name]
     return tensors_fingerprint(weights) if has_trained_adapters(model) else "new"
 

@@ -68,11 +68,11 @@ class PerPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Where log-probs under the reference model come from: 'precomputed' (once, by the model as it is "
-            "before training, adapters off; kept on disk), 'start' (the same with the adapters that it comes with: the "
-            "start of a second round), 'adapter_off' (the model without its adapters, at every step), 'model' (a "
-            "second model, given to the trainer or named by ref_model_name_or_path), 'data' (the records' "
-            "ref_log_probs), 'none' (no reference). Default: 'precomputed', or 'none' for an objective without a "
-            "reference (simpo).",
+            "before training, adapters off; kept on disk), 'start' (the same with the adapters that training begins "
+            "with), 'adapter_off' (the model without its adapters, at every step), 'model' (a second model, given to "
+            "the trainer or named by ref_model_name_or_path), 'data' (the records' ref_log_probs), 'none' (no "
+            "reference). Default: 'precomputed'; 'none' for an objective without a reference (simpo); 'start' for one "
+            "that takes ratios to the policy that sampled (gspo).",
             "choices": list(REFERENCES),
         },
     )
@@ -245,13 +245,20 @@ class PerPOConfig(TrainingArguments):
             self.objective = "perpo"
         loss = self.list_objective
         if self.reference is None:
-            self.reference = "precomputed" if loss.reference else "none"
+            ratios = loss.pointwise == "clipped"
+            self.reference = "start" if ratios else "precomputed" if loss.reference else "none"
         if self.reference not in REFERENCES:
             raise ValueError(f"reference must be one of {', '.join(REFERENCES)}; got {self.reference!r}")
         if self.reference != "none" and not loss.reference:
             raise ValueError(
                 f"reference={self.reference!r}: objective={self.objective!r} is defined without a reference model; "
                 "leave reference out, or set reference='none'"
+            )
+        if self.reference == "none" and loss.pointwise == "clipped":
+            raise ValueError(
+                f"reference='none': objective={self.objective!r} takes ratios to the policy that sampled; use 'start' "
+                "if the model sampled these answers as it is now, 'data' if the records hold their log-probs as "
+                "ref_log_probs, or objective='grpo', which takes no ratios"
             )
         if loss.pairs != "given":
             if self.image_corruption is not None:

@@ -1,9 +1,9 @@
 """Awareness of degree: a head that tells from the hidden states of an answer how good it is (SPO, arXiv 2409.17791).
 
-    loss of a list = list loss + λ / k Σ_i −log softmax(W h̄_i + b)[d_i]
+    loss of a list = ω (list loss + λ / k Σ_i −log softmax(W h̄_i + b)[d_i])
 
-h̄_i [H] is the mean of the last hidden states that predict the tokens of answer i, and d_i the degree of its reward, one
-of D levels of equal width between the list's worst and best:
+with ω the list's own weight, 1 if it has none. h̄_i [H] is the mean of the last hidden states that predict the tokens of
+answer i, and d_i the degree of its reward, one of D levels of equal width between the list's worst and best:
 
     d_i = min(⌊D (r_i − min r) / (max r − min r)⌋, D − 1)
 
@@ -38,7 +38,7 @@ class DegreeHead(nn.Linear):
 
     def sums(self, hidden: Tensor, batch: ListBatch) -> Tensor:  # hidden [T, H'], H' > H where the head has LoRA
         """[3]: Σ over lists of their mean cross-entropy (with a gradient) and of their share of degrees that are
-        right, and how many lists have degrees."""
+        right, and how many lists have degrees; each list as often as its weight says."""
         device = hidden.device
         cu_seqlens, cu_lists = (x.to(device, non_blocking=True) for x in (batch.cu_seqlens, batch.cu_lists))
         lengths = cu_seqlens.diff()
@@ -55,8 +55,9 @@ class DegreeHead(nn.Linear):
         right = (logits.argmax(1) == targets).to(losses.dtype)
         lists = owner(cu_lists, targets.numel())
         n = losses.new_zeros(batch.n_lists).index_add(0, lists, judged)
-        each = 1 / n.clamp(min=1)[lists]
-        return torch.stack([(losses * each).sum(), (right * each).sum(), (n > 0).to(losses.dtype).sum()])
+        weights = torch.ones_like(n) if batch.list_weights is None else batch.list_weights.to(n.dtype)
+        each = (weights / n.clamp(min=1))[lists]
+        return torch.stack([(losses * each).sum(), (right * each).sum(), (weights * (n > 0)).sum()])
 
 
 def degrees(rewards: Tensor, cu_lists: Tensor, levels: int) -> Tensor:

@@ -3,7 +3,8 @@
 Names are TRL's where TRL has one, and mean what they mean there: "chosen" and "rejected" are the candidates of highest
 and of lowest reward of a list, rewards/accuracies is the share of lists whose best candidate scores higher than their
 worst. lists/pair_accuracy is the share of all pairs with r_i > r_j that have s_i > s_j. These and Kendall's τ are means
-over active lists (those with any preference). prefix/token_ratio is how many times more tokens a row for every
+over active lists (those with any preference), weighted if lists have weights; the other means are of all lists alike,
+and the loss is Σ w loss / number of lists. prefix/token_ratio is how many times more tokens a row for every
 candidate would feed; rewards/* are β·score of the objective. Candidates that were added to a list (mDPO's, under a
 corrupted image) are in its loss and in no other number; lists that only fill up the last batch
 (`perpo.encoding.batch.ListBatch.counting_first`) are in none. degree/loss and degree/accuracy are those of
@@ -23,7 +24,7 @@ from torch import Tensor
 from perpo.encoding.batch import ListBatch
 from perpo_kernels import LinearPerPOOutput
 from perpo_kernels.layout import owner
-from perpo_kernels.metrics import pick, rank
+from perpo_kernels.metrics import list_weights, pick, rank
 
 OVER_ACTIVE = (
     "rewards/chosen",
@@ -36,6 +37,7 @@ OVER_ACTIVE = (
 )
 OVER_LISTS = ("lists/active", "lists/reward_mean", "lists/reward_spread", "loss")
 OVER_DEGREES = ("degree/loss", "degree/accuracy")
+SUMS = ("lists", "weight", *OVER_ACTIVE, *OVER_LISTS, *OVER_DEGREES, "judged")
 
 
 class ListMetrics:
@@ -51,27 +53,27 @@ class ListMetrics:
         self.started = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, batch: ListBatch, output: LinearPerPOOutput, of_degrees: Tensor | None = None) -> None:
-        """Take in one batch, with `output.loss` summed over its lists, and what `DegreeHead` gave of it."""
+    def add(self, batch: ListBatch, output: LinearPerPOOutput, of_degrees: Tensor | None = None) -> dict[str, Tensor]:
+        """Take in one batch, with `output.loss` summed over its lists, and what `DegreeHead` gave of it. -> Its sums by
+        name, and "weight", over which those of OVER_ACTIVE are."""
         more = output.loss.new_zeros(len(OVER_DEGREES) + 1) if of_degrees is None else of_degrees.detach()
         sums = torch.cat([_list_sums(batch, output), output.loss.detach().float().reshape(1), more.float()])
         self.sums = sums if self.sums is None else self.sums + sums
         self.n_tokens += batch.n_tokens
         self.n_separate += batch.n_separate
+        return dict(zip(SUMS, sums.unbind(), strict=True))
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
         """Averages over all ranks since the last reset, and speed. Every rank must call it."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
-        names = (*OVER_ACTIVE, *OVER_LISTS, *OVER_DEGREES, "judged")
-        sums = torch.zeros(1 + len(names)) if self.sums is None else self.sums
+        sums = torch.zeros(len(SUMS)) if self.sums is None else self.sums
         counts = [self.n_tokens, self.n_separate, peak_memory()]
         mine = torch.cat([sums.double().cpu(), torch.tensor(counts).double()])
         everyone = accelerator.gather(mine.to(accelerator.device, torch.float32).unsqueeze(0)).double().cpu()
         totals = everyone.sum(0).tolist()
-        n_lists, *of_lists, n_tokens, n_separate, _ = totals
-        values = dict(zip(names, of_lists, strict=True))
-        n_active = values["lists/active"]
-        out = {name: values[name] / max(n_active, 1) for name in OVER_ACTIVE}
+        n_lists, weight, *of_lists, n_tokens, n_separate, _ = totals
+        values = dict(zip(SUMS[2:], of_lists, strict=True))
+        out = {name: values[name] / (weight or 1) for name in OVER_ACTIVE}
         out |= {name: values[name] / max(n_lists, 1) for name in OVER_LISTS}
         if values["judged"]:
             out |= {name: values[name] / values["judged"] for name in OVER_DEGREES}
@@ -91,7 +93,7 @@ def peak_memory() -> float:
 
 
 def _list_sums(batch: ListBatch, output: LinearPerPOOutput) -> Tensor:
-    """Number of lists and Σ over them, in the order of OVER_ACTIVE and OVER_LISTS without the loss."""
+    """Number of lists, weight of the active ones, sums of OVER_ACTIVE, sums of OVER_LISTS without the loss."""
     rewards, device = output.rewards, output.rewards.device
     if batch.added is not None:
         rewards = rewards.masked_fill(batch.added, torch.nan)
@@ -109,12 +111,15 @@ def _list_sums(batch: ListBatch, output: LinearPerPOOutput) -> Tensor:
         ranking.kendall_tau,
     )
     active = output.active > 0
+    weights = output.active if output.list_weights is None else list_weights(output.active, output.list_weights)
+    weights = weights.float()
     valid = ~rewards.isnan()
     lists = owner(cu_lists, len(rewards))
     n_valid = torch.zeros_like(active, dtype=torch.long).index_add(0, lists, valid.long())
     sums = [
         counted.sum(),
-        *(values.float().where(active, 0.0).sum() for values in over_active),
+        weights.sum(),
+        *((weights * values.float().where(weights > 0, 0.0)).sum() for values in over_active),
         active.sum(),
         (rewards / n_valid[lists]).where(valid, 0.0).sum(),
         (pick(rewards, ranking.best) - pick(rewards, ranking.worst)).sum(),

@@ -16,8 +16,9 @@ from perpo.training.checkpoints import seal_weights
 
 logger = logging.get_logger(__name__)
 
-# What lies in output_dir and is no part of the model: the hub leaves out what .gitignore names.
-NOT_PUBLISHED = (".lock", ".*.lock", "reference/", "evaluation/", "*.unfinished/")
+# What lies in output_dir and is no part of the model: the hub leaves out what .gitignore names. `Trainer` writes all
+# its arguments into training_args.bin, the token of the hub among them.
+NOT_PUBLISHED = (".lock", ".*.lock", "reference/", "evaluation/", "*.unfinished/", "training_args.bin")
 
 
 class Publishing(Trainer):

@@ -1,7 +1,7 @@
 """Log-probs of answers under the reference: where they come from, and computing them once before training.
 
 precomputed    by the model as it is before training, adapters off; once, kept on disk (`ReferenceCache`)
-start          the same with the adapters that it comes with, which an earlier round has trained
+start          the same with its adapters on: the policy that sampled, if that is the model that training begins with
 adapter_off    by the model without its adapters, at every step
 model          by a second model, at every step; by several, once, kept on disk (`attach_several`)
 data           in the records
@@ -131,8 +131,8 @@ def as_reference(model: nn.Module, adapters: bool = False) -> Iterator[None]:
 
 
 class Precomputed:
-    """Reference log-probs of every record, by the model as it is now; shared out over ranks. reference="start" leaves
-    its adapters on, "precomputed" does not.
+    """Reference log-probs of every record, by the model as it is now; shared out over ranks. Without its adapters only
+    for reference="precomputed".
 
     Args:
         identity: what the numbers depend on besides the model, see `Encoder.fingerprint`.
@@ -160,9 +160,9 @@ class Precomputed:
             **identity,
         }
         self.adapters = args.reference != "precomputed"
-        if self.adapters:
-            self.identity["weights of adapters"] = starting_adapters(model)
-        self.weights = fingerprint([value for name, value in self.identity.items() if "weights" in name])
+        if self.adapters and (trained := starting_adapters(model)) != "new":  # new ones change nothing
+            self.identity["adapters"] = trained
+        self.weights = fingerprint([self.identity["weights"], self.identity.get("adapters")])
         self.folder = os.path.join(args.reference_folder, self.weights) if own_folder else args.reference_folder
 
     def attach(self, *datasets: Sequence[Sample] | None) -> list[Sequence[Sample] | None]:

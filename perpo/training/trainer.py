@@ -63,6 +63,7 @@ from perpo.training.reference import (
     several,
     with_reference,
 )
+from perpo.training.reward_shift import RewardShift
 from perpo.training.sharing_check import AMONG, check_sharing
 from perpo.training.stopping import FAILED, StopOnSignal, StoppedBySignal
 from perpo_kernels import LinearPerPOOutput
@@ -142,6 +143,7 @@ class PerPOTrainer(Publishing):
         self._eval_batches: ListBatchSampler | None = None
         self._n_cut = self._n_responses = 0
         self.objective = args.list_objective
+        self._shift = RewardShift(args.device) if self.objective.pointwise == "bco" else None
         self.metrics = {"train": ListMetrics(), "eval": ListMetrics()}
         super().__init__(
             model=model,
@@ -234,6 +236,8 @@ class PerPOTrainer(Publishing):
         with contextlib.ExitStack() as block:
             checkpoint = self._claim_folder(block, resume_from_checkpoint)
             self.metrics["train"].reset()
+            if self._shift is not None:
+                self._shift.load(Path(checkpoint)) if checkpoint else self._shift.reset()
             with self._stop:
                 output = super().train(resume_from_checkpoint=checkpoint, **options)
         if self._stop.stopped == FAILED:
@@ -302,6 +306,10 @@ class PerPOTrainer(Publishing):
         if self.args.should_save:
             unseal(folder)
         super()._save_checkpoint(model, trial)
+        if self._shift is not None:
+            self._shift.update(self.accelerator)
+            if self.args.should_save:
+                self._shift.save(folder)
         self.accelerator.wait_for_everyone()  # each writes a part
         if self.args.should_save:
             seal(folder)
@@ -350,7 +358,9 @@ class PerPOTrainer(Publishing):
         self._check_sharing(model)
         batch = with_reference(inputs, str(self.args.reference), model, self.ref_model)
         output, of_degrees = self._forward(model, batch)
-        self.metrics["train" if model.training else "eval"].add(batch, output, of_degrees)
+        sums = self.metrics["train" if model.training else "eval"].add(batch, output, of_degrees)
+        if self._shift is not None and model.training:
+            self._shift.add(sums["rewards/chosen"] + sums["rewards/rejected"], 2 * sums["weight"])
         self._count_cut(batch, model.training)
         if num_items_in_batch is None:
             loss = output.loss / batch.n_lists
@@ -373,7 +383,12 @@ class PerPOTrainer(Publishing):
 
     def _forward(self, model: nn.Module, batch: ListBatch) -> tuple[LinearPerPOOutput, Tensor | None]:
         """What the loss gives, and the sums of the degrees; those are in `loss` too."""
-        options = {"objective": self.objective, "reduction": "sum", "max_chunk_bytes": self.args.max_chunk_bytes}
+        options = {
+            "objective": self.objective,
+            "reduction": "sum",
+            "delta": None if self._shift is None else self._shift.value,
+            "max_chunk_bytes": self.args.max_chunk_bytes,
+        }
 
         def call(hidden: Tensor, head: LanguageHead) -> Any:
             output = perpo_output(hidden, head, batch, **options)
@@ -399,6 +414,8 @@ class PerPOTrainer(Publishing):
 
     def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
         """Lists in the optimizer step, on all ranks. Takes those that only fill up the last batch out of it."""
+        if self._shift is not None:
+            self._shift.update(self.accelerator)
         n_lists = sum(batch.n_lists for batch in batch_samples)
         if not batch_samples or self.args.world_size == 1:
             return n_lists or None
@@ -441,6 +458,8 @@ class PerPOTrainer(Publishing):
             counts = torch.tensor([[self._n_cut, self._n_responses]], device=self.accelerator.device)
             n_cut, n_responses = self.accelerator.gather(counts).sum(0).tolist()
             self._n_cut = self._n_responses = 0
+            if self._shift is not None:
+                mine["rewards/shift"] = self._shift.value.item()
             logs = {**mine, "responses/cut": n_cut / max(n_responses, 1), **logs}
         super().log(logs, start_time)
 

@@ -85,7 +85,7 @@ def is_observed(*args: object) -> bool:
 def is_traced() -> bool:
     """Whether a compiler records what is done. Up to torch 2.12 `is_compiling` is False where it traces a backward
     pass."""
-    proxies = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
+    proxies = torch._C._TorchDispatchModeKey.PROXY
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(proxies) is not None
 
 

@@ -294,6 +294,7 @@ def linear_list_loss(
         part = problem._replace(
             cu_lists=problem.cu_lists[segment.first_list : segment.last_list + 1],
             pair_weights=None if problem.pair_weights is None else problem.pair_weights[lists],
+            list_weights=None if problem.list_weights is None else problem.list_weights[lists],
         )
         of_lists = result._replace(losses=result.losses[lists], active=result.active[lists])
         head.kernels.list_loss(log_probs, part, of_lists)

@@ -7,13 +7,14 @@ are not launched but noted.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -21,7 +22,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import _maybe_get_opdef
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import flex_attention as flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -66,8 +69,18 @@ class Copy(NamedTuple):
     blocking: bool  # the host waits
 
 
+@functools.cache
+def _is_made_of_others(func: Any) -> bool:
+    """.to, .reshape and the like, which below autograd arrive whole."""
+    return func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )
+
+
 class FakeGpu(TorchDispatchMode):
     """Notes."""
+
+    supports_higher_order_operators = True  # FlexAttention is one
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,15 +105,16 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            self.others[str(func)] += 1
+            return func(*args, **kwargs)
         if func.namespace == "perpo_kernels":
             definition: Any = _maybe_get_opdef(func)
             with self:
                 return definition._init_fn(*args, **kwargs)
-        if func.namespace == "aten":
+        if _is_made_of_others(func):
             with self:
-                parts = func.decompose(*args, **kwargs)  # .to, .reshape and others that are made of operators
-            if parts is not NotImplemented:
-                return parts
+                return func.decompose(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
             with unset_fake_temporarily():  # of the CPU alone: the real thing
@@ -211,7 +225,15 @@ _PLAIN_SDPA = torch.nn.functional.scaled_dot_product_attention
 def fake_gpu(notes: Any = None) -> Iterator[Any]:
     """Inside, tensors on CUDA are fake, and those on the CPU are real."""
     notes = notes or FakeGpu()
-    with patch("torch.nn.functional.scaled_dot_product_attention", _sdpa), _recorded_kernels(notes), notes.mode, notes:
+    with ExitStack() as stack:
+        stack.enter_context(patch("torch.nn.functional.scaled_dot_product_attention", _sdpa))
+        # FlexAttention as an operator, not compiled
+        stack.enter_context(patch("perpo.prefix.flex_attention.has_triton", lambda: True))
+        stack.enter_context(patch("perpo.prefix.flex_attention._compiled", lambda: flex.flex_attention))
+        stack.enter_context(patch.object(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True))
+        stack.enter_context(_recorded_kernels(notes))
+        stack.enter_context(notes.mode)
+        stack.enter_context(notes)
         yield notes
 
 

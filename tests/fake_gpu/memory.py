@@ -49,7 +49,7 @@ class Counted(NamedTuple):
 
 
 def qwen(n_layers: int) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL-7B with as many layers; 28 are its own."""
+    """Qwen2.5-VL-7B with as many layers, 28 being its own; a shorter one has a short vision tower too."""
     text = {
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -59,7 +59,13 @@ def qwen(n_layers: int) -> Qwen2_5_VLConfig:
         "vocab_size": 152064,
         "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
     }
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    vision = {
+        "depth": 32 if n_layers == 28 else 1,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    }
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 

@@ -10,7 +10,7 @@ from tests.gpu.test_no_synchronisation import no_synchronisation, twice
 
 __all__ = ["no_synchronisation"]  # a fixture
 
-NAMES = ["lipo", "plackett_luce", "sdpo", "nca", "ipo", "mdpo", "rosepo"]
+NAMES = ["lipo", "plackett_luce", "sdpo", "nca", "ipo", "mdpo", "rosepo", "grpo", "gspo", "mpo"]
 
 
 def problem(name: str, n_lists: int, k: int, device: torch.device):
@@ -25,10 +25,14 @@ def problem(name: str, n_lists: int, k: int, device: torch.device):
         options["flip_probs"] = 0.4 * draw(n_lists, k)
     if objective.pairs == "given":
         options["pair_weights"] = (draw(n_lists, k, k) > 0.9).float()
-    if objective.length_normalized:
+    if objective.pointwise == "clipped":
+        options["ref_log_probs"] = 4 * draw(n_lists, k)
+    if objective.pointwise == "bco":
+        options["delta"] = draw(1)
+    if objective.length_normalized or objective.nll_per_token:
         options["lengths"] = (1 + 20 * draw(n_lists, k)).round()
     scores, rewards = 4 * draw(n_lists, k), draw(n_lists, k).mul(20).round() / 20  # with ties
-    return scores, rewards, {"objective": objective, **options}
+    return scores, rewards, {"objective": objective, "list_weights": 3 * draw(n_lists), **options}
 
 
 @pytest.mark.parametrize(("n_lists", "k"), [(3, 20), (2, 1024)])

@@ -24,6 +24,7 @@ class OneList(NamedTuple):
     lengths: Tensor  # [k]
     flips: Tensor  # [k]: ε of a preference over this candidate
     given: Tensor  # [k, k]
+    delta: Tensor | float = 0.0
 
     @property
     def ratio(self) -> Tensor:
@@ -158,6 +159,32 @@ def p3o(c: OneList, beta: float) -> Tensor:
     return (-beta * gap * ahead).mean()
 
 
+def dr_grpo(c: OneList, beta: float) -> Tensor:
+    return -beta * ((c.rewards - c.rewards.mean()) * c.ratio).mean()
+
+
+def grpo(c: OneList, beta: float) -> Tensor:
+    return dr_grpo(c, beta) / c.rewards.std()
+
+
+def gspo(c: OneList, beta: float, clip_low: float, clip_high: float) -> Tensor:
+    """Term by term as TRL and the paper have it: the smaller of two products."""
+    ratio = (c.ratio / c.lengths).clamp(max=80).exp()
+    advantage = (c.rewards - c.rewards.mean()) / c.rewards.std()
+    near = torch.clamp(ratio, 1 - clip_low, 1 + clip_high)
+    return -beta * torch.min(ratio * advantage, near * advantage).mean()
+
+
+def bco(c: OneList, beta: float) -> Tensor:
+    chosen, rejected = beta * c.ratio[c.best] - c.delta, beta * c.ratio[c.worst] - c.delta
+    return -F.logsigmoid(chosen).mean() - F.logsigmoid(-rejected).mean()
+
+
+def mpo(c: OneList, beta: float) -> Tensor:
+    likelihood = (c.log_probs / c.lengths)[c.best].mean()
+    return 0.8 * dpo(c, beta) + 0.2 * bco(c, beta) - likelihood
+
+
 DEFINITIONS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "perpo": (perpo, {"beta": 0.4, "gamma": 0.7}),
     "uniform_pairs": (uniform_pairs, {"beta": 0.4}),
@@ -177,9 +204,16 @@ DEFINITIONS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "rpo": (rpo, {"beta": 0.4, "eta": 0.3}),
     "mdpo": (mdpo, {"beta": 0.4}),
     "p3o": (p3o, {"beta": 0.5}),
+    "dr_grpo": (dr_grpo, {"beta": 0.7}),
+    "grpo": (grpo, {"beta": 0.7}),
+    "gspo": (gspo, {"beta": 0.7, "clip_low": 0.3, "clip_high": 0.5}),
+    "bco": (bco, {"beta": 0.4}),
+    "mpo": (mpo, {"beta": 0.4}),
 }
 NAMES = tuple(DEFINITIONS)
-ZERO_SUM = tuple(name for name in NAMES if name not in ("nca", "rpo", "mdpo"))  # terms of differences of scores only
+ZERO_SUM = tuple(
+    name for name in NAMES if name not in ("nca", "rpo", "mdpo", "gspo", "bco", "mpo")
+)  # terms of differences of scores only
 
 
 def preset(name: str) -> Objective:
@@ -196,6 +230,7 @@ class Batch(NamedTuple):
     given: Tensor  # [G, k, k]
     valid: Tensor  # bool [S]
     cu_lists: Tensor  # [G + 1]
+    delta: Tensor  # [1]
 
     def to(self, dtype: torch.dtype) -> "Batch":
         return Batch(*(x.to(dtype) if x.is_floating_point() else x for x in self))
@@ -209,6 +244,8 @@ class Batch(NamedTuple):
             options["flip_probs"] = self.flips
         if target.pairs == "given":
             options["pair_weights"] = self.given
+        if target.pointwise == "bco":
+            options["delta"] = self.delta
         return options
 
 
@@ -225,7 +262,9 @@ def batch(device: torch.device, *rewards: list[float]) -> Batch:
     given = (draw(len(sizes), longest, longest) + 0.1) * (draw(len(sizes), longest, longest) < 0.4)
     given[:, 0, 1:2] = 0.5  # no list of two without a pair
     lengths = torch.randint(1, 5, (n,), device=device).double()
-    return Batch(flat, 2 * draw(n), lengths, draw(n) / 3, given, torch.ones_like(flat, dtype=torch.bool), bounds)
+    return Batch(
+        flat, 2 * draw(n), lengths, draw(n) / 3, given, torch.ones_like(flat, dtype=torch.bool), bounds, draw(1)
+    )
 
 
 def definition(name: str, log_probs: Tensor, b: Batch) -> Tensor:  # [G]
@@ -237,7 +276,7 @@ def definition(name: str, log_probs: Tensor, b: Batch) -> Tensor:  # [G]
         keep = (b.valid & b.rewards.isfinite())[start:end].nonzero().flatten()
         given = b.given[g][keep][:, keep]
         fields = (x[start:end][keep] for x in (log_probs, ref, b.rewards, b.lengths, b.flips))
-        one = OneList(*fields, given)
+        one = OneList(*fields, given, b.delta)
         preferred = bool((given > 0).any()) if name == "mdpo" else one.rewards.unique().numel() > 1
         losses.append(fn(one, **options) if preferred else log_probs.new_zeros(()))
     return torch.stack(losses)

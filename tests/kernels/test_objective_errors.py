@@ -15,6 +15,26 @@ MEANINGLESS = {
         "link": "hinge",
         "soft_target": 0.9,
     },
+    "pair_scale must be left at 1.0, got 2.0: it shapes the pair term, and pairs is 'none'": {
+        "pairs": "none",
+        "list_term": "softmax",
+        "pair_scale": 2.0,
+    },
+    "list_scale must be left at 1.0, got 2.0: it weighs the list term, and list_term is 'none'": {"list_scale": 2.0},
+    "pointwise_scale must be left at 1.0, got 2.0: it weighs the pointwise term": {"pointwise_scale": 2.0},
+    "nll_per_token must be left at False, got True: it shapes the nll term, and nll is 0": {"nll_per_token": True},
+    "advantage must be left at 'centered', got 'standardized': it is of pointwise='policy_gradient' and 'clipped'": {
+        "pointwise": "bco",
+        "advantage": "standardized",
+    },
+    "clip_high must be left at 0.2, got 0.5: it is of pointwise='clipped'": {
+        "pointwise": "policy_gradient",
+        "clip_high": 0.5,
+    },
+    "pointwise='clipped' takes the ratio to the policy that sampled, so reference must be True": {
+        "pointwise": "clipped",
+        "reference": False,
+    },
     "pairs='given' brings its own weights, which weight='lambda' would replace": {"pairs": "given", "weight": "lambda"},
     "log_margin takes the logarithm of r_i − r_j, which given pairs need not": {"pairs": "given", "log_margin": 1.0},
     "target_temperature shapes the target of list_term='softmax' and pointwise='nca' only": {"target_temperature": 1.0},
@@ -98,6 +118,32 @@ CASES = {
         flip_probs=torch.zeros(2, 3, dtype=torch.long)
     ),
     "flip_probs must not require grad": pair(flip_probs=torch.zeros(2, 3, requires_grad=True)),
+    "lengths must be given: this objective divides log-probs": pair(objective=objectives.mpo()),
+    "ref_log_probs must be given: this objective takes ratios to the policy that sampled": pair(
+        objective=objectives.gspo(), lengths=torch.ones(2, 3)
+    ),
+    "ref_log_probs must be given: this objective takes ratios to the": linear(objective=objectives.gspo()),
+    "delta is of pointwise='bco' alone, and the objective has pointwise='none'": pair(delta=torch.zeros(1)),
+    "delta must be one float, of shape [] or [1], got torch.float32 of shape [2]": pair(
+        objective=objectives.bco(), delta=torch.zeros(2)
+    ),
+    "delta must be one float, of shape [] or [1], got torch.int64 of shape []": linear(
+        objective=objectives.bco(), delta=torch.tensor(1)
+    ),
+    "delta must be a torch.Tensor, got float": pair(objective=objectives.bco(), delta=0.5),
+    "delta must not require grad": pair(objective=objectives.bco(), delta=torch.zeros(1, requires_grad=True)),
+    "delta must be finite, got nan": pair(objective=objectives.bco(), delta=torch.tensor(torch.nan)),
+    "list_weights must be [G] = [2], one number a list, got [3]": pair(list_weights=torch.ones(3)),
+    "list_weights must be [G] = [1], one number a list, got [2]": linear(list_weights=torch.ones(2)),
+    "list_weights must be a torch.Tensor, got list": pair(list_weights=[1.0, 1.0]),
+    "list_weights must be float32, float16, bfloat16 or float64, got torch.int64": pair(
+        list_weights=torch.ones(2, dtype=torch.long)
+    ),
+    "list_weights must not require grad": pair(list_weights=torch.ones(2, requires_grad=True)),
+    "list_weights must be on cpu": pair(list_weights=torch.ones(2, device="meta")),
+    "list_weights must be finite and >= 0, got -1.0 at 1": pair(list_weights=torch.tensor([1.0, -1.0])),
+    "list_weights must be finite and >= 0, got nan at 0": linear(list_weights=torch.tensor([torch.nan])),
+    "list_weights must be finite and >= 0, got inf at 0": pair(list_weights=torch.tensor([torch.inf, 1.0])),
     "token_weights must have the shape of labels, [4], got [2]": linear(token_weights=torch.ones(2)),
     "token_weights must be a torch.Tensor, got float": linear(token_weights=0.5),
     "token_weights must be float32, float16, bfloat16 or float64, got torch.int64": linear(

@@ -171,6 +171,13 @@ def trl(loss_type: str, log_probs: Tensor, ref: Tensor, lengths: Tensor, beta: f
         return torch.relu(1 - beta * logits)
     if loss_type == "ipo":
         return (logits - 1 / (2 * beta)) ** 2
+    if loss_type == "bco_pair":
+        return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+    if loss_type == "sft":  # the mean over the chosen tokens of a batch, here of one pair
+        return -log_probs[0] / lengths[0]
+    if loss_type == "mpo":  # loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]
+        parts = [trl(part, log_probs, ref, lengths, beta, 0.0) for part in ("sigmoid", "bco_pair", "sft")]
+        return 0.8 * parts[0] + 0.2 * parts[1] + 1.0 * parts[2]
     assert loss_type == "nca_pair"
     rewards = beta * chosen, beta * rejected
     return -F.logsigmoid(rewards[0]) - 0.5 * F.logsigmoid(-rewards[0]) - 0.5 * F.logsigmoid(-rewards[1])
@@ -184,6 +191,8 @@ OF_TRL = {
     ("ipo", 0.0): objectives.ipo,
     ("nca_pair", 0.0): lambda beta: objectives.nca(beta, target_temperature=0.0),
     ("simpo", 0.0): lambda beta: objectives.simpo(beta, 0.5),
+    ("bco_pair", 0.0): objectives.bco,
+    ("mpo", 0.0): objectives.mpo,
 }
 
 
@@ -237,7 +246,7 @@ def test_an_invalid_candidate_is_as_good_as_removed(device, dense_backend, name)
     junk[1] = torch.nan
     loss, gradient = solve_batch(name, junk, b, dense_backend)
     keep = torch.tensor([0, 2, 4], device=device)
-    rest = Batch(*(x[keep] for x in b[:4]), b.given[:, keep][:, :, keep], b.valid[keep], torch.tensor([0, 3]))
+    rest = Batch(*(x[keep] for x in b[:4]), b.given[:, keep][:, :, keep], b.valid[keep], torch.tensor([0, 3]), b.delta)
     rest = rest._replace(given=rest.given.contiguous(), cu_lists=rest.cu_lists.to(device))
     rest_loss, rest_gradient = solve_batch(name, scores[keep], rest, dense_backend)
     assert rest_loss.item() != 0

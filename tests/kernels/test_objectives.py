@@ -45,13 +45,23 @@ def test_beta_must_be_positive(beta):
         Objective(beta=beta)
 
 
-@pytest.mark.parametrize("name", ["gamma", "target_temperature", "nll"])
+@pytest.mark.parametrize("name", ["pair_scale", "list_scale", "pointwise_scale"])
+@pytest.mark.parametrize("value", [0, -1.0])
+def test_a_term_that_is_there_has_a_weight(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number > 0, got {value}"):
+        Objective(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["gamma", "target_temperature", "nll", "clip_low", "clip_high"])
 def test_what_must_not_be_negative(name):
     with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0, got -0.5"):
         Objective(**{name: -0.5})
 
 
-NUMBERS = ("beta", "gamma", "target_temperature", "nll", "soft_target", "offset", "log_margin")
+NUMBERS = (
+    "beta", "gamma", "target_temperature", "nll", "soft_target", "offset", "log_margin", "pair_scale", "list_scale",
+    "pointwise_scale", "clip_low", "clip_high",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -88,9 +88,10 @@ def every_token_tensor(head, lists):
     given = torch.rand(len(LENGTHS), 5, 5, device=head.labels.device)
     weights, flips = torch.rand(lists.n_tokens, device=head.labels.device), lists.rewards / 2
     mdpo = objectives.mdpo()
-    return token_problem(head, lists, token_weights=weights, pair_weights=given, flip_probs=flips)._replace(
-        objective=mdpo
-    )
+    per_list, delta = torch.rand(len(LENGTHS), device=head.labels.device), lists.rewards[:1] / 2
+    return token_problem(
+        head, lists, token_weights=weights, pair_weights=given, flip_probs=flips, list_weights=per_list, delta=delta
+    )._replace(objective=mdpo)
 
 
 def test_list_loss_of_tokens(lists, head, backend, device, given):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perpo_kernels.objectives import Objective
+from perpo_kernels.objectives import LARGEST_LOG_RATIO, Objective
 from perpo_kernels.problem import ListProblem, ListResult
 
 PAIRS_AT_ONCE = 1 << 22
@@ -25,7 +25,7 @@ class Candidates(NamedTuple):
     """One entry per candidate; [S], or [n, k] for n lists padded to k."""
 
     score: Tensor  # s
-    log_prob: Tensor  # Σ ω log π
+    log_prob: Tensor  # Σ ω log π; over the number of tokens if the objective's nll is
     reward: Tensor  # NaN for an invalid candidate
     flip_prob: Tensor | None
     tame: bool  # all are valid, and every number is of ordinary size: nothing has to be selected away
@@ -51,12 +51,16 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         flips = None if everyone.flip_prob is None else everyone.flip_prob[place].view(-1, k)
         some = Candidates(score, log_prob, reward, flips, everyone.tame and inside is None)
         given = None if p.pair_weights is None else p.pair_weights[lists, :k, :k]
-        result.losses[lists], slope, likelihood, result.active[lists] = lists_of_k(some, given, p.objective)
+        result.losses[lists], slope, likelihood, result.active[lists] = lists_of_k(some, given, p.delta, p.objective)
+        if p.list_weights is not None:
+            slope, likelihood = _weigh(p.list_weights[lists], result.losses[lists], slope, likelihood)
         d_score = _put(d_score, slope, place, inside, len(everyone.score))
         d_log_prob = _put(d_log_prob, likelihood, place, inside, len(everyone.score))
     assert d_score is not None
     if p.objective.length_normalized and counts is not None:
         d_score = d_score / counts.clamp(min=1)
+    if p.objective.nll_per_token and counts is not None and d_log_prob is not None:
+        d_log_prob = d_log_prob / counts.clamp(min=1)
     _write_coefficients(p, here, d_score if d_log_prob is None else d_score + d_log_prob, result)
 
 
@@ -77,6 +81,19 @@ def _put(total: Tensor | None, values: Tensor | None, place: Any, inside: Tensor
     else:
         total[place[inside.view(-1)]] = values[inside]
     return total
+
+
+def _weigh(
+    weights: Tensor,  # [n]
+    losses: Tensor,  # [n], written to
+    slope: Tensor,  # [n, k]
+    likelihood: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Losses and slopes times the weights of the lists; 0 at weight 0, whatever they are."""
+    on, weights = weights > 0, weights.to(losses.dtype)
+    losses.mul_(weights).masked_fill_(~on, 0.0)
+    on, weights = on.unsqueeze(-1), weights.unsqueeze(-1)
+    return (slope * weights).where(on, 0.0), None if likelihood is None else (likelihood * weights).where(on, 0.0)
 
 
 def _blocks(cu_lists: Tensor, here: slice, k: int) -> Iterator[tuple[slice, Any, Tensor | None]]:
@@ -121,6 +138,8 @@ def _candidates(log_probs: Tensor, p: ListProblem, here: slice, result: ListResu
         rewards = rewards.masked_fill(~taking_part, torch.nan)
         result.candidates[2, here] = rewards
     flips = None if p.flip_probs is None else _at(p.flip_probs, here).to(dtype)
+    if p.objective.nll_per_token and counts is not None:
+        sums = sums / counts.clamp(min=1)
     return Candidates(score, sums, rewards, flips, tame), counts
 
 
@@ -162,7 +181,7 @@ def _write_coefficients(p: ListProblem, here: slice, gradient: Tensor, result: L
 
 
 def lists_of_k(
-    c: Candidates, given: Tensor | None, objective: Objective
+    c: Candidates, given: Tensor | None, delta: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """[n, k] candidates -> loss [n], ∂loss/∂s [n, k], ∂loss/∂(Σ log π) [n, k] or None, whether active [n]."""
     o = objective
@@ -180,8 +199,12 @@ def lists_of_k(
     z = o.beta * (c.score if member is None else c.score.masked_fill(~member, 0.0))
     ahead = z.unsqueeze(-1) - z.unsqueeze(-2)  # [n, i, j]
     terms: list[tuple[Tensor, Tensor]] = []  # loss [n] and ∂loss/∂z [n, k]
+
+    def add(scale: float, loss: Tensor, slope: Tensor) -> None:
+        terms.append((loss, slope) if scale == 1 else (scale * loss, scale * slope))
+
     if o.pairs != "none":
-        terms.append(_pair_term(c, ahead, given, highest, lowest, o))
+        add(o.pair_scale, *_pair_term(c, ahead, given, highest, lowest, o))
     if c.tame and o.list_term == o.pointwise == "none" and not o.nll:  # a list without a pair has loss 0 already
         (loss, slope), *_ = terms
         return loss, slope.mul_(o.beta), None, active
@@ -194,14 +217,19 @@ def lists_of_k(
         p = (c.reward / o.target_temperature).masked_fill(~member, -torch.inf).softmax(-1)
     if o.list_term == "softmax":
         log_softmax = z.masked_fill(~member, -torch.inf).log_softmax(-1)
-        terms.append((-torch.where(member, p * log_softmax, 0.0).sum(-1), log_softmax.exp() - p))
+        add(o.list_scale, -torch.where(member, p * log_softmax, 0.0).sum(-1), log_softmax.exp() - p)
     elif o.list_term == "plackett_luce":
-        terms.append(_plackett_luce(c.reward, z))
-    if o.pointwise != "none":
-        terms.append((-torch.where(member, p * F.logsigmoid(z), 0.0).sum(-1), -p * torch.sigmoid(-z)))
-    if o.pointwise == "nca":
-        share = member.to(dtype) / member.sum(-1, keepdim=True).clamp(min=1)
-        terms.append((-(share * F.logsigmoid(-z)).sum(-1), share * torch.sigmoid(z)))
+        add(o.list_scale, *_plackett_luce(c.reward, z))
+    if o.pointwise in ("nca", "anchor"):
+        loss, slope = -torch.where(member, p * F.logsigmoid(z), 0.0).sum(-1), -p * torch.sigmoid(-z)
+        if o.pointwise == "nca":
+            share = member.to(dtype) / member.sum(-1, keepdim=True).clamp(min=1)
+            loss, slope = loss - (share * F.logsigmoid(-z)).sum(-1), slope + share * torch.sigmoid(z)
+        add(o.pointwise_scale, loss, slope)
+    elif o.pointwise == "bco":
+        add(o.pointwise_scale, *_bco_term(z if delta is None else z - delta, best_share, c.reward == lowest))
+    elif o.pointwise != "none":
+        add(o.pointwise_scale, *_policy_gradient(c, z, highest, lowest, o))
     loss, slope = (functools.reduce(torch.add, parts) for parts in zip(*terms, strict=True))
     likelihood = None
     on = active.unsqueeze(-1) & member
@@ -307,6 +335,38 @@ def _lambda_weight(c: Candidates, z: Tensor) -> Tensor:
     discount = 1 / torch.log1p(rank.to(z.dtype))
     gain = torch.exp2(c.reward)
     return (gain.unsqueeze(-1) - gain.unsqueeze(-2)).abs() * (discount.unsqueeze(-1) - discount.unsqueeze(-2)).abs()
+
+
+def _bco_term(shifted: Tensor, best_share: Tensor, is_worst: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ p_i softplus(δ − z_i) + Σ q_i softplus(z_i − δ) [n], and its slope [n, k]. `shifted` is z − δ."""
+    worst_share = is_worst.to(shifted.dtype) / is_worst.sum(-1, keepdim=True).clamp(min=1)
+    up = torch.where(best_share > 0, -best_share * F.logsigmoid(shifted), 0.0)  # of a share of 0, z may be infinite
+    down = torch.where(is_worst, -worst_share * F.logsigmoid(-shifted), 0.0)
+    return (up + down).sum(-1), worst_share * torch.sigmoid(shifted) - best_share * torch.sigmoid(-shifted)
+
+
+def _policy_gradient(c: Candidates, z: Tensor, highest: Tensor, lowest: Tensor, o: Objective) -> tuple[Tensor, Tensor]:
+    """−1/k Σ A_i z_i, or −β/k Σ min(ρ_i A_i, clip(ρ_i) A_i) [n], and its slope in z [n, k]."""
+    member = ~c.reward.isnan()
+    n = member.sum(-1, keepdim=True).clamp(min=1)
+    unit = (0.5 * highest - 0.5 * lowest).where(
+        highest > lowest, 0.5
+    )  # halves: rewards may fill the range of the dtype
+    place = ((0.5 * c.reward - 0.5 * lowest) / unit).where(member, 0.0)  # in [0, 1]
+    off = (place - place.sum(-1, keepdim=True) / n).where(member, 0.0)
+    if o.advantage == "standardized":
+        spread = (off.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+        advantage = (off / spread).where(spread > 0, 0.0)
+    else:
+        advantage = off * (2 * unit)
+    slope = -advantage / n
+    if o.pointwise == "policy_gradient":
+        return torch.where(advantage != 0, slope * z, 0.0).sum(-1), slope
+    score = c.score.masked_fill(~member, 0.0)
+    ratio = score.clamp(max=LARGEST_LOG_RATIO).exp()
+    gain, clipped = advantage * ratio, advantage * ratio.clamp(1 - o.clip_low, 1 + o.clip_high)
+    follows = (gain <= clipped) & (score <= LARGEST_LOG_RATIO)
+    return -o.beta * (torch.minimum(gain, clipped) / n).sum(-1), torch.where(follows, -gain / n, 0.0)
 
 
 def _plackett_luce(reward: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

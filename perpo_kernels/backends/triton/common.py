@@ -56,7 +56,7 @@ def body_bounds(start, V, VEC: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, HOW: tl.constexpr):
-    """1 / x for x >= 1. On NVIDIA a quotient costs eight instructions, for the sake of other x; PTX's reciprocal one."""
+    """1 / x for x >= 1. On NVIDIA a quotient costs eight instructions, for other x's sake; PTX's reciprocal one."""
     if HOW == "ptx":
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:

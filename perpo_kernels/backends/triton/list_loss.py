@@ -22,8 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from perpo_kernels.backends.triton.common import launch
-from perpo_kernels.backends.triton.list_scores import candidate_scores, ranks_and_denominators
+from perpo_kernels.backends.triton.list_scores import (
+    candidate_scores,
+    ranks_and_denominators,
+    reward_moments,
+    reward_place,
+)
 from perpo_kernels.backends.triton.list_terms import (
+    bco_term,
+    clipped_term,
     in_pair_set,
     link_and_slope,
     ranked_weight,
@@ -50,6 +57,8 @@ def list_loss_kernel(
     token_weights,
     pair_weights,
     flip_probs,
+    list_weights,
+    delta,
     cu_seqlens,
     cu_lists,
     losses,
@@ -59,13 +68,7 @@ def list_loss_kernel(
     scratch,
     n_candidates,
     given_k,
-    beta,
-    gamma,
-    soft_flip,
-    offset,
-    log_margin,
-    inverse_temperature,
-    nll,
+    numbers,
     ignore_index,
     PAIRS: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -73,6 +76,7 @@ def list_loss_kernel(
     LINK: tl.constexpr,
     LIST_TERM: tl.constexpr,
     POINTWISE: tl.constexpr,
+    ADVANTAGE: tl.constexpr,
     LOG_MARGIN: tl.constexpr,
     TEMPERED: tl.constexpr,
     NLL: tl.constexpr,
@@ -82,6 +86,21 @@ def list_loss_kernel(
     J: tl.constexpr,
     R: tl.constexpr,
 ):
+    # One tuple is bound faster than twelve arguments.
+    (
+        beta,
+        gamma,
+        soft_flip,
+        offset,
+        log_margin,
+        inverse_temperature,
+        nll,
+        pair_scale,
+        list_scale,
+        pointwise_scale,
+        clip_low,
+        clip_high,
+    ) = numbers
     g = tl.program_id(0)
     begin = tl.load(cu_lists + g)
     end = tl.load(cu_lists + g + 1)
@@ -95,6 +114,8 @@ def list_loss_kernel(
     luce_slopes = denominators + n_candidates
     RANKS: tl.constexpr = (PAIRS != "none") and (WEIGHT == "lambda")
     LUCE: tl.constexpr = LIST_TERM == "plackett_luce"
+    ANCHORED: tl.constexpr = (POINTWISE == "nca") or (POINTWISE == "anchor")
+    ADVANTAGES: tl.constexpr = (POINTWISE == "policy_gradient") or (POINTWISE == "clipped")
     slot = tl.arange(0, K)
 
     highest = -float("inf")
@@ -121,7 +142,7 @@ def list_loss_kernel(
         tl.store(sequence_log_probs + i, total, mask=here)
         tl.store(scores + i, score, mask=here)
         tl.store(keys + i, key, mask=here)
-        if LENGTH_NORMALIZED:
+        if LENGTH_NORMALIZED or (NLL == "per_token"):
             tl.store(inverse_lengths + i, inverse_length, mask=here)
         is_number = key == key
         highest = tl.maximum(highest, tl.max(tl.where(is_number, key, -float("inf")), axis=0))
@@ -140,6 +161,7 @@ def list_loss_kernel(
     pairs = tl.zeros([K, J], tl.int32)
     other_loss = 0.0
     n_best = 0
+    n_worst = 0
     n_members = 0
     target_total = 0.0
     z_top = -float("inf")
@@ -148,9 +170,11 @@ def list_loss_kernel(
         i = start + slot
         key_i = tl.load(keys + i, mask=i < end, other=float("nan"))
         z_i = beta * tl.load(scores + i, mask=i < end, other=0.0)
-        if (LIST_TERM == "softmax") or (POINTWISE != "none") or NLL:
+        if (LIST_TERM == "softmax") or (POINTWISE != "none") or (NLL != "none"):
             member = key_i == key_i
             n_best += tl.sum((key_i == highest).to(tl.int32), axis=0)
+            if POINTWISE == "bco":
+                n_worst += tl.sum((key_i == lowest).to(tl.int32), axis=0)
             n_members += tl.sum(member.to(tl.int32), axis=0)
             if TEMPERED:
                 exp = tl.exp((key_i - highest) * inverse_temperature)
@@ -227,7 +251,7 @@ def list_loss_kernel(
         tl.store(slopes + i, tl.sum(slope, axis=1), mask=i < end)
         if LUCE:
             own = tl.load(denominators + i, mask=i < end, other=0.0)
-            other_loss += tl.sum(tl.where(has_worse, own - z_i, 0.0), axis=0)
+            other_loss += list_scale * tl.sum(tl.where(has_worse, own - z_i, 0.0), axis=0)
             chances = tl.sum(luce_slope, axis=1)
             tl.store(luce_slopes + i, chances - tl.where(has_worse, 1.0, 0.0), mask=i < end)
     norm = tl.sum(tl.sum(norms, axis=1), axis=0)
@@ -247,33 +271,63 @@ def list_loss_kernel(
         if NORMALIZE == "pairs":
             scale = scale / tl.maximum(n_pairs, 1)
 
+    scale *= pair_scale
+    if ADVANTAGES:
+        mean, unit, n_members = reward_moments(keys, begin, end, lowest, half_spread, ADVANTAGE == "standardized", K)
+    reward_shift = 0.0
+    if delta is not None:
+        reward_shift = tl.load(delta).to(tl.float32)
+    weight_of_list = 1.0
+    if list_weights is not None:
+        weight_of_list = tl.load(list_weights + g).to(tl.float32)
+    counts = active & (weight_of_list > 0)
+
     log_normaliser = z_top + tl.log(tl.where(z_total > 0, z_total, 1.0))
     for start in range(begin, end, K):
         i = start + slot
         here = i < end
         c = tl.load(slopes + i, mask=here, other=0.0) * scale
         likelihood = tl.zeros([K], tl.float32)
-        if (LIST_TERM != "none") or (POINTWISE != "none") or NLL:
+        if (LIST_TERM != "none") or (POINTWISE != "none") or (NLL != "none"):
             key = tl.load(keys + i, mask=here, other=float("nan"))
             member = key == key
             z = tl.where(member, beta * tl.load(scores + i, mask=here, other=0.0), 0.0)
             if LUCE:
-                c += tl.load(luce_slopes + i, mask=here, other=0.0)
-            if (LIST_TERM == "softmax") or (POINTWISE != "none"):
+                c += list_scale * tl.load(luce_slopes + i, mask=here, other=0.0)
+            if (LIST_TERM == "softmax") or ANCHORED:
                 p = target_share(key, highest, inverse_temperature, target_total, n_best, TEMPERED)
             if LIST_TERM == "softmax":
-                other_loss += tl.sum(p * (log_normaliser - z), axis=0)
-                c += tl.exp(z - log_normaliser) - p
-            if POINTWISE != "none":
+                other_loss += list_scale * tl.sum(p * (log_normaliser - z), axis=0)
+                c += list_scale * (tl.exp(z - log_normaliser) - p)
+            if ANCHORED:
                 down, keep = softplus_and_sigmoid(-z)
-                other_loss += tl.sum(p * down, axis=0)
-                c -= p * keep
+                other_loss += pointwise_scale * tl.sum(p * down, axis=0)
+                c -= pointwise_scale * (p * keep)
             if POINTWISE == "nca":
                 up, push = softplus_and_sigmoid(z)
-                other_loss += tl.sum(tl.where(member, up, 0.0), axis=0) / tl.maximum(n_members, 1)
-                c += push / tl.maximum(n_members, 1)
-            if NLL:
+                other_loss += pointwise_scale * (tl.sum(tl.where(member, up, 0.0), axis=0) / tl.maximum(n_members, 1))
+                c += pointwise_scale * (push / tl.maximum(n_members, 1))
+            if POINTWISE == "bco":
+                best = tl.where(key == highest, 1.0 / n_best, 0.0)
+                worst = tl.where(key == lowest, 1.0 / n_worst, 0.0)
+                term, pull = bco_term(z - reward_shift, best, worst)
+                other_loss += pointwise_scale * tl.sum(term, axis=0)
+                c += pointwise_scale * pull
+            if ADVANTAGES:
+                per_member = pointwise_scale / tl.maximum(n_members, 1)
+                advantage = tl.where(member, (reward_place(key, lowest, half_spread) - mean) * unit, 0.0)
+                if POINTWISE == "clipped":
+                    score = tl.where(member, tl.load(scores + i, mask=here, other=0.0), 0.0)
+                    gain, pull = clipped_term(score, advantage, clip_low, clip_high)
+                    other_loss -= beta * per_member * tl.sum(gain, axis=0)
+                    c -= per_member * pull
+                else:
+                    other_loss -= per_member * tl.sum(tl.where(advantage != 0, advantage * z, 0.0), axis=0)
+                    c -= per_member * advantage
+            if NLL != "none":
                 share = tl.where(key == highest, nll / n_best, 0.0)
+                if NLL == "per_token":
+                    share *= tl.load(inverse_lengths + i, mask=here, other=0.0)
                 likelihood -= share
                 total = tl.load(sequence_log_probs + i, mask=here, other=0.0)
                 other_loss -= tl.sum(tl.where(share > 0, share * total, 0.0), axis=0)
@@ -281,7 +335,7 @@ def list_loss_kernel(
         c = c * beta
         if LENGTH_NORMALIZED:
             c *= tl.load(inverse_lengths + i, mask=here, other=0.0)
-        c = tl.where(active, c + likelihood, 0.0)
+        c = tl.where(counts, weight_of_list * (c + likelihood), 0.0)
         if cu_seqlens is not None:
             first = tl.load(cu_seqlens + i, mask=here, other=0)
             last = tl.load(cu_seqlens + i + 1, mask=here, other=0)
@@ -297,7 +351,7 @@ def list_loss_kernel(
                 tl.store(coefficients + t, spread_c, mask=inside)
         else:
             tl.store(coefficients + i, c, mask=here)
-    tl.store(losses + g, tl.where(active, pair_loss * scale + other_loss, 0.0))
+    tl.store(losses + g, tl.where(counts, weight_of_list * (pair_loss * scale + other_loss), 0.0))
     tl.store(is_active + g, tl.where(active, 1.0, 0.0))
 
 
@@ -321,19 +375,28 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         p.token_weights,
         p.pair_weights,
         p.flip_probs,
+        p.list_weights,
+        p.delta,
         p.cu_seqlens,
         p.cu_lists,
         *result,
         scratch,
         n_candidates,
         0 if p.pair_weights is None else p.pair_weights.shape[-1],
-        o.beta,
-        o.gamma,
-        1.0 - o.soft_target,
-        o.offset,
-        o.log_margin,
-        1.0 / o.target_temperature if o.target_temperature else 0.0,
-        o.nll,
+        (
+            o.beta,
+            o.gamma,
+            1.0 - o.soft_target,
+            o.offset,
+            o.log_margin,
+            1.0 / o.target_temperature if o.target_temperature else 0.0,
+            o.nll,
+            o.pair_scale,
+            o.list_scale,
+            o.pointwise_scale,
+            o.clip_low,
+            o.clip_high,
+        ),
         p.ignore_index,
         PAIRS=o.pairs,
         WEIGHT=o.weight,
@@ -341,9 +404,10 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         LINK=o.link,
         LIST_TERM=o.list_term,
         POINTWISE=o.pointwise,
+        ADVANTAGE=o.advantage,
         LOG_MARGIN=o.log_margin != 0,
         TEMPERED=o.target_temperature > 0,
-        NLL=o.nll > 0,
+        NLL="none" if o.nll == 0 else "per_token" if o.nll_per_token else "sum",
         LENGTH_NORMALIZED=o.length_normalized,
         SOFT=p.flip_probs is not None or o.soft_target != 1,
         K=tile,

@@ -1,4 +1,5 @@
-"""The first stages of `list_loss`: the scores of a list's candidates, their ranks and Plackett–Luce denominators."""
+"""What `list_loss` knows of a list before its terms: the scores of its candidates, their ranks and Plackett–Luce
+denominators, and the mean and deviation of their rewards."""
 
 import triton
 import triton.language as tl
@@ -96,3 +97,32 @@ def ranks_and_denominators(
             tl.store(denominators + i, denominator, mask=i < end)
         if RANKS:
             tl.store(ranks + i, rank.to(tl.float32), mask=i < end)
+
+
+@triton.jit
+def reward_moments(keys, begin, end, lowest, half_spread, STANDARDIZED: tl.constexpr, K: tl.constexpr):
+    """(mean, unit, number of members): A = (place − mean) · unit, with a reward's `place` in [0, 1] of the list's."""
+    slot = tl.arange(0, K)
+    total = 0.0
+    n = 0
+    for start in range(begin, end, K):
+        key = tl.load(keys + start + slot, mask=start + slot < end, other=float("nan"))
+        total += tl.sum(tl.where(key == key, reward_place(key, lowest, half_spread), 0.0), axis=0)
+        n += tl.sum((key == key).to(tl.int32), axis=0)
+    mean = total / tl.maximum(n, 1)
+    unit = 2.0 * half_spread
+    if STANDARDIZED:
+        squares = 0.0
+        for start in range(begin, end, K):
+            key = tl.load(keys + start + slot, mask=start + slot < end, other=float("nan"))
+            off = tl.where(key == key, reward_place(key, lowest, half_spread) - mean, 0.0)
+            squares += tl.sum(off * off, axis=0)
+        variance = squares / tl.maximum(n - 1, 1)
+        unit = tl.where(variance > 0, 1.0 / tl.sqrt(tl.where(variance > 0, variance, 1.0)), 0.0)
+    return mean, unit, n
+
+
+@triton.jit
+def reward_place(key, lowest, half_spread):
+    """(r − min r) / (max r − min r), of halves, which stay finite."""
+    return (0.5 * key - 0.5 * lowest) / half_spread

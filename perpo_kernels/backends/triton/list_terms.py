@@ -67,3 +67,22 @@ def target_share(key, highest, inverse_temperature, target_total, n_best, TEMPER
         return tl.where(key == key, tl.exp((key - highest) * inverse_temperature) / target_total, 0.0)
     else:
         return tl.where(key == highest, 1.0 / n_best, 0.0)
+
+
+@triton.jit
+def bco_term(z, best_share, worst_share):
+    """p softplus(−z) + q softplus(z) and its slope; z is βs − δ, which may be infinite where its share is 0."""
+    up, pull = softplus_and_sigmoid(-z)
+    down, push = softplus_and_sigmoid(z)
+    loss = tl.where(best_share > 0, best_share * up, 0.0) + tl.where(worst_share > 0, worst_share * down, 0.0)
+    return loss, worst_share * push - best_share * pull
+
+
+@triton.jit
+def clipped_term(score, advantage, clip_low, clip_high):
+    """min(ρA, clip(ρ)A) and its slope in the score, ρ = exp(min(score, 80)): `objectives.LARGEST_LOG_RATIO`."""
+    ratio = tl.exp(tl.minimum(score, 80.0))
+    gain = ratio * advantage
+    clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * advantage
+    follows = (gain <= clipped) & (score <= 80.0)
+    return tl.minimum(gain, clipped), tl.where(follows, gain, 0.0)

@@ -148,6 +148,23 @@ def test_boxes_in_pixels_need_the_size_that_the_model_saw(
     assert "different: image size (" in capsys.readouterr().err
 
 
+def test_an_answer_cut_in_a_thought_that_the_template_opened_is_unreadable(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, processor = tiny_models.build("llava")
+    processor.save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(Encoder, "opened", "<think>")
+    given = ["--records", records, "--output", tmp_path / "lists.jsonl", "--task", "ocr", "--model", tmp_path / "tiny"]
+    with pytest.warns(UnreadableAnswers):
+        assert score(*given) == 0
+    lists, _ = read_records(tmp_path / "lists.jsonl")
+    assert lists[0].rewards == (0, 0, 0, 0)
+    assert lists[0].responses == ("abcd", "abc", "ab", "cd")  # as they came
+    monkeypatch.setattr(Encoder, "opened", "")
+    assert score(*given) == 1
+    assert "opened by the template" in capsys.readouterr().err
+
+
 def test_a_function_of_one_s_own_comes_from_the_command_line_alone_and_is_not_asked_twice(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,7 @@ def test_no_field_is_lost(suffix: str, tmp_path: Path) -> None:
         ref_log_probs=(-1.5, -2.0),
         flip_probs=(0.1, 0.0),
         complete=(True, False),
+        weight=0.5,
         columns={"page": 3, "note_json": "no JSON"},
     )
     for one in dataclasses.fields(ListRecord):

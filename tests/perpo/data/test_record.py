@@ -65,6 +65,7 @@ def list_records(draw: st.DrawFn) -> ListRecord:
             ref_log_probs=draw(st.one_of(st.none(), numbers)),
             flip_probs=draw(st.one_of(st.none(), st.lists(st.floats(0, 0.999), min_size=k, max_size=k))),
             complete=draw(st.one_of(st.none(), st.lists(st.booleans(), min_size=k, max_size=k))),
+            weight=draw(st.one_of(st.none(), st.floats(0, 3e38))),
         )
     except FieldError:
         return draw(list_records())  # a number beyond 1.7e308
@@ -129,6 +130,10 @@ BAD = [
     ({"flip_probs": [-0.1, 0.5]}, "flip_probs", r"must be probabilities in \[0, 1\)"),
     ({"complete": [True]}, "complete", "2 responses, 1 complete"),
     ({"complete": [True, 0]}, "complete", "must be a list of true and false"),
+    ({"weight": -0.5}, "weight", "must be a number from 0 to 3.4e38, what the list counts in the loss, got -0.5"),
+    ({"weight": math.nan}, "weight", "must be a number from 0 to 3.4e38"),
+    ({"weight": "12 kg"}, "weight", "a column that means something else needs another name"),
+    ({"weight": True}, "weight", "must be a number from 0 to 3.4e38"),
     ({"columns": 3}, "columns", "must be a mapping by name"),
     ({"prompt": ...}, "prompt", "is missing or empty"),
     ({"prompt": " "}, "prompt", "must be a text that is not empty"),

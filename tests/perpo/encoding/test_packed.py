@@ -128,3 +128,27 @@ def test_a_prompt_of_two_images_is_packed_as_separate_rows_have_it(family: str) 
     for ours, theirs in zip(*gradients, strict=True):
         error = (ours - theirs).norm() / (theirs.norm() + 1e-3)
         assert error <= 1e-6  # rotary embeddings are in fp32 whatever the weights' type
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_sizes_of_images_stay_on_the_cpu_with_what_comes_of_them(family: str) -> None:
+    """test_sharing.py compares the numbers; here, that nothing of it goes to the device."""
+    model, encoded = prompts(family)
+    positions = pickle.loads(pickle.dumps(PromptPositions(model)))
+    inputs, rows, layout = packed_row(encoded, RESPONSES, positions)
+    without, host = positions.without_waits(inputs)
+    assert "image_grid_thw" in inputs
+    assert "image_grid_thw" not in without
+    batch = ListBatch(without, rows, **candidate_tensors(RESPONSES), layout=layout, host=host).to("meta")
+    there = batch.keywords["host_inputs"].keywords
+    assert {"image_grid_thw", "image_cu_seqlens"} <= set(there)
+    assert all(x.device.type == "cpu" for x in there.values())
+    assert batch.inputs["image_position_ids"].device.type == "meta"
+
+
+def test_a_tower_that_takes_no_such_keywords_gets_none() -> None:
+    for family in ("llava", "glm4v"):
+        model, encoded = prompts(family)
+        positions = PromptPositions(model)
+        inputs, _, _ = packed_row(encoded, RESPONSES, positions)
+        assert positions.without_waits(inputs) == (inputs, None)

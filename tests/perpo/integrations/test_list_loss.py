@@ -154,12 +154,13 @@ def test_pictures_go_through_and_a_picture_matters() -> None:
 
 
 def test_what_the_objective_takes_arrives() -> None:
-    """Token weights [B, L], pair weights, an objective and a temperature, against the loss of packed states."""
+    """Token weights [B, L], pair and list weights, an objective, a temperature: the loss of packed states."""
     model, data = model_of("llama"), batch()
     weights = torch.rand(data["labels"].shape, dtype=torch.float64)
     options: dict[str, Any] = {
         "objective": objectives.Objective(pairs="given"),
         "pair_weights": torch.rand(2, 3, 3).triu(1),
+        "list_weights": torch.tensor([0.5, 2.0]),
         "temperature": 0.7,
         "reduction": "none",
     }

@@ -13,6 +13,7 @@ import torch
 import trl
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import HfArgumentParser
 
 from perpo.data.record import ListRecord
 from perpo.integrations.trl_dpo import ListDPOTrainer
@@ -272,6 +273,12 @@ def test_max_length_cuts_as_trl_does(tmp_path: Path) -> None:
     ours = trainer(tmp_path, data, ref_model=reference, eval_dataset=data, max_length=n)
     assert ours.data_collator(ours.train_dataset).n_cut > 2
     assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_the_config_is_read_off_a_command_line(tmp_path: Path) -> None:
+    words = f"--output_dir {tmp_path} --use_cpu true --loss_type hinge --model_init_kwargs".split()
+    (read,) = HfArgumentParser(ListDPOConfig).parse_args_into_dataclasses([*words, '{"dtype": "auto"}'])
+    assert (read.list_objective, read.model_init_kwargs) == (objectives.hinge(0.1), {"dtype": "auto"})
 
 
 def test_a_config_survives_being_written_out(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from perpo.integrations import trl_versions
@@ -361,6 +362,12 @@ def test_evaluation_is_over_whole_lists(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_say_what_to_do(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         config(tmp_path, **options)
+
+
+def test_the_config_is_read_off_a_command_line(tmp_path: Path) -> None:
+    words = f"--output_dir {tmp_path} --use_cpu true --bf16 false --objective lipo --beta 0.2".split()
+    (read,) = HfArgumentParser(ListGRPOConfig).parse_args_into_dataclasses(words)
+    assert (read.list_objective, read.reference) == (objectives.lipo(0.2), "model")
 
 
 def test_every_setting_of_the_grpo_loss_is_one_of_trl_s() -> None:

@@ -93,7 +93,7 @@ def evaluation(model: Path, folder: Path) -> list[str]:
     return ["evaluate", *settings(folder, **options)]
 
 
-@pytest.mark.parametrize(("n_bytes", "message"), [(500, "what was answered to 'r"), (1500, "evaluation.json was not")])
+@pytest.mark.parametrize(("n_bytes", "message"), [(800, "what was answered to 'r"), (1500, "evaluation.json was not")])
 def test_evaluating_keeps_what_was_answered(
     n_bytes: int, message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

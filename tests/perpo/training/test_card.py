@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard
+from safetensors import safe_open
 
 from perpo.cli import main as cli
 from perpo.cli.settings import command, parse
@@ -140,7 +141,14 @@ def test_the_hub_gets_model_card_and_checksums(lora: bool, tmp_path: Path, monke
         (downloaded / name).write_bytes(content)
     check_weights(downloaded)  # the checksums are of what was uploaded
     assert "checksums.json" in hub.files
+    withheld = hub.files[".gitignore"].decode().split()
+    assert [name for name, content in hub.files.items() if b"hf_secret" in content and name not in withheld] == []
     if not lora:
+        trainer.model.save_pretrained(tmp_path / "plain")  # under the names that every version loads
+        with safe_open(tmp_path / "plain" / "model.safetensors", "pt") as plain:
+            names = set(plain.keys())
+        with safe_open(downloaded / "model.safetensors", "pt") as uploaded:
+            assert set(uploaded.keys()) == names
         given = tiny_runs.trained(trainer.model)
         assert all(
             (p == given[name]).all() for name, p in load_model(str(downloaded)).named_parameters() if name in given

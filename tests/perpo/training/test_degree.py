@@ -1,6 +1,7 @@
 """Awareness of degree (SPO): the loss of its formula, a head that is saved and resumed, and nothing at weight 0."""
 
 import copy
+import dataclasses
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -79,6 +80,20 @@ def test_an_answer_under_a_corrupted_image_has_no_degree(tmp_path: Path) -> None
         found.append(runner._forward(runner.model.eval(), batch)[1])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     assert found[0][2] == 3  # the second of the four lists has equal rewards
+
+
+def test_a_list_counts_as_often_as_its_weight_says(tmp_path: Path) -> None:
+    runner = tiny_runs.trainer("llava", tmp_path, reference="none", degree_weight=0.5)
+    torch.nn.init.normal_(runner.degree.weight, generator=torch.Generator().manual_seed(0))
+    runner.model.eval()
+    alone = [runner._forward(runner.model, runner.data_collator([record])) for record in runner.train_dataset]
+    weights = [2.0, 1.0, 0.0, 0.5]
+    weighted = [dataclasses.replace(record, weight=w) for record, w in zip(runner.train_dataset, weights, strict=True)]
+    output, sums = runner._forward(runner.model, runner.data_collator(weighted))
+    expected = sum(w * one for w, (_, one) in zip(weights, alone, strict=True))
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-5)
+    loss = sum(w * one.loss for w, (one, _) in zip(weights, alone, strict=True))
+    torch.testing.assert_close(output.loss, loss, rtol=1e-4, atol=1e-5)
 
 
 def test_in_bf16_the_head_stays_in_fp32(tmp_path: Path) -> None:
