@@ -101,4 +101,4 @@ def test_host_time(benchmark: Any, compare: Any, kernel: str) -> None:
     x = meta(1)
     with nothing_is_launched():
         cases = [Case(OURS, times(launchers()[kernel])), Case(FLOOR, times(lambda: empty_kernel[(1,)](x)))]
-        compare("host time", f"{REPEATS} launches of {kernel}", cases, {"launches": REPEATS}, by_host=True)
+        compare("host_time", f"{REPEATS} launches of {kernel}", cases, {"launches": REPEATS}, by_host=True)

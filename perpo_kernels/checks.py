@@ -89,10 +89,11 @@ def padded_labels(x: Tensor) -> None:
         raise ValueError(f"labels must be [B, L], a row for every answer, got {_shape(x)}")
 
 
-@torch.compiler.assume_constant_result  # before torch 2.13, a compiler cannot follow the call
-def has_autocast(device_type: str) -> bool:
-    """Whether there is an autocast for a kind of device; asking whether it is on is an error where there is none."""
-    return torch.amp.is_autocast_available(device_type)
+# Kinds of devices that have an autocast; asking the others whether it is on is an error. Asked for here, since before
+# torch 2.13 a compiler cannot follow the call.
+WITH_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(kind)
+)
 
 
 def head(
@@ -120,7 +121,7 @@ def head(
             raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {_shape(bias)}")
         same_device("bias", bias, hidden.device)
     device = hidden.device.type
-    if has_autocast(device) and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    if device in WITH_AUTOCAST and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, x in (("weight", weight), ("bias", bias)):

@@ -43,7 +43,7 @@ from transformers.utils import logging
 from perpo.prefix import flash_attention, flex_attention
 from perpo.prefix.flash_attention import Gradients, PackedRow
 from perpo.prefix.layout import PrefixLayout
-from perpo_kernels.checks import has_autocast
+from perpo_kernels.checks import WITH_AUTOCAST
 from perpo_kernels.problem import accumulation_dtype
 
 logger = logging.get_logger(__name__)
@@ -109,7 +109,7 @@ def prefix_attention(
     _check_shapes(query, key, value, layout)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     device, dtype = query.device.type, query.dtype
-    if has_autocast(device) and torch.is_autocast_enabled(device):
+    if device in WITH_AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if window is not None and window >= layout.longest:

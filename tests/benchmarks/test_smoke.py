@@ -28,7 +28,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def rows_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.json"
     command = ["-m", "pytest", "benchmarks", "--benchmark-only", "--tiny", "--rounds", "1", "--rows", str(path)]
-    done = run(sys.executable, *command, "-p", "no:cacheprovider")
+    done = run(sys.executable, *command, "-p", "no:cacheprovider", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout + done.stderr
     (path.parent / "printed.txt").write_text(done.stdout)
     return path

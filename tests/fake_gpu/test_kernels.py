@@ -96,7 +96,7 @@ def test_every_objective(gpu: FakeGpu, name: str, reduction: str, layout: str | 
         options["flip_probs"] = new(*shape)
     if objective.pairs == "given":
         options["pair_weights"] = new(LISTS, K, K)
-    if objective.length_normalized:
+    if objective.length_normalized or objective.nll_per_token:
         options["lengths"] = new(*shape)
     if layout is not None:
         options["cu_lists"] = layouts(layout)[1]

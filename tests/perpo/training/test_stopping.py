@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class SignalIn(TrainerCallback):
         if state.global_step == self.step - 1:
             for _ in range(self.times):
                 signal.raise_signal(self.number)
+                time.sleep(0.05)  # until it was noted: two that wait are one
 
 
 class CountSaves(TrainerCallback):
