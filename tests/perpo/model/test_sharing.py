@@ -265,7 +265,7 @@ def test_a_known_architecture_around_an_unknown_language_model_is_not_shared_by_
 def test_a_soft_cap_is_shared_where_separate_rows_have_it_and_it_is_worth_it(caplog: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(sharing.logger, "propagate", True)
     model, _, _ = built("gemma2")
-    model.set_attn_implementation("sdpa")
+    model.config._attn_implementation = "sdpa"  # newer transformers refuse to set it for Gemma 2
     with pytest.raises(ValueError, match="attn_implementation='sdpa' leaves out; load it with attn_implementation='e"):
         sharing.prepare(model, "on")
     model.set_attn_implementation("eager")

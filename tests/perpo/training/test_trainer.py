@@ -303,7 +303,10 @@ def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path: Path) -> None:
 def test_adapters_that_transformers_has_put_on_a_model_are_refused(tmp_path: Path) -> None:
     """They are no PeftModel: a new adapter would be saved alone, and the old one lost."""
     model, processor = tiny_models.build("llava")
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    try:
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    except ValueError as error:  # a transformers that wants a peft which is not out yet
+        pytest.skip(str(error))
     with pytest.raises(ValueError, match=r"load it with perpo\.load_model"):
         PerPOTrainer(model, tiny_runs.config(tmp_path), tiny_runs.records(), processor)
 
