@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from perpo.encoding.batch import ListBatch
 from perpo.integrations.padded import packed_token_weights, padded_batch
-from perpo.model.language_head import HeadCall, LanguageHead, check_once, perpo_output, through_head
-from perpo_kernels import LinearPerPOOutput, linear_token_log_probs
+from perpo.model.language_head import HeadCall, LanguageHead, check_once, head_log_probs, perpo_output, through_head
+from perpo_kernels import LinearPerPOOutput
 from perpo_kernels.objectives import Objective
 
 OPTIONS = ("temperature", "max_chunk_bytes", "logits_dtype", "delta", "backend")
@@ -121,15 +121,7 @@ def sequence_log_probs(
     def call(hidden: Tensor, head: LanguageHead) -> Tensor:
         if not torch.is_grad_enabled():
             return perpo_output(hidden, head, batch, temperature=temperature).log_probs
-        of_tokens = linear_token_log_probs(
-            hidden,
-            head.weight,
-            batch.labels,
-            head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            temperature=temperature,
-        )
+        of_tokens = head_log_probs(hidden, head, batch.labels, temperature=temperature)
         padded = of_tokens.new_zeros(labels.numel()).index_copy(0, batch.response_rows, of_tokens)
         return padded.view(labels.shape).sum(1)
 

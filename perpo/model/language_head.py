@@ -128,8 +128,7 @@ def token_log_probs(model: nn.Module, batch: ListBatch) -> Tensor:  # [T] fp32
     """log π(y_t) of every response token."""
 
     def call(hidden: Tensor, head: LanguageHead) -> Tensor:
-        weight, bias, softcap, logit_scale = head
-        return linear_token_log_probs(hidden, weight, batch.labels, bias, softcap=softcap, logit_scale=logit_scale)
+        return head_log_probs(hidden, head, batch.labels)
 
     return through_head(model, call, **batch.keywords)
 
@@ -396,6 +395,12 @@ def _rounding(x: Tensor) -> float:
 
 def _dtypes(output: Any) -> list[torch.dtype]:
     return [x.dtype for x in tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def head_log_probs(hidden: Tensor, head: LanguageHead, labels: Tensor, **options: Any) -> Tensor:  # [T]
+    """`linear_token_log_probs` through a head."""
+    weight, bias, softcap, logit_scale = head
+    return linear_token_log_probs(hidden, weight, labels, bias, softcap=softcap, logit_scale=logit_scale, **options)
 
 
 def perpo_output(hidden: Tensor, head: LanguageHead, batch: ListBatch, **options: Any) -> Any:
