@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from ..processes import ROOT, ranks
+
 EXAMPLES = ROOT / "examples"
 
 
@@ -28,12 +26,10 @@ def test_the_accelerate_loop_learns(example: Any) -> None:
 
 
 def test_the_accelerate_loop_runs_on_two_processes() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "check": False}
-    done = subprocess.run([*command, str(EXAMPLES / "accelerate_loop.py")], env=environment, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("loss ") == 2
+    both = ranks(2, str(EXAMPLES / "accelerate_loop.py"), ACCELERATE_USE_CPU="true")
+    shown = [one.communicate() for one in both]
+    assert [one.returncode for one in both] == [0, 0], shown
+    assert [printed.count("loss ") for printed, _ in shown] == [2, 0]
 
 
 def test_the_lightning_module_learns(example: Any, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,9 +20,9 @@ from perpo.data.read import read_records
 from perpo.model.load import load_model, load_processor
 from perpo.rewards.scoring import UnreadableAnswers
 
+from ...processes import ranks, start
 from .. import tiny_models
 
-ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore::perpo.rewards.scoring.UnreadableAnswers")
 
 
@@ -113,16 +112,15 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(project: Path) -> N
     few = [json.loads(line) for line in (project / "records.jsonl").read_text().splitlines()]
     rows = [few[i % 5] | {"id": f"m{i}"} for i in range(200)]
     (project / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "perpo", "generate", "--config", str(project / "run.yaml")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = start("-m", "perpo", "generate", "--config", str(project / "run.yaml"))
     shard = project / "lists.jsonl.parts" / "shard-00000.jsonl"
     end = time.monotonic() + 120
     while not (shard.exists() and shard.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None, process.stdout.read().decode()  # type: ignore[union-attr]
+        assert process.returncode is None, process.output
         assert time.monotonic() < end
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
     before = shard.read_bytes()
     finished = before.count(b"\n")
     assert 3 <= finished < 150
@@ -141,19 +139,16 @@ def test_a_process_killed_beside_another_goes_on_alone(project: Path, monkeypatc
     few = [json.loads(line) for line in (project / "records.jsonl").read_text().splitlines()]
     rows = [few[i % 5] | {"id": f"m{i}"} for i in range(40)]
     (project / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "perpo", "generate", "--config", str(project / "run.yaml")]
-    shared = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    options: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen(command, env=shared | {"RANK": str(rank)}, **options) for rank in range(2)]
+    processes = ranks(2, "-m", "perpo", "generate", "--config", str(project / "run.yaml"))
     shards = [project / "lists.jsonl.parts" / f"shard-0000{rank}.jsonl" for rank in range(2)]
     end = time.monotonic() + 120
     while not (shards[1].exists() and shards[1].read_bytes().count(b"\n") >= 2):
-        assert processes[1].poll() is None, processes[1].communicate()[0]
+        assert processes[1].returncode is None, processes[1].output
         assert time.monotonic() < end
         time.sleep(0.01)
     processes[1].kill()
-    processes[1].wait()
-    shown, _ = processes[0].communicate(timeout=120)
+    processes[1].wait(60)
+    shown = "".join(processes[0].communicate(timeout=120))
     assert processes[0].returncode == 0, shown
     finished = shards[1].read_bytes().count(b"\n")
     still = re.search(r"(\d+) records are still with other processes", shown)

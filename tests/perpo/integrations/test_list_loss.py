@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,11 +32,11 @@ import perpo
 from perpo.encoding.encoder import Encoder
 from perpo_kernels import checks, layout, linear_perpo_loss, objectives
 
+from ...processes import ROOT, ranks
 from .. import tiny_models
 from ..training.test_step_waits import waits
 from .padded_batches import CU_LISTS, batch, gradients, plain_log_probs, plain_loss
 
-ROOT = Path(__file__).parents[3]
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -268,11 +267,10 @@ def test_a_model_that_accelerate_has_prepared_keeps_its_autocast(kind: str) -> N
 
 
 def test_on_two_ranks_with_ddp_and_fsdp2() -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *command, "-m", "tests.perpo.integrations.run_wrapped"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == 2 * 6, done.stdout
+    for one in ranks(2, "-m", "tests.perpo.integrations.run_wrapped"):
+        shown, errors = one.communicate(timeout=400)
+        assert one.returncode == 0, errors[-3000:]
+        assert shown.count("equal") == 6, shown
 
 
 def test_under_zero_3() -> None:

@@ -2,11 +2,8 @@
 is at work nobody else writes into its folder."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,9 +16,9 @@ from transformers import TrainerCallback
 from perpo.training.checkpoints import last_whole_checkpoint
 from perpo.training.stopping import SIGNALS, StoppedBySignal
 
+from ...processes import ranks, start
 from .. import tiny_runs
 
-ROOT = Path(__file__).parents[3]
 OPTIONS: dict[str, Any] = {"max_steps": 5, "save_strategy": "steps", "save_steps": 4, "reference": "none"}
 
 
@@ -134,26 +131,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(*command: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def wait_for(process: subprocess.Popen[str], text: str) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} did not come; {process.communicate()[1][-2000:]}")
-
-
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_stops_on_sigterm(tmp_path: Path) -> None:
     config = str(tiny_runs.save_run(tmp_path, max_steps=1000, save_steps=1000) / "run.yaml")
-    first = start(sys.executable, "-c", SLOWLY, "train", "--config", config)
-    wait_for(first, "step 2")
-    second = start(sys.executable, "-m", "perpo", "train", "--config", config)
+    first = start("-c", SLOWLY, "train", "--config", config)
+    first.wait_for("step 2")
+    second = start("-m", "perpo", "train", "--config", config)
     shown = second.communicate(timeout=120)[1]
     assert second.returncode == 1
     owner = f"output_dir: {tmp_path / 'out'} is in use by process {first.pid} on {socket.gethostname()}"
@@ -171,12 +153,12 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_stops_on_sigte
 
 def test_a_killed_run_leaves_no_lock_behind(tmp_path: Path) -> None:
     config = str(tiny_runs.save_run(tmp_path, max_steps=2, dataloader_num_workers=1) / "run.yaml")
-    first = start(sys.executable, "-c", SLOWLY, "train", "--config", config)
-    wait_for(first, "step 1")
+    first = start("-c", SLOWLY, "train", "--config", config)
+    first.wait_for("step 1")
     first.kill()
     first.communicate()
     assert (tmp_path / "out" / ".lock").exists()  # but nobody holds it
-    second = start(sys.executable, "-m", "perpo", "train", "--config", config)
+    second = start("-m", "perpo", "train", "--config", config)
     shown = second.communicate(timeout=120)[1]
     assert second.returncode == 0, shown
     assert not (tmp_path / "out" / ".lock").exists()
@@ -185,10 +167,9 @@ def test_a_killed_run_leaves_no_lock_behind(tmp_path: Path) -> None:
 def test_ranks_of_one_run_share_a_folder_and_stop_after_the_same_step(tmp_path: Path) -> None:
     """The signal reaches the second rank alone."""
     options = json.dumps(OPTIONS | {"max_steps": 60, "save_steps": 1000, "ddp_backend": "gloo", "n_lists": 6})
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    whole = start(sys.executable, *launcher, "-m", "tests.perpo.run_training", str(tmp_path), options, "0", "3")
-    shown = whole.communicate(timeout=240)[1]
-    assert whole.returncode != 0
+    both = ranks(2, "-m", "tests.perpo.run_training", str(tmp_path), options, "0", "3")
+    shown = "".join(one.communicate()[1] for one in both)
+    assert [one.returncode for one in both] == [128 + signal.SIGTERM] * 2
     assert "SIGTERM: training was stopped after step " in shown, shown[-3000:]
     checkpoint = last_whole_checkpoint(tmp_path)
     assert checkpoint is not None

@@ -2,9 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +10,20 @@ import torch
 
 from perpo.training.checkpoints import finished_checkpoints, problems
 
+from ...processes import ranks, start
 from .. import tiny_models
 from ..run_training import train
 
-ROOT = Path(__file__).parents[3]
 RUN = ["-m", "tests.perpo.run_training"]
 
 
-def run(launcher: list[str], folder: Path, *extra: str, **options: Any) -> subprocess.CompletedProcess:
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, *launcher, str(folder), json.dumps(options), *extra]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+def two_ranks(folder: Path, **options: Any) -> str:
+    """What both print on stderr; they end well."""
+    folder.mkdir()
+    both = ranks(2, *RUN, str(folder), json.dumps(options | {"ddp_backend": "gloo"}))
+    shown = "".join(one.communicate()[1] for one in both)
+    assert [one.returncode for one in both] == [0, 0], shown[-3000:]
+    return shown
 
 
 def trained(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -34,9 +34,6 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +53,7 @@ def test_two_processes_equal_one_that_accumulates(options: dict[str, Any], tmp_p
         options["ref_model_name_or_path"] = [str(tmp_path / "a"), str(tmp_path / "b")]
         for seed, name in enumerate(options["ref_model_name_or_path"]):
             tiny_models.build("llava", seed=seed)[0].save_pretrained(name)
-    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
-    assert two.returncode == 0, two.stderr[-3000:]
+    two_ranks(tmp_path / "two", **options)
     train(tmp_path / "one", gradient_accumulation_steps=2, **options)
     (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
     assert_same(ours, theirs)
@@ -72,8 +68,7 @@ def test_two_processes_equal_one_that_accumulates(options: dict[str, Any], tmp_p
 def test_lists_that_fill_up_the_last_batch_count_once(tmp_path: Path) -> None:
     """5 lists in batches of 2 on 2 ranks: in the last step one has a list and a repeated one, the other only such."""
     options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1, "n_lists": 5}
-    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", per_device_train_batch_size=2, **options)
-    assert two.returncode == 0, two.stderr[-3000:]
+    two_ranks(tmp_path / "two", per_device_train_batch_size=2, **options)
     train(tmp_path / "one", gradient_accumulation_steps=4, **options)
     (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
     assert_same(ours, theirs)
@@ -91,8 +86,7 @@ def test_evaluation_on_two_processes_equals_one_also_if_they_do_not_divide_the_l
     mixed: dict[str, Any], tmp_path: Path
 ) -> None:
     options = {"reference": "none", "evaluate": True, **mixed}
-    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
-    assert two.returncode == 0, two.stderr[-3000:]
+    two_ranks(tmp_path / "two", **options)
     train(tmp_path / "one", **(options | {"per_device_eval_batch_size": 1}))
     (_, (ours,)), (_, (theirs,)) = trained(tmp_path / "two"), trained(tmp_path / "one")
     of_lists = [name for name in theirs if name == "eval_loss" or name.startswith(("eval_rewards", "eval_l"))]
@@ -105,8 +99,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """SIGKILL after step 5 while a checkpoint is being written; the last whole one is of step 4, with dropout on."""
     options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "dropout": 0.2}
     train(tmp_path / "whole", **options)
-    killed = run(RUN, tmp_path / "killed", "5", **options)
-    assert killed.returncode == -signal.SIGKILL
+    (tmp_path / "killed").mkdir()
+    killed = start(*RUN, str(tmp_path / "killed"), json.dumps(options), "5")
+    assert killed.wait(300) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "trained.pt").exists()
     reference = (tmp_path / "killed" / "reference" / "part-00000.jsonl").read_text()
     train(tmp_path / "killed", resume=True, **options)
@@ -126,20 +121,21 @@ def test_a_list_that_one_process_cannot_encode_ends_both_and_both_name_it(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     options = {"max_steps": 4, "n_lists": 8, "broken": 5, "save_strategy": "steps", "save_steps": 1} | options
-    start = time.monotonic()
-    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", **options)
-    assert two.returncode == 1
-    assert "FailedElsewhere: process " in two.stderr
-    assert two.stderr.count("record 'r5': prompt: 2 places for a picture") >= 2
-    assert "Connection" not in two.stderr
+    (tmp_path / "two").mkdir()
+    both = ranks(2, *RUN, str(tmp_path / "two"), json.dumps(options | {"ddp_backend": "gloo"}))
+    shown = [one.communicate(timeout=200)[1] for one in both]
+    assert [one.returncode for one in both] == [1, 1]
+    assert sum("FailedElsewhere: process " in text for text in shown) == 1
+    for text in shown:
+        assert "record 'r5': prompt: 2 places for a picture" in text
+        assert "Connection" not in text
     assert not (tmp_path / "two" / "trained.pt").exists()
     assert all(not problems(one) for one in finished_checkpoints(tmp_path / "two"))
-    assert time.monotonic() - start < 200
 
 
 @pytest.mark.slow
 def test_gradients_through_sharded_weights_equal_plain_ones() -> None:
     """FSDP2, the head in the root group and in one of its own."""
-    command = [sys.executable, *TORCHRUN, "-m", "tests.perpo.run_sharded"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    both = ranks(2, "-m", "tests.perpo.run_sharded")
+    shown = "".join(one.communicate()[1] for one in both)
+    assert [one.returncode for one in both] == [0, 0], shown[-3000:]
