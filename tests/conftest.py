@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from .interpreter import replace_once_a_launch
+
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 if DEVICE.type == "cpu":
@@ -26,9 +28,10 @@ settings.register_profile(
 )
 settings.load_profile("perpo")
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton has no package for this platform"
-)
+has_triton = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not has_triton, reason="triton has no package for this platform")
+if has_triton and DEVICE.type == "cpu":
+    replace_once_a_launch()
 
 
 @pytest.fixture
