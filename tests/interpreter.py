@@ -1,7 +1,7 @@
 """Triton's interpreter, without what it does over and over.
 
-For a launch it puts functions of its own in the place of those of `triton.language`, and does so again, in vain, when one
-`@triton.jit` function calls another: two thirds of the time of a list kernel. Here the functions that a module sees
+For a launch it puts functions of its own in the place of those of `triton.language`, and does so again, in vain, when
+one `@triton.jit` function calls another: two thirds of the time of a list kernel. Here the functions that a module sees
 are replaced once a launch. What is computed is the same.
 """
 
