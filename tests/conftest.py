@@ -1,5 +1,7 @@
 """Where tests run: on the first CUDA device if there is one, otherwise on the CPU with Triton's interpreter."""
 
+import atexit
+import gc
 import importlib.util
 import os
 
@@ -32,6 +34,13 @@ has_triton = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not has_triton, reason="triton has no package for this platform")
 if has_triton and DEVICE.type == "cpu":
     replace_once_a_launch()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage, of which accelerate makes one a training, leave it out."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # nanobind counts what is left at the end
 
 
 @pytest.fixture

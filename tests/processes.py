@@ -1,12 +1,13 @@
 """Python processes that start at once: forked from a server that has imported what they would import in ten seconds.
 
-`start("-m", "perpo", "train", …)` is `python -m perpo train …` in the root of the project, and `ranks(2, …)` what
-torchrun makes of it. What is tested is the process: its signals, its exit code, what it prints, what it leaves behind.
+`start("-m", "perpo", "train", …)` is `python -m perpo train …`, and `ranks(2, …)` what torchrun makes of it. What is
+tested is the process: its signals, its exit code, what it prints, what it leaves behind.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -36,7 +37,7 @@ class Python:
         self._folder = tempfile.TemporaryDirectory(prefix="process-")
         everything = {name: value for name, value in os.environ.items() if "XDIST" not in name}
         everything |= ONE_THREAD | environment
-        self._process = _FORKS.Process(target=_become, args=(arguments, everything, self._folder.name))
+        self._process = _FORKS.Process(target=_become, args=(arguments, everything, os.getcwd(), self._folder.name))
         with patch.dict(os.environ, ONE_THREAD):  # of the server, if there is none yet
             self._process.start()
         atexit.register(self._process.kill)  # before multiprocessing waits for it
@@ -91,14 +92,15 @@ def ranks(n: int, *arguments: str, **environment: str) -> list[Python]:
     return [start(*arguments, RANK=str(i), LOCAL_RANK=str(i), **shared, **environment) for i in range(n)]
 
 
-def _become(arguments: tuple[str, ...], environment: dict[str, str], folder: str) -> None:
+def _become(arguments: tuple[str, ...], environment: dict[str, str], where: str, output: str) -> None:
     """In the fork: the interpreter with these arguments."""
     multiprocessing.set_start_method(None, force=True)  # the fork's own processes are started as ever
+    gc.freeze()  # as in conftest.py
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(Path(output, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(where)
     option, *rest = arguments
     sys.argv = [option, *rest[option in ("-c", "-m") :]]
     if option == "-c":

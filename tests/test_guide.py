@@ -37,12 +37,13 @@ from perpo.rewards.formats import write_boxes
 from perpo.rewards.scoring import UnreadableAnswers, find_task, score_records
 
 from .perpo import tiny_models, tiny_qwen
+from .processes import ranks
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
 NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
 EIGHT = "torchrun --nproc-per-node 8 -m perpo"
-FEW = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {{}} -m tests.perpo.tiny_qwen"
+ONE = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 1 -m tests.perpo.tiny_qwen"
 pytestmark = pytest.mark.filterwarnings("ignore::perpo.rewards.scoring.UnreadableAnswers")
 
 
@@ -143,8 +144,12 @@ def run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
         except SystemExit as stop:
             code = stop.code
         shown = "".join(capsys.readouterr())
+    elif line.startswith(f"{EIGHT} generate "):
+        both = ranks(2, "-m", "tests.perpo.tiny_qwen", *shlex.split(line.removeprefix(EIGHT)))
+        shown = "".join("".join(one.communicate()) for one in both)
+        code = [one.returncode for one in both if one.returncode] or 0
     else:
-        line = line.replace(EIGHT, FEW.format(2 if " generate " in line else 1))
+        line = line.replace(EIGHT, ONE)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "check": False}
         done = subprocess.run(line, shell=True, env=environment, **options)

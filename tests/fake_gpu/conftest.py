@@ -1,6 +1,6 @@
 """The CUDA path without a GPU: each line of it runs on fake CUDA tensors, which have shapes and devices but no numbers.
 
-In a plain test run each file here is one test, in a process of its own (`stand_in` says why). To see the tests inside:
+In a plain test run the files here are one test, in a process of its own (`stand_in` says why). To see the tests inside:
 
     python -m pytest -p tests.fake_gpu.stand_in tests/fake_gpu
 """
@@ -36,7 +36,7 @@ class OwnProcess(pytest.File):
 class RunFile(pytest.Item):
     def __init__(self, *, expression: str, **options: Any) -> None:
         super().__init__(**options)
-        self.expression = expression
+        self.expression, self.files = expression, [self.path]
 
     def runtest(self) -> None:
         if reason := stand_in.problem():
@@ -44,7 +44,7 @@ class RunFile(pytest.Item):
         command = [sys.executable, "-m", "pytest", "-p", "tests.fake_gpu.stand_in", "-p", "no:cacheprovider"]
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
         result = subprocess.run(
-            [*command, "-p", "no:xdist", "-m", self.expression, str(self.path)],
+            [*command, "-p", "no:xdist", "-m", self.expression, *map(str, self.files)],
             cwd=HERE.parents[1],
             env=environment,
             capture_output=True,
@@ -52,13 +52,26 @@ class RunFile(pytest.Item):
         )
         self.add_report_section("call", "the tests inside", result.stdout)
         if result.returncode:
-            raise RuntimeError(f"{' '.join(command)} {self.path}\n{result.stdout}\n{result.stderr}")
+            raise RuntimeError(
+                f"{' '.join(command)} {' '.join(map(str, self.files))}\n{result.stdout}\n{result.stderr}"
+            )
 
     def repr_failure(self, excinfo: Any, style: Any = None) -> str:
         return str(excinfo.value)
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        return self.path, None, f"{self.path.name}, {self.name}"
+        return self.path, None, f"{', '.join(path.name for path in self.files)}, {self.name}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What was chosen of these files runs together, since half of such a process is imports."""
+    together: dict[str, RunFile] = {}
+    for item in [item for item in items if isinstance(item, RunFile)]:
+        first = together.setdefault(item.expression, item)
+        if first is not item:
+            first.files.append(item.path)
+            items.remove(item)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> Any:
