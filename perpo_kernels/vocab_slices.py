@@ -102,15 +102,15 @@ def _is_dtensor(x: object) -> bool:
 def _process_group(name: str, group: Any) -> "ProcessGroup":
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(f"{name} needs torch.distributed.init_process_group on every rank before this call")
-    if hasattr(group, "get_group"):  # a DeviceMesh
-        if group.ndim != 1:
-            raise ValueError(
-                f"{name} must be a mesh of one dimension, that of tensor parallelism (mesh['tp']), got {group}"
-            )
-        return group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if not hasattr(group, "get_group"):  # of a DeviceMesh
         raise TypeError(f"{name} must be a ProcessGroup, a DeviceMesh, VocabSlices or None, got {type(group).__name__}")
-    return group
+    if group.ndim != 1:
+        raise ValueError(
+            f"{name} must be a mesh of one dimension, that of tensor parallelism (mesh['tp']), got {group}"
+        )
+    return group.get_group()
 
 
 def _sharded(weight: Any, group: "ProcessGroup | None", rows: list[int] | None) -> tuple["ProcessGroup", list[int]]:
@@ -169,9 +169,9 @@ class _Whole(torch.autograd.Function):
         most = max(place.rows)
         sent = x.new_zeros(most, *x.shape[1:])
         sent[: len(x)] = x
-        received = x.new_empty(most * len(place.rows), *x.shape[1:])
-        dist.all_gather_into_tensor(received, sent, group=place.process_group)
-        return torch.cat([part[:n] for part, n in zip(received.split(max(most, 1)), place.rows, strict=False)])
+        received = [torch.empty_like(sent) for _ in place.rows]
+        dist.all_gather(received, sent, group=place.process_group)
+        return torch.cat([part[:n] for part, n in zip(received, place.rows, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -181,9 +181,9 @@ class _Whole(torch.autograd.Function):
 
 def whole(x: Tensor, place: Slice) -> Tensor:
     """The weight [V, H] or bias [V] of which each rank holds a slice: what backend="reference" takes."""
-    held = torch.zeros(len(place.rows), dtype=torch.int64, device=x.device)
-    dist.all_gather_into_tensor(held, held.new_full((1,), len(x)), group=place.process_group)
-    if held.tolist() != place.rows:
-        raise unequal(held.tolist())
+    held = torch.zeros(len(place.rows), 1, dtype=torch.int64, device=x.device)
+    dist.all_gather(list(held), held.new_full((1,), len(x)), group=place.process_group)
+    if held.flatten().tolist() != place.rows:
+        raise unequal(held.flatten().tolist())
     result: Tensor = _Whole.apply(x, place)  # type: ignore[no-untyped-call]
     return result

@@ -39,6 +39,7 @@ from perpo_kernels.problem import LogitMap, accumulation_dtype, unpack_numbers
 from perpo_kernels.vocab_slices import Slice, unequal
 
 NO_LABEL = -100  # among labels counted from the start of a slice, where `ignore_index` may be any of them
+CERTAIN = -(2.0**-8)  # a log-prob from which on 1 − p is the kernels' alone, a sum over the others
 SAME_STATE = 2.0**-5  # how far two ranks' projections of a state may lie apart, in multiples of its norm
 
 
@@ -89,7 +90,10 @@ class SliceRows:
         at = self.local(raw, labels, z)
         g = torch.where(coefficients == 0, 0.0, coefficients * share)
         self.kernels.grad_rows_(raw, at.labels, stats[:2], g, z._replace(ignore_index=NO_LABEL), out)
-        own = out.gather(1, at.column).squeeze(1).to(g.dtype) + coefficients * rest * at.slope
+        own = out.gather(1, at.column).squeeze(1).to(g.dtype)  # g (1 − p) dz/draw
+        if out.dtype != g.dtype:  # rounded already: made anew where 1 − exp(log_prob) has the digits
+            own = torch.where(log_probs < CERTAIN, -g * log_probs.expm1() * at.slope, own)
+        own += coefficients * rest * at.slope
         other = torch.where(g == 0, 0.0, -g * log_probs.exp() * at.slope)
         at.write(out, torch.where(at.mine, own, other).masked_fill(coefficients == 0, 0.0))
 
@@ -213,9 +217,8 @@ def _exchange(
     for i, values in enumerate(columns):
         for line, value in zip(sent, values, strict=False):
             line[n_tokens + i].fill_(value)
-    received = sent.new_empty(len(place.rows) * len(lines), sent.shape[1])
-    dist.all_gather_into_tensor(received, sent, group=place.process_group)
-    received = received.view(-1, *sent.shape)
+    received = sent.new_empty(len(place.rows), *sent.shape)
+    dist.all_gather(list(received), sent, group=place.process_group)
     if checked:
         _check_ranks(received, n_tokens, place)
         checks.label_values(labels, place.n_vocab, z.ignore_index)

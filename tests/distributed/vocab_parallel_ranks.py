@@ -12,6 +12,7 @@ from datetime import timedelta
 from itertools import accumulate
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -95,7 +96,7 @@ def compare(
     dtype = head.hidden.dtype
     upstream = torch.randn(()) if lists is not None else torch.randn(len(head.labels))
     split = run(head, lists, trainable, upstream, rows, backend=backend, **options)
-    unsplit = run(head, lists, trainable, upstream, backend=backend, **options)
+    unsplit = run(head, lists, trainable, upstream, backend="eager", **options)
     exact_head = Head(*(x.double() if x.is_floating_point() else x for x in head))
     exact_options = {name: x for name, x in options.items() if name not in ("logits_dtype", "max_chunk_bytes")}
     exact_lists = lists and Lists(*(x.double() if x.is_floating_point() else x for x in lists))
@@ -118,31 +119,30 @@ def compare(
         assert ours.dtype == plain.dtype
 
 
-GRID = [
-    (dtype, backend, kind)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    for backend in ("eager", "triton")
-    for kind in MAPS
-    if not (backend == "triton" and dtype == torch.float64)
+EAGER = [
+    (dtype, "eager", kind) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) for kind in MAPS
 ]
+TRITON = [(torch.float32, "triton", "capped"), (torch.bfloat16, "triton", "plain"), (torch.float16, "triton", "capped")]
 
 
-@case(*GRID)
+@case(*EAGER, *TRITON)
 def log_probs(dtype: torch.dtype, backend: str, kind: str) -> None:
     """Even, uneven, and fewer rows than ranks; a frozen head, a trainable one, and no gradient."""
     n = dist.get_world_size()
-    for n_vocab, trainable in (
-        (16 * n, ("hidden",)),
+    heads = [
         (37, ("hidden", "weight", "bias")),
         (n - 1, ("hidden", "weight", "bias")),
+        (16 * n, ("hidden",)),
         (11, ("weight",)),
         (37, ()),
-    ):
-        head = random_head(9, H, n_vocab, CPU, dtype, ignored=0.2)
+    ]
+    n_tokens = 4 if backend == "triton" else 9  # the interpreter takes a tenth of a second a row
+    for n_vocab, trainable in heads[: 2 if backend == "triton" else None]:
+        head = random_head(n_tokens, H, n_vocab, CPU, dtype, ignored=0.2)
         compare(head, None, cut(n_vocab), trainable, backend, **MAPS[kind])
 
 
-@case(*GRID)
+@case(*EAGER)
 def list_losses(dtype: torch.dtype, backend: str, kind: str) -> None:
     lists = ragged_lists(RAGGED, CPU)
     for trainable in (("hidden",), ("hidden", "weight", "bias")):
@@ -160,11 +160,11 @@ def wide_logits(dtype: torch.dtype, backend: str) -> None:
 def several_chunks(backend: str) -> None:
     """Of other lengths on each rank, since slices are."""
     rows = [1] * (dist.get_world_size() - 1) + [70]
-    head = random_head(23, H, sum(rows), CPU, torch.float32, ignored=0.2)
+    head = random_head(23 if backend == "eager" else 6, H, sum(rows), CPU, torch.float32, ignored=0.2)
     compare(head, None, rows, ("hidden", "weight", "bias"), backend, max_chunk_bytes=1200)
 
 
-@case(("eager",), ("triton",))
+@case(("eager",))
 def any_slices(backend: str) -> None:
     """Also one without a row in the middle."""
     n = dist.get_world_size()
@@ -173,14 +173,14 @@ def any_slices(backend: str) -> None:
         compare(head, None, rows, ("hidden", "weight", "bias"), backend, softcap=4.0)
 
 
-@case(("eager",), ("triton",))
+@case(("eager",))
 def a_label_that_is_ignored_lies_in_the_vocabulary(backend: str) -> None:
     """Counted from the start of a slice, other labels have its number."""
     head = random_head(40, H, 12, CPU, torch.float32)
     compare(head, None, cut(12), ("hidden", "weight", "bias"), backend, ignore_index=2)
 
 
-@case(("eager",), ("triton",))
+@case(("eager",))
 def all_but_certain_labels(backend: str) -> None:
     """1 − p of 1e-9 is right to its last digits, whichever slice has the label and whichever the rest."""
     n_vocab = 8 * dist.get_world_size()
@@ -230,7 +230,7 @@ def the_definition() -> None:
     compare(head, lists, rows, ("hidden", "weight", "bias"), "reference")
 
 
-@case(("eager",), ("triton",))
+@case(("eager",))
 def all_ranks_hold_the_same_bits(backend: str) -> None:
     head = random_head(9, H, 37, CPU, torch.float32, ignored=0.2)
     out = run(head, None, ("hidden",), torch.randn(9), cut(37), backend=backend)
@@ -275,7 +275,8 @@ def counted() -> Any:
 
     def counting(name: str) -> Callable[..., Any]:
         def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append((name, tuple(x.shape) if isinstance(x, Tensor) else ()))
+            shape = tuple(x.shape) if isinstance(x, Tensor) else (len(x), *x[0].shape)
+            seen.append((name, shape))
             return plain[name](x, *args, **kwargs)
 
         return call
@@ -299,7 +300,7 @@ def two_exchanges() -> None:
         for options in ({}, {"max_chunk_bytes": 1000}):
             with counted() as seen, nullcontext() if trainable else torch.no_grad():
                 run(head, lists, trainable, torch.ones(()), rows, **options)
-            exchange = ("all_gather_into_tensor", (n * 5, lists.n_tokens + 2))  # 3 of them where values are not checked
+            exchange = ("all_gather", (n, 5, lists.n_tokens + 2))  # 3 of them where values are not checked
             assert seen == [exchange, ("all_reduce", (lists.n_tokens, H))][: 2 if trainable else 1], seen
 
 
@@ -310,10 +311,10 @@ def on_a_device() -> None:
 
     n = dist.get_world_size()
     head = random_head(9, H, 12, CPU, torch.float32, ignored=0.2)
-    with mock.patch.object(pk.checks, "values_are_checked", lambda x: False):
+    with mock.patch.object(pk.checks, "values_are_checked", return_value=False):
         with counted() as seen:
             compare(head, None, cut(12), ("hidden",), "eager")
-        assert seen[0] == ("all_gather_into_tensor", (n * 3, 10))
+        assert seen[0] == ("all_gather", (n, 3, 10))
         labels = head.labels.clone()
         labels[3], labels[4] = 12, -7
         for trainable in (("hidden",), ("hidden", "weight")):
@@ -331,13 +332,10 @@ def on_a_device() -> None:
 
 
 def refused(kind: type[Exception], *words: str, call: Callable[[], Any]) -> None:
-    try:
+    with pytest.raises(kind) as caught:
         call()
-    except kind as error:
-        missing = [word for word in words if word not in str(error)]
-        assert not missing, f"{missing} not in {error}"
-    else:
-        raise AssertionError(f"not refused: {words}")
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in {caught.value}"
 
 
 @case(("eager",), ("reference",))
