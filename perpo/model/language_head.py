@@ -364,8 +364,8 @@ def _linear_map(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tens
         return states[0], weights[0], base.bias
     if isinstance(weights[0], DTensor):
         raise ValueError(
-            "language head: an adapter on a head that tensor parallelism has split is not supported; leave the head out "
-            "of target_modules, or of the tp_plan"
+            "language head: an adapter on a head that tensor parallelism has split is not supported; leave the head "
+            "out of target_modules, or out of the tp_plan"
         )
     return torch.cat(states, 1), torch.cat(weights, 1), base.bias
 
