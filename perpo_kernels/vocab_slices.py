@@ -104,7 +104,7 @@ def _process_group(name: str, group: Any) -> "ProcessGroup":
         raise ValueError(f"{name} needs torch.distributed.init_process_group on every rank before this call")
     if isinstance(group, dist.ProcessGroup):
         return group
-    if not hasattr(group, "get_group"):  # of a DeviceMesh
+    if not isinstance(group, dist.DeviceMesh):
         raise TypeError(f"{name} must be a ProcessGroup, a DeviceMesh, VocabSlices or None, got {type(group).__name__}")
     if group.ndim != 1:
         raise ValueError(

@@ -466,8 +466,9 @@ def compiled() -> None:
 
 @case()
 def a_model_of_transformers() -> None:
-    """Loaded with tp_plan="auto", whose head is a DTensor: the loss and every gradient are those of the whole model."""
+    """Loaded under its tp_plan, whose head is a DTensor: the loss and every gradient are those of the whole model."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
 
     import perpo
 
@@ -480,7 +481,8 @@ def a_model_of_transformers() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     rank, n = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update({"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n})  # as torchrun does
-    split = LlamaForCausalLM.from_pretrained(folder[0], tp_plan="auto", device_mesh=mesh)
+    plan = DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
+    split = LlamaForCausalLM.from_pretrained(folder[0], distributed_config=plan, device_mesh=mesh)
     assert isinstance(split.lm_head.weight, DTensor)
     ids = torch.randint(50, (4, 12))
     ids[:, :7] = ids[0, :7]
