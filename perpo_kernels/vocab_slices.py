@@ -43,7 +43,8 @@ class Slice(NamedTuple):
 
     @property
     def process_group(self) -> "ProcessGroup":
-        return dist.distributed_c10d._resolve_process_group(self.group)
+        name: Any = self.group  # a GroupName, which is a str
+        return dist.distributed_c10d._resolve_process_group(name)
 
 
 def take_slice(
@@ -62,7 +63,8 @@ def take_slice(
         return hidden, weight, bias, None
     rows = None
     if isinstance(group, VocabSlices):
-        group, rows = group.group, [int(n) for n in group.rows]
+        rows = [int(n) for n in group.rows]
+        group = group.group
     process_group = None if group is None else _process_group("group", group)
     if _is_dtensor(weight):
         process_group, rows = _sharded(weight, process_group, rows)
@@ -185,5 +187,5 @@ def whole(x: Tensor, place: Slice) -> Tensor:
     dist.all_gather(list(held), held.new_full((1,), len(x)), group=place.process_group)
     if held.flatten().tolist() != place.rows:
         raise unequal(held.flatten().tolist())
-    result: Tensor = _Whole.apply(x, place)  # type: ignore[no-untyped-call]
+    result: Tensor = _Whole.apply(x, place)
     return result
