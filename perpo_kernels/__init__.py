@@ -15,12 +15,14 @@ from perpo_kernels.functional import (
 )
 from perpo_kernels.modules import LinearPerPOLoss, PerPOLoss
 from perpo_kernels.references import combine_references
+from perpo_kernels.vocab_slices import VocabSlices
 
 __version__ = "0.1.0"
 __all__ = [
     "LinearPerPOLoss",
     "LinearPerPOOutput",
     "PerPOLoss",
+    "VocabSlices",
     "combine_references",
     "layout",
     "linear_perpo_loss",

@@ -30,7 +30,8 @@ def tensor(name: str, x: object) -> None:
         raise TypeError(
             f"{name} must be a tensor that is whole on this device, got a DTensor (as FSDP2 has it "
             f"outside the module's forward); use perpo.list_loss, which calls the model as a whole, compute the loss "
-            f"inside forward, or pass {name}.full_tensor()"
+            f"inside forward, or pass {name}.full_tensor(). A head whose rows tensor parallelism has split, over ranks "
+            f"with the same hidden states, goes with group=weight.device_mesh"
         )
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got a tensor of layout {x.layout} (sparse); use {name}.to_dense()")

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from perpo_kernels import checks, layout, metrics, reference
 from perpo_kernels.objectives import Objective
-from perpo_kernels.ops import linear
+from perpo_kernels.ops import linear, vocab_parallel
 from perpo_kernels.ops import lists as list_ops
 from perpo_kernels.ops import logits as token_ops
 from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, packed
+from perpo_kernels.vocab_slices import Group, Slice, take_slice, whole
 
 
 def token_log_probs(
@@ -71,6 +72,7 @@ def linear_token_log_probs(
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    group: Group = None,
     backend: str = "auto",
 ) -> Tensor:  # [...] fp32
     """Log-probability of each label under the language head, without the logits [..., V] ever existing.
@@ -91,6 +93,12 @@ def linear_token_log_probs(
         max_chunk_bytes: budget of one chunk of logits; None: 100 MiB on the CPU, 1 GiB elsewhere.
         logits_dtype: torch.float32 has the product of a bf16 or fp16 head write fp32 logits, as an fp32 head would;
             None keeps the dtype of the head. The gradient of the logits has the head's dtype either way.
+        group: the ranks that share the vocabulary, each with a slice [V_r, H] of the weight and [V_r] of the bias: a
+            ProcessGroup or a mesh of one dimension where slices are equal or the weight is a DTensor with Shard(0),
+            else `VocabSlices`. `hidden` and `labels` (ids of the whole vocabulary) must be the same on all of them, and
+            so are the results: log-probs and the gradient of `hidden` are those of the whole head, the gradient of
+            `weight` is that of the slice. An all-gather of [3, T] and an all-reduce of fp32 [T, H], both in the forward
+            pass (`perpo_kernels.ops.vocab_parallel`). A DTensor needs no group if `hidden` is one as well, replicated.
         backend: "auto", "triton", "eager" or "reference".
 
     Returns:
@@ -99,12 +107,13 @@ def linear_token_log_probs(
     Raises:
         ValueError, TypeError: arguments that do not fit, by name.
     """
+    hidden, weight, bias, place = take_slice(hidden, weight, bias, group)
     hidden, weight, bias = checks.head(hidden, weight, bias)
     checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
     memory = checks.chunk_bytes(max_chunk_bytes), checks.logits_dtype(logits_dtype, weight.dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return _linear_log_probs(rows, weight, bias, labels.reshape(-1), z, *memory, backend).view(labels.shape)
+    return _linear_log_probs(rows, weight, bias, labels.reshape(-1), z, *memory, backend, place).view(labels.shape)
 
 
 def perpo_loss(
@@ -259,18 +268,19 @@ def linear_perpo_loss(
     max_chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
     objective: Objective | None = None,
+    group: Group = None,
     backend: str = "auto",
 ) -> LinearPerPOOutput:
     """The PerPO loss from the hidden states of packed response tokens: no logits, no host synchronisation.
 
     GEMMs of T × V × H: one under no_grad, two with a frozen head (forward and backward together), three with a
     trainable one when each list fits `max_chunk_bytes` and the layout is on the CPU or all tokens fit at once,
-    otherwise four.
+    otherwise four; with `group`, one, two and four of T × V_r × H on each rank.
 
     Args:
         hidden: [T, H], the states that predict the labels: response positions only, all candidates of all lists one
             after another.
-        weight, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype: as `linear_token_log_probs`.
+        weight, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, group: as `linear_token_log_probs`.
         max_chunk_bytes: likewise; None lets the D of a trainable head take as much as its weight's gradient in fp32.
         labels: int64 [T].
         rewards: [S], as `perpo_loss`.
@@ -292,6 +302,7 @@ def linear_perpo_loss(
     Raises:
         ValueError, TypeError: arguments that do not fit, by name.
     """
+    hidden, weight, bias, place = take_slice(hidden, weight, bias, group)
     hidden, weight, bias = checks.head(hidden, weight, bias, packed=True)
     checks.labels(labels, hidden.shape[:-1], "hidden.shape[:-1]", hidden.device)
     for name, x in (("cu_seqlens", cu_seqlens), ("cu_lists", cu_lists)):
@@ -322,7 +333,7 @@ def linear_perpo_loss(
     z = checks.logit_map(temperature, softcap, logit_scale, ignore_index)
     memory = checks.chunk_bytes(max_chunk_bytes), checks.logits_dtype(logits_dtype, weight.dtype)
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    if any(need[1:]) and reduction != "none" and not _is_reference(backend):
+    if any(need[1:]) and reduction != "none" and place is None and not _is_reference(backend):
         total, _, candidates, active, *_ = linear.linear_list_loss(
             hidden.contiguous(),
             weight,
@@ -336,7 +347,7 @@ def linear_perpo_loss(
         )
         losses = active  # as long; only its length is read
     else:
-        tokens = _linear_log_probs(hidden, weight, bias, labels, z, *memory, backend)
+        tokens = _linear_log_probs(hidden, weight, bias, labels, z, *memory, backend, place)
         total, losses, candidates, active = _list_loss(tokens, problem, backend)
     loss = _reduce(total, losses, reduction)
     log_probs, scores, ranked_rewards = candidates.detach()
@@ -361,8 +372,11 @@ def _linear_log_probs(
     chunk_bytes: int,
     logits_dtype: torch.dtype,
     backend: str,
+    place: Slice | None,
 ) -> Tensor:  # [T]
     if _is_reference(backend):
+        if place is not None:
+            weight, bias = whole(weight, place), None if bias is None else whole(bias, place)
         checks.label_values(labels, weight.shape[0], z.ignore_index)
         wide_bias = None if bias is None else bias.to(logits_dtype)
         factors = hidden.to(logits_dtype), weight.to(logits_dtype), wide_bias
@@ -370,18 +384,11 @@ def _linear_log_probs(
         wide = logits.to(accumulation_dtype(logits.dtype))
         return reference.token_log_probs(wide, labels, z.temperature, z.ignore_index)
     keep_derivative = torch.is_grad_enabled() and hidden.requires_grad
-    return linear.linear_log_probs(
-        hidden.contiguous(),
-        weight,
-        bias,
-        _normal(labels).contiguous(),
-        *packed(z),
-        z.ignore_index,
-        chunk_bytes,
-        logits_dtype,
-        backend,
-        keep_derivative,
-    )[0]
+    tensors = hidden.contiguous(), weight, bias, _normal(labels).contiguous()
+    settings = *packed(z), z.ignore_index, chunk_bytes, logits_dtype, backend
+    if place is not None:
+        return vocab_parallel.vocab_parallel_log_probs(*tensors, *settings, *place, keep_derivative)[0]
+    return linear.linear_log_probs(*tensors, *settings, keep_derivative)[0]
 
 
 def _list_loss(log_probs: Tensor, problem: ListProblem, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -30,6 +30,8 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves
 
 from perpo.encoding.batch import ListBatch
@@ -40,12 +42,21 @@ from perpo_kernels import linear_perpo_loss, linear_token_log_probs
 
 
 class LanguageHead(NamedTuple):
-    """logits = softcap · tanh(logit_scale · (hidden weightᵀ + bias) / softcap)."""
+    """logits = softcap · tanh(logit_scale · (hidden weightᵀ + bias) / softcap).
+
+    Within the forward pass of the head, where this is made, FSDP2 has put its shards together. What is still a DTensor
+    there is split by tensor parallelism, over ranks with the same hidden states.
+    """
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     softcap: float | None = None
     logit_scale: float = 1.0
+
+    @property
+    def group(self) -> DeviceMesh | None:
+        """The ranks that share the vocabulary; None where the head is whole."""
+        return self.weight.device_mesh if isinstance(self.weight, DTensor) else None
 
 
 HeadCall = Callable[[Tensor, LanguageHead], Any]  # (hidden [T, H], head) -> anything made of tensors
@@ -351,6 +362,11 @@ def _linear_map(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tens
         weights.append(module.lora_B[name].weight.to(weights[0].dtype))
     if len(weights) == 1:
         return states[0], weights[0], base.bias
+    if isinstance(weights[0], DTensor):
+        raise ValueError(
+            "language head: an adapter on a head that tensor parallelism has split is not supported; leave the head "
+            "out of target_modules, or out of the tp_plan"
+        )
     return torch.cat(states, 1), torch.cat(weights, 1), base.bias
 
 
@@ -383,7 +399,11 @@ def _logit_map(core: Any) -> tuple[float | None, float]:
 
 
 def _plain_logits(hidden: Tensor, head: LanguageHead) -> Tensor:
+    if head.group is not None:
+        hidden = DTensor.from_local(hidden, head.group, [Replicate()])
     logits = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
+    if isinstance(logits, DTensor):
+        logits = logits.full_tensor()
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
@@ -400,7 +420,8 @@ def _dtypes(output: Any) -> list[torch.dtype]:
 def head_log_probs(hidden: Tensor, head: LanguageHead, labels: Tensor, **options: Any) -> Tensor:  # [T]
     """`linear_token_log_probs` through a head."""
     weight, bias, softcap, logit_scale = head
-    return linear_token_log_probs(hidden, weight, labels, bias, softcap=softcap, logit_scale=logit_scale, **options)
+    options |= {"softcap": softcap, "logit_scale": logit_scale, "group": head.group}
+    return linear_token_log_probs(hidden, weight, labels, bias, **options)
 
 
 def perpo_output(hidden: Tensor, head: LanguageHead, batch: ListBatch, **options: Any) -> Any:
@@ -419,5 +440,6 @@ def perpo_output(hidden: Tensor, head: LanguageHead, batch: ListBatch, **options
         bias=head.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        group=head.group,
         **options,
     )

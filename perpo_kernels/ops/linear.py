@@ -29,6 +29,7 @@ from torch import Tensor
 
 from perpo_kernels import checks
 from perpo_kernels.chunks import (
+    ChunkedHead,
     HeadGradient,
     bind_head,
     chunks,
@@ -91,7 +92,7 @@ def linear_log_probs(
         )
     z = LogitMap.from_numbers(unpack_numbers(numbers, traced), ignore_index)
     head = bind_head(weight, bias, z, chunk_bytes, logits_dtype, backend)
-    log_probs, lse, derivative = _new_log_probs(hidden, keep_derivative)
+    log_probs, lse, derivative = new_log_probs(hidden, keep_derivative)
     rows = head.chunk_rows(hidden.shape[0])
     buffers = head.buffers(rows)
     for c in chunks(0, hidden.shape[0], rows):
@@ -106,7 +107,7 @@ def linear_log_probs(
     return log_probs, lse, derivative
 
 
-def _new_log_probs(hidden: Tensor, keep_derivative: bool) -> tuple[Tensor, Tensor, Tensor]:
+def new_log_probs(hidden: Tensor, keep_derivative: bool) -> tuple[Tensor, Tensor, Tensor]:
     n_tokens, n_hidden = hidden.shape
     log_probs = hidden.new_empty(n_tokens, dtype=accumulation_dtype(hidden.dtype))
     return (
@@ -118,7 +119,7 @@ def _new_log_probs(hidden: Tensor, keep_derivative: bool) -> tuple[Tensor, Tenso
 
 @linear_log_probs.register_fake
 def _(hidden: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_log_probs(hidden, keep_derivative=settings[-1])
+    return new_log_probs(hidden, keep_derivative=settings[-1])
 
 
 @operator("linear_log_probs_head_backward")
@@ -139,7 +140,25 @@ def linear_log_probs_head_backward(
 ) -> tuple[Tensor, Tensor]:
     """-> dW [V, H] and db [V], or empty, as `need` says; the logits are recomputed chunk by chunk."""
     z = LogitMap.from_numbers(unpack_numbers(numbers, traced), ignore_index)
-    head = bind_head(weight, bias, z, chunk_bytes, logits_dtype, backend)
+    return head_gradient(
+        bind_head(weight, bias, z, chunk_bytes, logits_dtype, backend), grad, lse, hidden, labels, need
+    )
+
+
+@linear_log_probs_head_backward.register_fake
+def _(grad: Any, lse: Any, hidden: Any, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return new_head_gradient(weight, settings[-1], weight.dtype)
+
+
+def head_gradient(
+    head: ChunkedHead,
+    grad: Tensor,  # [T]
+    lse: Tensor,  # [n, T]: what the head's grad_rows_ takes
+    hidden: Tensor,  # [T, H]
+    labels: Tensor,  # [T]
+    need: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    weight, z = head.weight, head.z
     kept = kept_rows(labels, z.ignore_index)
     if kept is not None:
         grad, hidden, labels, lse = grad[kept], hidden[kept], labels[kept], lse[:, kept]
@@ -161,11 +180,6 @@ def linear_log_probs_head_backward(
     return d_weight.to(weight.dtype, copy=False), total.bias.to(weight.dtype)
 
 
-@linear_log_probs_head_backward.register_fake
-def _(grad: Any, lse: Any, hidden: Any, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return _new_head_gradient(weight, settings[-1], weight.dtype)
-
-
 def in_units(g: Tensor, z: LogitMap, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """g in multiples of a unit [], and the unit: g · D / unit then fills the range of fp16. Others need none: None."""
     if dtype != torch.float16:
@@ -180,7 +194,7 @@ def present_in(g: Tensor) -> Tensor:
     return (g != 0).to(g.dtype)
 
 
-def _new_head_gradient(weight: Tensor, need: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def new_head_gradient(weight: Tensor, need: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     need_weight, need_bias = need
     return (
         weight.new_empty(weight.shape if need_weight else (0, 0), dtype=dtype),
@@ -203,7 +217,7 @@ def _write_scaled(x: Tensor, g: Tensor, out: Tensor) -> Tensor:
     return torch.mul(x, g.unsqueeze(1), out=out).masked_fill_((g == 0).unsqueeze(1), 0.0)
 
 
-def _scaled_saved(ctx: Any, x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_saved(ctx: Any, x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """The same of what a forward pass saved: in place if nobody else holds it and it is released after this pass."""
     if x.dtype == dtype and holds_outputs_alone(ctx) and not is_observed(x, g):
         return _write_scaled(x, g, x).detach()
@@ -235,7 +249,7 @@ def _log_probs_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor
         ignore_index = ctx.settings[0]
         grad = grad.masked_fill(labels == ignore_index, 0.0)
         if need_hidden:
-            d_hidden = _scaled_saved(ctx, derivative, grad, ctx.hidden_dtype)
+            d_hidden = scaled_saved(ctx, derivative, grad, ctx.hidden_dtype)
         if any(need):
             gradients = linear_log_probs_head_backward(grad, *saved, labels, ctx.numbers, traced, *ctx.settings, need)
             d_weight, d_bias = (x if needed else None for x, needed in zip(gradients, need, strict=True))
@@ -281,7 +295,7 @@ def linear_list_loss(
     need_hidden, need_weight, need_bias = need
     n_tokens, rows = hidden.shape[0], head.max_rows(need_weight)
     one_chunk = need_weight and keeps_derivative(n_tokens, weight, rows)
-    log_probs, lse, derivative = _new_log_probs(hidden, need_hidden)
+    log_probs, lse, derivative = new_log_probs(hidden, need_hidden)
     result = new_list_result(log_probs, problem)
     factors = result.coefficients
     gradient = HeadGradient(head, need_weight and not one_chunk, need_bias)
@@ -354,11 +368,11 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Any, data: Any, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, chunk_bytes, logits_dtype, _, (need_hidden, need_weight, need_bias) = settings
-    log_probs, _, derivative = _new_log_probs(hidden, need_hidden)
+    log_probs, _, derivative = new_log_probs(hidden, need_hidden)
     _, factors, candidates, active = new_list_result(log_probs, ListProblem.unpack(data))
     n_tokens, dtype = hidden.shape[0], log_probs.dtype
     rows = max_rows(weight, logits_dtype, chunk_bytes, need_weight)
-    kept, d_bias = _new_head_gradient(weight, (need_weight, need_bias), dtype)
+    kept, d_bias = new_head_gradient(weight, (need_weight, need_bias), dtype)
     if need_weight and keeps_derivative(n_tokens, weight, rows):
         kept = weight.new_empty(n_tokens, padded(weight.shape[0], weight.dtype))
     total, unit = log_probs.new_empty(()), log_probs.new_empty(())
@@ -402,13 +416,13 @@ def _list_loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, .
         factors, derivative, kept, bias_sum, unit, hidden = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if need_hidden:
-            d_hidden = _scaled_saved(ctx, derivative, factors * grad, ctx.dtype)
+            d_hidden = scaled_saved(ctx, derivative, factors * grad, ctx.dtype)
         if need_weight and ctx.of_derivative:
             d_weight = kept_head_gradient(kept, hidden, factors, unit, grad, ctx.n_vocab)
         elif need_weight:
-            d_weight = _scaled_saved(ctx, kept, grad, ctx.dtype)
+            d_weight = scaled_saved(ctx, kept, grad, ctx.dtype)
         if need_bias:
-            d_bias = _scaled_saved(ctx, bias_sum, grad, ctx.dtype)
+            d_bias = scaled_saved(ctx, bias_sum, grad, ctx.dtype)
     return d_hidden, d_weight, d_bias, ctx.no_gradient, *(None,) * 7
 
 

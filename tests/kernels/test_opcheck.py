@@ -63,6 +63,7 @@ def test_every_operator_is_tested_here():
     assert {name.split(".")[0] for name in registered} == {
         "token_log_probs", "token_log_probs_backward", "token_log_probs_backward_", "list_loss", "linear_log_probs",
         "linear_log_probs_head_backward", "scaled", "linear_list_loss", "kept_head_gradient",
+        "vocab_parallel_log_probs", "vocab_parallel_head_backward",
     }  # fmt: skip
 
 
@@ -144,6 +145,26 @@ def test_linear_log_probs_head_backward(head, backend, given):
     log_probs, lse, _ = ops.linear_log_probs(*args, False)
     args = (torch.randn_like(log_probs), lse, *args, [True, True])
     opcheck(ops.linear_log_probs_head_backward, args, test_utils=WITHOUT_AUTOGRAD)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """rows, rank and the name of a group that holds one whole head, as the operators of split ones take them."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield [17], 0, dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+def test_vocab_parallel_log_probs(head, backend, given, one_rank):
+    settings = (*given(MAP), -100, 0, torch.float32, backend)
+    for leaves in ((leaf(head.hidden), head.weight, None), [leaf(x) for x in head[:3]]):
+        opcheck(ops.vocab_parallel_log_probs, (*leaves, head.labels, *settings, *one_rank, True))
+    args = (head.hidden, head.weight, head.bias, head.labels, *settings)
+    opcheck(ops.vocab_parallel_log_probs, (*args, *one_rank, False))
+    log_probs, stats, _ = ops.vocab_parallel_log_probs(*args, *one_rank, False)
+    args = (torch.randn_like(log_probs), stats, *args, 0, [True, True])
+    opcheck(ops.vocab_parallel_head_backward, args, test_utils=WITHOUT_AUTOGRAD)
 
 
 def test_scaled(device):
