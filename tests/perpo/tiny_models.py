@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
-MORE_FAMILIES = ("llava_next", "mistral3", "glm4v", "gemma3", "paligemma")
-TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
+MORE_FAMILIES = ("llava_next", "mistral3", "glm4v", "gemma3", "paligemma", "qwen3_5", "qwen3_5_moe")
+TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_next", "lfm2")
 
 HIDDEN, LAYERS, HEADS = 32, 2, 4
 TEXT = {
@@ -32,6 +32,24 @@ TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
+}
+LINEAR = {  # of families with linear attention
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+OWN = {  # what text families have of their own
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": LINEAR | EXPERTS,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_bias": True},
 }
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -183,6 +201,8 @@ def _qwen(family: str, prefix: str) -> tuple[Any, Any, Any]:
         vision |= {"window_size": 28, "fullatt_block_indexes": [1]}
     if family == "qwen3_vl":
         vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    if family.startswith("qwen3_5"):
+        vision |= {"num_position_embeddings": 16}
     text: dict[str, Any] = {
         "vocab_size": len(tok),
         "bos_token_id": tok.bos_token_id,
@@ -190,9 +210,12 @@ def _qwen(family: str, prefix: str) -> tuple[Any, Any, Any]:
         **TEXT,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
     }
-    if family == "qwen3_vl":
+    if family.startswith("qwen3"):
         text |= {"head_dim": HIDDEN // HEADS}
         text["rope_parameters"]["mrope_interleaved"] = True
+    if family.startswith("qwen3_5"):
+        text |= LINEAR | (EXPERTS if family == "qwen3_5_moe" else {})
+        text["rope_parameters"]["partial_rotary_factor"] = 1.0
     config = _load(family, f"{prefix}Config")(
         text_config=text,
         vision_config=vision,
@@ -204,8 +227,9 @@ def _qwen(family: str, prefix: str) -> tuple[Any, Any, Any]:
     images = _load("qwen2_vl.image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil")(
         patch_size=7, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 42 * 42}
     )
-    processor_name = "Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else f"{prefix}Processor"
-    processor = _without_video(_load(family, processor_name))(
+    kind, name = ("qwen3_vl", "Qwen3VL") if family.startswith("qwen3_5") else (family, prefix)
+    processor_name = "Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else f"{name}Processor"
+    processor = _without_video(_load(kind, processor_name))(
         images, tok, None, chat_template=CHATML.replace("IMAGE", "<|vision_start|><image><|vision_end|>")
     )
     return _load(family, f"{prefix}ForConditionalGeneration"), config, processor
@@ -388,7 +412,7 @@ def _paligemma() -> tuple[Any, Any, Any]:
 def _text(family: str) -> tuple[Any, Any, Any]:
     tok = tokenizer()
     tok.chat_template = CHATML
-    config = AutoConfig.for_model(family, vocab_size=len(tok), **TEXT)
+    config = AutoConfig.for_model(family, vocab_size=len(tok), **{**TEXT, **OWN.get(family, {})})
     config.head_dim = HIDDEN // HEADS
     if getattr(config, "sliding_window", None) and family != "gemma2":  # its eager attention makes NaN of padding then
         config.sliding_window = 16
@@ -403,6 +427,8 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
         "qwen2_vl": lambda: _qwen("qwen2_vl", "Qwen2VL"),
         "qwen2_5_vl": lambda: _qwen("qwen2_5_vl", "Qwen2_5_VL"),
         "qwen3_vl": lambda: _qwen("qwen3_vl", "Qwen3VL"),
+        "qwen3_5": lambda: _qwen("qwen3_5", "Qwen3_5"),
+        "qwen3_5_moe": lambda: _qwen("qwen3_5_moe", "Qwen3_5Moe"),
         "idefics3": lambda: _idefics("idefics3", "Idefics3"),
         "smolvlm": lambda: _idefics("smolvlm", "SmolVLM"),
         "internvl": _internvl,
