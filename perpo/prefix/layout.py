@@ -146,7 +146,9 @@ def _batch(answers: Sequence[Range], device: torch.device) -> tuple[Tensor, Tens
         return torch.empty(0, 0, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
     longest = max(2, *(end - start for start, end in answers))
     tokens = [torch.arange(start, start + longest, device=device).clamp(max=end - 1) for start, end in answers]
-    places = [torch.arange(i * longest, i * longest + end - start, device=device) for i, (start, end) in enumerate(answers)]
+    places = [
+        torch.arange(i * longest, i * longest + end - start, device=device) for i, (start, end) in enumerate(answers)
+    ]
     return torch.stack(tokens), torch.cat(places)
 
 

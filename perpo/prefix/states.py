@@ -52,7 +52,9 @@ def obstacle(core: Any) -> str | None:
                 f"one of {', '.join(CACHES)}"
             )
         if not isinstance(getattr(module, "layer_idx", None), int):
-            return f"has layers of type {kind}, and {type(module).__name__} does not say its place in a cache (layer_idx)"
+            return (
+                f"has layers of type {kind}, and {type(module).__name__} does not say its place in a cache (layer_idx)"
+            )
     return None
 
 

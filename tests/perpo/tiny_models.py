@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
 MORE_FAMILIES = ("llava_next", "mistral3", "glm4v", "gemma3", "paligemma", "qwen3_5", "qwen3_5_moe")
 TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_next", "lfm2")
+EXPERT_FAMILIES = ("qwen3_5_moe", "qwen3_next")
 
 HIDDEN, LAYERS, HEADS = 32, 2, 4
 TEXT = {
