@@ -129,10 +129,11 @@ class PrefixLayout:
         return found
 
     def batches(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Of each prompt, its n answers that have tokens as a batch, in which a short one is padded with its last token.
+        """Of each prompt, its n answers that have tokens as a batch, in which a short one repeats its last token.
 
-        The places in the row of the batch's tokens [n, longest], and the places in the flattened batch of those that
-        are no padding, in the order of the row. A batch has two tokens at least: kernels for one are for generation.
+        The places in the row of the batch's tokens, int64 [n, longest], and the places in the flattened batch of those
+        that are no padding, in the order of the row. A batch is two tokens long at least, as layers that carry a state
+        run one token as a step of generation, with kernels that have no gradient.
         """
         found = self.made.get(("batches", device))
         if found is None:
@@ -146,8 +147,9 @@ def _batch(answers: Sequence[Range], device: torch.device) -> tuple[Tensor, Tens
         return torch.empty(0, 0, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
     longest = max(2, *(end - start for start, end in answers))
     tokens = [torch.arange(start, start + longest, device=device).clamp(max=end - 1) for start, end in answers]
+    starts = range(0, len(answers) * longest, longest)
     places = [
-        torch.arange(i * longest, i * longest + end - start, device=device) for i, (start, end) in enumerate(answers)
+        torch.arange(at, at + end - start, device=device) for at, (start, end) in zip(starts, answers, strict=True)
     ]
     return torch.stack(tokens), torch.cat(places)
 
