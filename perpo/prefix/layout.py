@@ -147,9 +147,9 @@ def _batch(answers: Sequence[Range], device: torch.device) -> tuple[Tensor, Tens
         return torch.empty(0, 0, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
     longest = max(2, *(end - start for start, end in answers))
     tokens = [torch.arange(start, start + longest, device=device).clamp(max=end - 1) for start, end in answers]
-    starts = range(0, len(answers) * longest, longest)
     places = [
-        torch.arange(at, at + end - start, device=device) for at, (start, end) in zip(starts, answers, strict=True)
+        torch.arange(row * longest, row * longest + end - start, device=device)
+        for row, (start, end) in enumerate(answers)
     ]
     return torch.stack(tokens), torch.cat(places)
 

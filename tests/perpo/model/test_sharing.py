@@ -237,9 +237,7 @@ def test_layers_whose_state_cannot_be_handed_on_are_refused(monkeypatch: Any) ->
     with pytest.raises(ValueError, match="FalconH1ForCausalLM has layers of type hybrid, which carry a state"):
         sharing.prepare(model, "on")
     model = text_model("bamba", attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8)
-    with pytest.raises(
-        ValueError, match=r"linear_attention, .* and BambaDecoderLayer has no module 'linear_attn' that"
-    ):
+    with pytest.raises(ValueError, match=r"linear_attention, .* and BambaDecoderLayer has no module 'linear_attn'"):
         sharing.prepare(model, "on")
     model, _, _ = built("lfm2")
     conv = type(model.model.layers[0].conv)

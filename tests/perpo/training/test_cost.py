@@ -212,6 +212,22 @@ def test_windows_and_soft_caps_take_the_memory_of_models_without(family: str) ->
     assert ours["activations"] > 0
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_of_every_type_are_counted(checkpointing: bool) -> None:
+    config = tiny_models.build("qwen3_5")[0].config
+    text, kinds = config.get_text_config(), ["linear_attention", "linear_attention", "full_attention"] * 2
+    text.layer_types, text.num_hidden_layers = kinds, len(kinds)
+    lists = ListShape(prompt_tokens=70, response_tokens=8, k=3)
+    planner = Planner(config, Training(4, checkpointing, torch.float32))
+    whole, parts = planner._passes(lists, kinds), planner.memory(lists)
+    assert parts["activations"] == whole.kept
+    assert parts["activations"] + parts["momentary"] == pytest.approx(max(whole.forward, whole.backward), rel=0.02)
+    text.layer_types = ["full_attention", *kinds[:-1]]
+    assert Planner(config, planner.training).memory(lists)["activations"] == parts["activations"]
+    text.layer_types = ["full_attention"] * 6
+    assert Planner(config, planner.training).operations(lists) > planner.operations(lists)
+
+
 def test_what_cannot_be_planned_is_said(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--model", "x", "--k", "0"])
