@@ -5,8 +5,9 @@ Memory is the sum of
     weights       parameters × bytes
     gradients     trained parameters × bytes
     optimizer     trained parameters × 8: AdamW's two moments in fp32
-    activations   what is kept for the backward pass: counted on one and two of the model's own layers, of every type that
-                  it has, in the mixed precision of the trainer (`perpo.training.activations`), and U [n k R, H] of the loss in fp32
+    activations   what is kept for the backward pass: counted on one and two of the model's own layers, of every type,
+                  in the mixed precision of the trainer (`perpo.training.activations`), and U [n k R, H] of the loss in
+                  fp32
     momentary     what is added at the highest of three points: inside the last layer of the forward pass (counted), the
                   loss (one chunk of logits, and the response states), the backward pass of a layer (counted; with
                   gradient checkpointing also what the layer keeps when it is run again)
@@ -125,7 +126,9 @@ class Planner:
     def memory(self, lists: ListShape) -> dict[str, float]:
         """Bytes on each device, by what they are for."""
         training = self.training
-        first = self.kinds[0]
+        first = min(
+            self.kinds, key=lambda kind: kind in MODULES
+        )  # with attention, whose rotary tables all layers share
         more = [(self._passes(lists, [first, kind]), n - (kind == first)) for kind, n in Counter(self.kinds).items()]
         passes = self._passes(lists, [first]).of_layers(more)
         size, responses = training.dtype.itemsize, lists.responses
