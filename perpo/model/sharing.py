@@ -32,6 +32,7 @@ VERIFIED = (
     "idefics3",
     "internvl",
     "lfm2",
+    "lfm2_vl",
     "llama",
     "llava",
     "llava_next",

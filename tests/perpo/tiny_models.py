@@ -17,11 +17,13 @@ from unittest.mock import MagicMock, patch
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BaseImageProcessor, PreTrainedTokenizerFast
+from transformers.processing_utils import ImagesKwargs
 
 FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
 MORE_FAMILIES = ("llava_next", "mistral3", "glm4v", "gemma3", "paligemma", "qwen3_5", "qwen3_5_moe")
 TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_next", "lfm2")
+STAND_IN_FAMILIES = ("lfm2_vl",)  # their own image processors need torchvision; a stand-in gives the like
 EXPERT_FAMILIES = ("qwen3_5_moe", "qwen3_next")
 
 HIDDEN, LAYERS, HEADS = 32, 2, 4
@@ -410,6 +412,51 @@ def _paligemma() -> tuple[Any, Any, Any]:
     return _load("paligemma", "PaliGemmaForConditionalGeneration"), config, processor
 
 
+class _TileKwargs(ImagesKwargs, total=False):
+    return_row_col_info: bool | None
+
+
+class _Tile(BaseImageProcessor):
+    """An image as one tile: its patches, padded to 16, how they lie, and what LFM2-VL's processor reads."""
+
+    valid_kwargs = _TileKwargs
+    tile_size, downsample_factor, encoder_patch_size, use_thumbnail = 28, 2, 7, False
+
+    def __call__(self, images: Any, **kwargs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for image in (image for of_text in images for image in of_text):
+            width, height = (14 if side < 35 else 28 for side in image.size)
+            pixels = torch.tensor(list(image.resize((width, height)).getdata())).view(height, width, 3) / 255
+            patches = pixels.unfold(0, 7, 7).unfold(1, 7, 7).permute(0, 1, 3, 4, 2).reshape(-1, 7 * 7 * 3)
+            n = len(patches)
+            found.setdefault("pixel_values", []).append(torch.cat((patches, torch.zeros(16 - n, 147))))
+            found.setdefault("pixel_attention_mask", []).append(torch.tensor([1] * n + [0] * (16 - n)))
+            found.setdefault("spatial_shapes", []).append(torch.tensor([height // 7, width // 7]))
+            found.setdefault("image_sizes", []).append([height, width])
+        stacked = {
+            name: torch.stack(found[name]) for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        }
+        ones = [1] * len(found["image_sizes"])
+        return {**found, **stacked, "image_rows": ones, "image_cols": ones}
+
+
+def _lfm2_vl() -> tuple[Any, Any, Any]:
+    tok = tokenizer(("<|image_start|>", "<|image_end|>"))
+    config = _load("lfm2_vl", "Lfm2VlConfig")(
+        text_config={"model_type": "lfm2", "vocab_size": len(tok), **TEXT, **OWN["lfm2"]},
+        vision_config={**VISION, "model_type": "siglip2_vision_model", "patch_size": 7, "num_patches": 16},
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        projector_hidden_size=24,
+        tie_word_embeddings=False,
+    )
+    kind = _load("lfm2_vl.processing_lfm2_vl", "Lfm2VlProcessor")
+    relaxed = type(
+        kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, argument: type(argument)}
+    )
+    processor = relaxed(_Tile(), tok, chat_template=CHATML.replace("IMAGE", "<image>"))
+    return _load("lfm2_vl", "Lfm2VlForConditionalGeneration"), config, processor
+
+
 def _text(family: str) -> tuple[Any, Any, Any]:
     tok = tokenizer()
     tok.chat_template = CHATML
@@ -438,6 +485,7 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
         "glm4v": _glm4v,
         "gemma3": _gemma3,
         "paligemma": _paligemma,
+        "lfm2_vl": _lfm2_vl,
         **{name: partial(_text, name) for name in TEXT_FAMILIES},
     }
     model_class, config, processor = parts[family]()

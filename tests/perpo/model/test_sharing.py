@@ -25,7 +25,7 @@ from perpo.prefix.attention import NAME
 from tests.perpo import tiny_models
 from tests.perpo.prefix.test_states import gated_delta_rule
 
-VISION_FAMILIES = (*tiny_models.FAMILIES, *tiny_models.MORE_FAMILIES)
+VISION_FAMILIES = (*tiny_models.FAMILIES, *tiny_models.MORE_FAMILIES, *tiny_models.STAND_IN_FAMILIES)
 FAMILIES = (*VISION_FAMILIES, *tiny_models.TEXT_FAMILIES)
 
 EXACT = 1e-6  # some families compute rotary embeddings or a norm in fp32 whatever the weights' type
