@@ -38,6 +38,8 @@ class VisionTower:
         if "accepts_precomputed_kwargs" not in known or "get_vision_attention_seqlens" not in known:
             return None
         tower = core.get_encoder(modality="image")
+        if tower is core:  # a language model alone, in the file of one with a tower
+            return None
         if hasattr(tower, "embeddings"):  # GLM-4V places its learned positions by sizes and bounds on the device
             return None
         window = interpolation = None

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from perpo.encoding.batch import ListBatch
 from perpo.encoding.positions import PromptPositions
 from perpo.model.language_head import causal_lm, token_log_probs
-from perpo.prefix import attention, flex_attention
+from perpo.prefix import attention, flex_attention, states
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +31,8 @@ VERIFIED = (
     "glm4v",
     "idefics3",
     "internvl",
+    "lfm2",
+    "lfm2_vl",
     "llama",
     "llava",
     "llava_next",
@@ -42,6 +44,10 @@ VERIFIED = (
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_text",
+    "qwen3_next",
     "qwen3_vl",
     "smolvlm",
 )
@@ -51,17 +57,21 @@ VERIFIED_TEXT = (
     "gemma2",
     "gemma3_text",
     "glm4v_text",
+    "lfm2",
     "llama",
     "mistral",
     "qwen2",
     "qwen2_5_vl_text",
     "qwen2_vl_text",
     "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
     "qwen3_vl_text",
 )
 
-# Types of layers that see other tokens than attention does: their prompts cannot be shared.
-_STATEFUL = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+# Types of layers that see other tokens than attention does, in ways that `perpo.prefix.states` does not know.
+_STATEFUL = {"hybrid", "hybrid_sliding"}
 _TOKEN_BY_TOKEN = {"moe", "mlp", "sparse", "dense"}
 
 # Allowed rms difference of token log-probs. Rounding stays below it; a wrong position or mask gives 1 and more.
@@ -104,7 +114,8 @@ def prepare(model: nn.Module, setting: str, device: torch.device | str | None = 
 def obstacle(core: Any) -> str | None:
     """What keeps an architecture from sharing prompts, as the rest of a sentence; None if nothing is known to."""
     text = core.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"} - _TOKEN_BY_TOKEN
+    known = {"full_attention", "sliding_attention", *states.MODULES, *_TOKEN_BY_TOKEN}
+    kinds = set(getattr(text, "layer_types", None) or ()) - known
     if stateful := sorted(kinds & _STATEFUL):
         return f"has layers of type {', '.join(stateful)}, which carry a state from token to token"
     if kinds:
@@ -113,7 +124,10 @@ def obstacle(core: Any) -> str | None:
         return f"has attention_dropout={text.attention_dropout}, which attention over shared prompts does not know"
     if core.config.is_encoder_decoder:
         return "is an encoder–decoder"
-    if not getattr(core, "_supports_attention_backend", False):
+    if reason := states.obstacle(core):
+        return reason
+    # Some, Qwen3.5 among them, do not say so, and transformers finds it in their source.
+    if not (getattr(core, "_supports_attention_backend", False) or core.get_decoder()._can_set_attn_implementation()):
         return "does not let its attention be replaced"
     if any(name.endswith(".sinks") for name, _ in core.named_parameters()):
         return "has attention sinks, which attention over shared prompts does not know"

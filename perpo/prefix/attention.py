@@ -43,6 +43,7 @@ from transformers.utils import logging
 from perpo.prefix import flash_attention, flex_attention
 from perpo.prefix.flash_attention import Gradients, PackedRow
 from perpo.prefix.layout import PrefixLayout
+from perpo.prefix.states import register_states
 from perpo_kernels.checks import WITH_AUTOCAST
 from perpo_kernels.problem import accumulation_dtype
 
@@ -55,6 +56,7 @@ PACKED = "perpo_prefix_packed"  # the same attention; transformers makes no mask
 
 def register_attention(core: Any) -> None:
     """Let the language model inside a Hugging Face model (`PreTrainedModel`) take `prefix_layout`."""
+    register_states(core)
     for name, other, mask in ((NAME, sdpa_attention_forward, sdpa_mask), (OVER_EAGER, _eager, eager_mask)):
         AttentionInterface.register(name, partial(_attention, other))
         AttentionMaskInterface.register(name, mask)

@@ -128,6 +128,31 @@ class PrefixLayout:
             ]
         return found
 
+    def batches(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Of each prompt, its n answers that have tokens as a batch, in which a short one repeats its last token.
+
+        The places in the row of the batch's tokens, int64 [n, longest], and the places in the flattened batch of those
+        that are no padding, in the order of the row. A batch is two tokens long at least, as layers that carry a state
+        run one token as a step of generation, with kernels that have no gradient.
+        """
+        found = self.made.get(("batches", device))
+        if found is None:
+            found = self.made["batches", device] = [_batch(answers, device) for answers in self.answers]
+        return found
+
+
+def _batch(answers: Sequence[Range], device: torch.device) -> tuple[Tensor, Tensor]:
+    answers = [(start, end) for start, end in answers if start < end]
+    if not answers:
+        return torch.empty(0, 0, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    longest = max(2, *(end - start for start, end in answers))
+    tokens = [torch.arange(start, start + longest, device=device).clamp(max=end - 1) for start, end in answers]
+    places = [
+        torch.arange(row * longest, row * longest + end - start, device=device)
+        for row, (start, end) in enumerate(answers)
+    ]
+    return torch.stack(tokens), torch.cat(places)
+
 
 def _mask(seen: Tensor, prompt: Range, answers: Sequence[Range]) -> tuple[Tensor, Tensor]:
     device = seen.device

@@ -7,7 +7,7 @@ while it lives. Autocast does not know the meta device: `_Autocast` casts what i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,10 +52,15 @@ class Passes(NamedTuple):
     forward: int  # at the peak of the forward pass
     backward: int  # at the peak of the backward pass
 
-    def of_layers(self, one_more: Passes, n_layers: int) -> Passes:
-        """Of as many layers, where `self` is of one and `one_more` of two: what is kept grows, peaks ride on top."""
-        held, kept = (a + (n_layers - 1) * (b - a) for a, b in zip(self[:2], one_more[:2], strict=True))
-        return Passes(held, kept, held + one_more.forward - one_more.held, kept + one_more.backward - one_more.kept)
+    def of_layers(self, one_more: Sequence[tuple[Passes, int]]) -> Passes:
+        """Of more layers, where `self` is of one, and `one_more` of it with one more of a kind, and how many there are.
+
+        What is kept grows, and the highest of the peaks rides on top.
+        """
+        held = self.held + sum(n * (two.held - self.held) for two, n in one_more)
+        kept = self.kept + sum(n * (two.kept - self.kept) for two, n in one_more)
+        forward = max(two.forward - two.held for two, _ in one_more)
+        return Passes(held, kept, held + forward, kept + max(two.backward - two.kept for two, _ in one_more))
 
 
 def count(model: nn.Module, layout: PrefixLayout, n_responses: int, dtype: torch.dtype) -> Passes:

@@ -5,8 +5,9 @@ Memory is the sum of
     weights       parameters × bytes
     gradients     trained parameters × bytes
     optimizer     trained parameters × 8: AdamW's two moments in fp32
-    activations   what is kept for the backward pass: counted on one and two of the model's own layers, in the mixed
-                  precision of the trainer (`perpo.training.activations`), and U [n k R, H] of the loss in fp32
+    activations   what is kept for the backward pass: counted on one and two of the model's own layers, of every type,
+                  in the mixed precision of the trainer (`perpo.training.activations`), and U [n k R, H] of the loss in
+                  fp32
     momentary     what is added at the highest of three points: inside the last layer of the forward pass (counted), the
                   loss (one chunk of logits, and the response states), the backward pass of a layer (counted; with
                   gradient checkpointing also what the layer keeps when it is run again)
@@ -20,12 +21,15 @@ and operations (multiply and add count as two) of one list are
 
 with T = P + k R tokens and P²/2 + k R P + k R²/2 pairs where the prompt is shared, k (P + R) tokens and k (P + R)²/2
 pairs where it is not. Gradient checkpointing adds the forward pass of the layers once more. Memory is that of a GPU,
-where no attention keeps its scores. Left out: attention inside the tower, and that a sliding window has fewer pairs.
+where no attention keeps its scores; but what linear attention keeps is counted as PyTorch computes it, and
+flash-linear-attention keeps less. Left out: attention inside the tower, that a sliding window has fewer pairs, and what
+linear attention computes beside its linear layers.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +40,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from perpo.model.language_head import causal_lm
 from perpo.model.trainable import freeze, keep_in_fp32, language_lora
 from perpo.prefix.layout import PrefixLayout, prefix_layout
+from perpo.prefix.states import MODULES
 from perpo.training.activations import Passes, count
 
 MOMENTS = 8  # bytes a trained parameter
@@ -101,14 +106,16 @@ class Planner:
         self.linear_parameters = sum(module.weight.numel() for module in linear)
         self.linear_trained = sum(module.weight.numel() for module in linear if module.weight.requires_grad)
         self.vocabulary, self.hidden = head.weight.shape
-        self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
+        self.kinds = list(getattr(text, "layer_types", None) or [""] * text.num_hidden_layers)
+        self.attention_layers = sum(kind not in MODULES for kind in self.kinds)
+        self.heads = text.num_attention_heads
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // self.heads
 
     def operations(self, lists: ListShape) -> float:
         """Floating-point operations of one forward and backward pass."""
         tokens = lists.layout.n_tokens
         forward = 2 * tokens * self.linear_parameters
-        attention_forward = 4 * self.layers * self.heads * self.head_dim * lists.pairs
+        attention_forward = 4 * self.attention_layers * self.heads * self.head_dim * lists.pairs
         total = 2 * forward + 2 * tokens * self.linear_trained + 3.5 * attention_forward
         if self.training.gradient_checkpointing:
             total += forward + attention_forward
@@ -119,8 +126,11 @@ class Planner:
     def memory(self, lists: ListShape) -> dict[str, float]:
         """Bytes on each device, by what they are for."""
         training = self.training
-        one, two = (self._passes(lists, n_layers) for n_layers in (1, 2))
-        passes = one.of_layers(two, self.layers)
+        first = min(
+            self.kinds, key=lambda kind: kind in MODULES
+        )  # with attention, whose rotary tables all layers share
+        more = [(self._passes(lists, [first, kind]), n - (kind == first)) for kind, n in Counter(self.kinds).items()]
+        passes = self._passes(lists, [first]).of_layers(more)
         size, responses = training.dtype.itemsize, lists.responses
         states = responses * self.hidden * size  # let go when the loss is there
         derivative = 4 * responses * self.hidden  # of log-probs by states
@@ -147,13 +157,13 @@ class Planner:
         """Of an image that takes up the whole prompt."""
         return lists.prompt_tokens * patches_per_token(self.config)
 
-    def _passes(self, lists: ListShape, n_layers: int) -> Passes:
-        """Of a language model of `n_layers` layers."""
+    def _passes(self, lists: ListShape, kinds: list[str]) -> Passes:
+        """Of a language model of layers of these kinds."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
-        text.num_hidden_layers = n_layers
+        text.num_hidden_layers = len(kinds)
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:n_layers]
+            text.layer_types = kinds
         model = _model(config, self.training)
         if self.training.gradient_checkpointing:
             causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})

@@ -79,12 +79,17 @@ WAITS: dict[str, set[str]] = {
     },
     "gemma3": {CHECK},
     "paligemma": {CHECK},
+    "qwen3_5": {CHECK},
+    "qwen3_5_moe": {CHECK},
 }
 # Copies that wait, and operators that take an index from the CPU: none but these, of transformers.
 COPIES = {"llava_onevision": 1, "llava_next": 1, "glm4v": 1}
 # Parts of flash attention that the two layers call, forward. Tokens of an image see each other in Gemma 3, which has a
 # window in one layer: heads of 8 are too small there for FlexAttention, so that masks are made.
-FLASH = {"gemma3": 10}
+FLASH = {
+    "gemma3": 10,
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "lfm2_vl", *tiny_models.OWN), 3),
+}  # one layer carries a state
 FLEX = {"mistral", "gemma2", "gemma3_text"}  # windows and soft caps
 
 

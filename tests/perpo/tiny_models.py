@@ -17,11 +17,14 @@ from unittest.mock import MagicMock, patch
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BaseImageProcessor, PreTrainedTokenizerFast
+from transformers.processing_utils import ImagesKwargs
 
 FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
-MORE_FAMILIES = ("llava_next", "mistral3", "glm4v", "gemma3", "paligemma")
-TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
+MORE_FAMILIES = ("llava_next", "mistral3", "glm4v", "gemma3", "paligemma", "qwen3_5", "qwen3_5_moe")
+TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_next", "lfm2")
+STAND_IN_FAMILIES = ("lfm2_vl",)  # their own image processors need torchvision; a stand-in gives the like
+EXPERT_FAMILIES = ("qwen3_5_moe", "qwen3_next")
 
 HIDDEN, LAYERS, HEADS = 32, 2, 4
 TEXT = {
@@ -32,6 +35,24 @@ TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
+}
+LINEAR = {  # of families with linear attention
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+OWN = {  # what text families have of their own
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": LINEAR | EXPERTS,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_bias": True},
 }
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -183,6 +204,8 @@ def _qwen(family: str, prefix: str) -> tuple[Any, Any, Any]:
         vision |= {"window_size": 28, "fullatt_block_indexes": [1]}
     if family == "qwen3_vl":
         vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    if family.startswith("qwen3_5"):
+        vision |= {"num_position_embeddings": 16}
     text: dict[str, Any] = {
         "vocab_size": len(tok),
         "bos_token_id": tok.bos_token_id,
@@ -190,9 +213,12 @@ def _qwen(family: str, prefix: str) -> tuple[Any, Any, Any]:
         **TEXT,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
     }
-    if family == "qwen3_vl":
+    if family.startswith("qwen3"):
         text |= {"head_dim": HIDDEN // HEADS}
         text["rope_parameters"]["mrope_interleaved"] = True
+    if family.startswith("qwen3_5"):
+        text |= LINEAR | (EXPERTS if family == "qwen3_5_moe" else {})
+        text["rope_parameters"]["partial_rotary_factor"] = 1.0
     config = _load(family, f"{prefix}Config")(
         text_config=text,
         vision_config=vision,
@@ -204,8 +230,9 @@ def _qwen(family: str, prefix: str) -> tuple[Any, Any, Any]:
     images = _load("qwen2_vl.image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil")(
         patch_size=7, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 42 * 42}
     )
-    processor_name = "Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else f"{prefix}Processor"
-    processor = _without_video(_load(family, processor_name))(
+    kind, name = ("qwen3_vl", "Qwen3VL") if family.startswith("qwen3_5") else (family, prefix)
+    processor_name = "Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else f"{name}Processor"
+    processor = _without_video(_load(kind, processor_name))(
         images, tok, None, chat_template=CHATML.replace("IMAGE", "<|vision_start|><image><|vision_end|>")
     )
     return _load(family, f"{prefix}ForConditionalGeneration"), config, processor
@@ -385,10 +412,55 @@ def _paligemma() -> tuple[Any, Any, Any]:
     return _load("paligemma", "PaliGemmaForConditionalGeneration"), config, processor
 
 
+class _TileKwargs(ImagesKwargs, total=False):
+    return_row_col_info: bool | None
+
+
+class _Tile(BaseImageProcessor):
+    """An image as one tile: its patches, padded to 16, how they lie, and what LFM2-VL's processor reads."""
+
+    valid_kwargs = _TileKwargs
+    tile_size, downsample_factor, encoder_patch_size, use_thumbnail = 28, 2, 7, False
+
+    def __call__(self, images: Any, **kwargs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for image in (image for of_text in images for image in of_text):
+            width, height = (14 if side < 35 else 28 for side in image.size)
+            pixels = torch.tensor(list(image.resize((width, height)).getdata())).view(height, width, 3) / 255
+            patches = pixels.unfold(0, 7, 7).unfold(1, 7, 7).permute(0, 1, 3, 4, 2).reshape(-1, 7 * 7 * 3)
+            n = len(patches)
+            found.setdefault("pixel_values", []).append(torch.cat((patches, torch.zeros(16 - n, 147))))
+            found.setdefault("pixel_attention_mask", []).append(torch.tensor([1] * n + [0] * (16 - n)))
+            found.setdefault("spatial_shapes", []).append(torch.tensor([height // 7, width // 7]))
+            found.setdefault("image_sizes", []).append([height, width])
+        stacked = {
+            name: torch.stack(found[name]) for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        }
+        ones = [1] * len(found["image_sizes"])
+        return {**found, **stacked, "image_rows": ones, "image_cols": ones}
+
+
+def _lfm2_vl() -> tuple[Any, Any, Any]:
+    tok = tokenizer(("<|image_start|>", "<|image_end|>"))
+    config = _load("lfm2_vl", "Lfm2VlConfig")(
+        text_config={"model_type": "lfm2", "vocab_size": len(tok), **TEXT, **OWN["lfm2"]},
+        vision_config={**VISION, "model_type": "siglip2_vision_model", "patch_size": 7, "num_patches": 16},
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        projector_hidden_size=24,
+        tie_word_embeddings=False,
+    )
+    kind = _load("lfm2_vl.processing_lfm2_vl", "Lfm2VlProcessor")
+    relaxed = type(
+        kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, argument: type(argument)}
+    )
+    processor = relaxed(_Tile(), tok, chat_template=CHATML.replace("IMAGE", "<image>"))
+    return _load("lfm2_vl", "Lfm2VlForConditionalGeneration"), config, processor
+
+
 def _text(family: str) -> tuple[Any, Any, Any]:
     tok = tokenizer()
     tok.chat_template = CHATML
-    config = AutoConfig.for_model(family, vocab_size=len(tok), **TEXT)
+    config = AutoConfig.for_model(family, vocab_size=len(tok), **{**TEXT, **OWN.get(family, {})})
     config.head_dim = HIDDEN // HEADS
     if getattr(config, "sliding_window", None) and family != "gemma2":  # its eager attention makes NaN of padding then
         config.sliding_window = 16
@@ -403,6 +475,8 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
         "qwen2_vl": lambda: _qwen("qwen2_vl", "Qwen2VL"),
         "qwen2_5_vl": lambda: _qwen("qwen2_5_vl", "Qwen2_5_VL"),
         "qwen3_vl": lambda: _qwen("qwen3_vl", "Qwen3VL"),
+        "qwen3_5": lambda: _qwen("qwen3_5", "Qwen3_5"),
+        "qwen3_5_moe": lambda: _qwen("qwen3_5_moe", "Qwen3_5Moe"),
         "idefics3": lambda: _idefics("idefics3", "Idefics3"),
         "smolvlm": lambda: _idefics("smolvlm", "SmolVLM"),
         "internvl": _internvl,
@@ -411,6 +485,7 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
         "glm4v": _glm4v,
         "gemma3": _gemma3,
         "paligemma": _paligemma,
+        "lfm2_vl": _lfm2_vl,
         **{name: partial(_text, name) for name in TEXT_FAMILIES},
     }
     model_class, config, processor = parts[family]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from perpo.encoding.packed import packed_row
 from perpo.encoding.positions import PromptPositions
 from perpo.model import sharing
 from perpo.model.language_head import accept_rows, causal_lm, response_hidden_states, token_log_probs
-from perpo.prefix import attention, flex_attention
+from perpo.prefix import attention, flex_attention, states
 from perpo.prefix.attention import NAME
 from tests.perpo import tiny_models
+from tests.perpo.prefix.test_states import gated_delta_rule
 
-VISION_FAMILIES = (*tiny_models.FAMILIES, *tiny_models.MORE_FAMILIES)
+VISION_FAMILIES = (*tiny_models.FAMILIES, *tiny_models.MORE_FAMILIES, *tiny_models.STAND_IN_FAMILIES)
 FAMILIES = (*VISION_FAMILIES, *tiny_models.TEXT_FAMILIES)
 
 EXACT = 1e-6  # some families compute rotary embeddings or a norm in fp32 whatever the weights' type
@@ -53,11 +55,21 @@ def batches(model: nn.Module, processor: Any, *, text_only: bool = False) -> tup
     return ListBatch(inputs, rows, **known, layout=layout, n_tokens=layout.n_tokens, host=host), separate
 
 
+@pytest.fixture(autouse=True)
+def _gated_delta_rule_in_float64(monkeypatch: Any) -> None:
+    """transformers' own computes in fp32 whatever its inputs are; tests/perpo/prefix/test_states.py runs that."""
+    for kind in ("qwen3_5", "qwen3_5_moe", "qwen3_next"):
+        module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", gated_delta_rule)
+
+
 def built(family: str) -> tuple[Any, Any, bool]:
     """In float64, so that nothing hides behind rounding; some gradients are 0 but for that."""
     model, processor = tiny_models.build(family, dtype=torch.float64)
     if family == "gemma2":
         model.set_attn_implementation("eager")  # the only one that knows its soft cap
+    if family in tiny_models.EXPERT_FAMILIES:
+        model.set_experts_implementation("eager")  # the only one that takes float64
     return model, processor, family in tiny_models.TEXT_FAMILIES
 
 
@@ -104,11 +116,11 @@ def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool) ->
     assert_same_gradients(gradients, expected[1])
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "qwen3_5"])
 def test_adapters_get_the_gradients_of_separate_rows(family: str) -> None:
     model, processor, _ = built(family)
     packed, separate = batches(model, processor)
-    layers = ["q_proj", "v_proj", "down_proj"]
+    layers = ["q_proj", "v_proj", "down_proj", "in_proj_qkv", "in_proj_a"]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
     _, theirs = with_gradients(adapted, separate)
     sharing.prepare(adapted, "on")
@@ -164,10 +176,11 @@ def test_no_mask_is_made_for_a_packed_row_and_nothing_is_read_back(family: str, 
     with torch.no_grad():
         response_hidden_states(model, packed)
     hook.remove()
-    assert seen == [None]
+    carries_state = decoder.config.layer_types[0] in states.MODULES if hasattr(decoder.config, "layer_types") else False
+    assert seen == [packed.layout if carries_state else None]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])  # the latter with a window
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_5_text"])  # one with a window, one with a state
 def test_a_compiled_model_gives_the_same(family: str) -> None:
     model, processor, _ = built(family)
     packed, _ = batches(model, processor, text_only=True)
@@ -180,7 +193,7 @@ def test_a_compiled_model_gives_the_same(family: str) -> None:
 
 
 def test_a_model_that_takes_packed_rows_takes_all_others_as_before() -> None:
-    for family in ("llava", "qwen2_vl", "gemma3"):
+    for family in ("llava", "qwen2_vl", "gemma3", "qwen3_5"):
         model, processor, _ = built(family)
         plain = copy.deepcopy(model).eval()
         model.eval()
@@ -218,11 +231,18 @@ def text_model(kind: str, **options: Any) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**tiny_models.TEXT, **sizes, **options}))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text"])
-def test_layers_that_carry_a_state_are_refused(kind: str) -> None:
-    model = text_model(kind, num_hidden_layers=4, num_experts=4, shared_expert_intermediate_size=16)
+def test_layers_whose_state_cannot_be_handed_on_are_refused(monkeypatch: Any) -> None:
+    model = text_model("falcon_h1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
     assert sharing.prepare(model, "auto") is None
-    with pytest.raises(ValueError, match=f"{type(model).__name__} has layers of type linear_attention, which carry a"):
+    with pytest.raises(ValueError, match="FalconH1ForCausalLM has layers of type hybrid, which carry a state"):
+        sharing.prepare(model, "on")
+    model = text_model("bamba", attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8)
+    with pytest.raises(ValueError, match=r"linear_attention, .* and BambaDecoderLayer has no module 'linear_attn'"):
+        sharing.prepare(model, "on")
+    model, _, _ = built("lfm2")
+    conv = type(model.model.layers[0].conv)
+    monkeypatch.setattr(conv, "forward", lambda self, x, past: x)
+    with pytest.raises(ValueError, match=r"Lfm2ShortConv\.forward takes x, past; expected hidden_states, attention"):
         sharing.prepare(model, "on")
 
 

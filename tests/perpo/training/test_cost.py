@@ -20,6 +20,7 @@ from perpo.encoding.positions import PromptPositions
 from perpo.model import sharing
 from perpo.model.language_head import accept_rows, causal_lm, perpo_output
 from perpo.model.trainable import freeze, language_lora
+from perpo.training.activations import BLOCK
 from perpo.training.cost import ListShape, Planner, Training
 from tests.perpo import tiny_models
 
@@ -210,6 +211,20 @@ def test_windows_and_soft_caps_take_the_memory_of_models_without(family: str) ->
     text.sliding_window, text.attn_logit_softcapping = 4096 if text.sliding_window else None, None
     assert ours == Planner(config, training).memory(lists)
     assert ours["activations"] > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_of_every_type_are_counted(checkpointing: bool) -> None:
+    config = tiny_models.build("qwen3_5")[0].config
+    text, kinds = config.get_text_config(), ["linear_attention", "linear_attention", "full_attention"] * 2
+    text.layer_types, text.num_hidden_layers = kinds, len(kinds)
+    lists = ListShape(prompt_tokens=70, response_tokens=8, k=3)
+    planner = Planner(config, Training(4, checkpointing, torch.float32))
+    whole, parts = planner._passes(lists, kinds), planner.memory(lists)
+    indices = 2 * BLOCK  # of a layout, counted with each of the four layers that carry a state
+    assert parts["activations"] == whole.kept + 3 * indices
+    text.layer_types = ["full_attention"] * 6
+    assert Planner(config, planner.training).operations(lists) > planner.operations(lists)
 
 
 def test_what_cannot_be_planned_is_said(tmp_path: Path, capsys: Any) -> None:
