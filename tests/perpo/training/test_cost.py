@@ -19,7 +19,7 @@ from perpo.encoding.packed import packed_row
 from perpo.encoding.positions import PromptPositions
 from perpo.model import sharing
 from perpo.model.language_head import accept_rows, causal_lm, perpo_output
-from perpo.model.trainable import freeze, language_lora
+from perpo.model.trainable import TrainableConfig
 from perpo.training.cost import ListShape, Planner, Training
 from tests.perpo import tiny_models
 
@@ -47,13 +47,16 @@ CONFIG = LlavaConfig(
 LISTS = ListShape(prompt_tokens=120, response_tokens=12, k=6)
 
 
+def adapters(r: int) -> TrainableConfig:
+    """Of rank r; 0: the language model itself is trained."""
+    return TrainableConfig(lora=r > 0, lora_r=r or None, lora_alpha=2 * r or None)
+
+
 def step(training: Training, lists: ListShape) -> Any:
     """A forward and backward pass of a real model, its gradients being there already."""
     model: Any = LlavaForConditionalGeneration(CONFIG)
-    if training.lora_r:
-        model = get_peft_model(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
-    else:
-        freeze(model)
+    prepared = training.trainable.apply(model)
+    model = prepared.model if prepared.peft_config is None else get_peft_model(model, prepared.peft_config)
     core = causal_lm(model).train()
     if training.gradient_checkpointing:
         core.gradient_checkpointing_enable({"use_reentrant": False})
@@ -80,7 +83,7 @@ def step(training: Training, lists: ListShape) -> Any:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shared", [True, False])
 def test_memory_of_a_step_is_foreseen_to_a_fifth(lora_r: int, checkpointing: bool, shared: bool) -> None:
-    training = Training(lora_r, checkpointing, torch.float32, max_chunk_bytes=64 << 20)
+    training = Training(adapters(lora_r), checkpointing, torch.float32, max_chunk_bytes=64 << 20)
     lists = dataclasses.replace(LISTS, shared=shared)
     parts = Planner(CONFIG, training).memory(lists)
     measured = peak_extra_bytes(step(training, lists), "cpu")
@@ -92,7 +95,7 @@ def test_memory_of_a_step_is_foreseen_to_a_fifth(lora_r: int, checkpointing: boo
 @pytest.mark.parametrize("shared", [True, False])
 def test_operations_of_a_step_are_foreseen_to_a_tenth(lora_r: int, checkpointing: bool, shared: bool) -> None:
     """Of the linear layers: the counter sees neither flash attention on a CPU nor into the loss."""
-    training = Training(lora_r, checkpointing, torch.float32)
+    training = Training(adapters(lora_r), checkpointing, torch.float32)
     lists = dataclasses.replace(LISTS, shared=shared)
     planner = Planner(CONFIG, training)
     run = step(training, lists)
@@ -114,7 +117,7 @@ def test_pairs_are_those_of_the_masks() -> None:
 def test_attention_costs_what_its_products_cost(checkpointing: bool, shared: bool) -> None:
     """By torch's count of fused attention: two products forward, five backward, a query and key that see each other."""
     lists = dataclasses.replace(LISTS, shared=shared)
-    planner = Planner(CONFIG, Training(8, checkpointing, torch.float32))
+    planner = Planner(CONFIG, Training(adapters(8), checkpointing, torch.float32))
     whole = planner.operations(lists)
     planner.heads = 0
     one = (1, CONFIG.text_config.num_attention_heads, 1, 16)  # a query and a key, 128 / 8 numbers each
@@ -131,7 +134,7 @@ def test_sharing_saves_the_tokens_that_it_says() -> None:
 
 
 def test_as_many_lists_fit_as_their_memory_says() -> None:
-    planner = Planner(CONFIG, Training(8, False, torch.float32))
+    planner = Planner(CONFIG, Training(adapters(8), False, torch.float32))
     fixed = {"weights", "gradients", "optimizer"}
     for n in (1, 3):
         parts = planner.memory(dataclasses.replace(LISTS, n=n))
@@ -160,7 +163,7 @@ def test_a_text_model_has_a_plan_too() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    planner = Planner(config, Training(lora_r=4))
+    planner = Planner(config, Training(adapters(4)))
     assert planner.vision_parameters == 0
     assert planner.memory(LISTS)["activations"] > 0
 
@@ -190,7 +193,7 @@ def test_operations_of_the_tower_are_foreseen_to_a_fifth(family: str, vision: An
     for name, value in vision.items():
         setattr(config.vision_config, name, value)
     lists = ListShape(prompt_tokens=tokens, response_tokens=1, k=2)
-    planner = Planner(config, Training(lora_r=0))
+    planner = Planner(config, Training(adapters(0)))
     planner.linear_parameters = planner.linear_trained = planner.heads = planner.vocabulary = 0
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     pixels = torch.zeros(1, 3, 56, 56)
@@ -205,7 +208,7 @@ def test_windows_and_soft_caps_take_the_memory_of_models_without(family: str) ->
     config = tiny_models.build(family)[0].config
     text = config.get_text_config()
     lists = ListShape(prompt_tokens=60, response_tokens=8, k=3)  # the windows are of 16 tokens
-    training = Training(lora_r=4, dtype=torch.bfloat16)
+    training = Training(adapters(4), dtype=torch.bfloat16)
     ours = Planner(config, training).memory(lists)
     text.sliding_window, text.attn_logit_softcapping = 4096 if text.sliding_window else None, None
     assert ours == Planner(config, training).memory(lists)
