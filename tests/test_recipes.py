@@ -213,7 +213,7 @@ def test_deepspeed_knows_every_setting() -> None:
 
 # --------------------------------------------------------------------------------------------------------------- page
 
-# Tokens of prompt and answer: of a box for every object asked for, and for SmolVLM, which has no boxes, of a line of text.
+# Tokens of prompt and answer: of boxes, and for SmolVLM, which was trained with none, of a line of text.
 TOKENS = {
     "llava-1.5-7b": (640, 30),
     "qwen2.5-vl-3b": (1100, 60),
@@ -222,7 +222,10 @@ TOKENS = {
     "internvl3-8b": (1350, 40),
     "smolvlm2-2.2b": (1500, 60),
 }
-HEADER = "| recipe | shards | lists × k | P + R | weights | gradients, moments | activations, momentary | gathered | in all |"
+HEADER = (
+    "| recipe | shards | lists × k | P + R | weights | gradients, moments "
+    "| activations, momentary | gathered | in all |"
+)
 ROWS = [(name, shards) for name in TOKENS for shards in (1, 8)]
 
 

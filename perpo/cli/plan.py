@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -30,122 +31,25 @@ LEFT_OUT = (
 )
 PROJECTOR = "What a trained projector keeps of an image for its backward pass is left out too."
 GATHERED = (
-    "What is gathered of several shards is FSDP2's: the weights of two layers and those outside of layers. ZeRO-3 gathers "
-    "up to\nits stage3_max_live_parameters, 10⁹ unless set otherwise."
+    "What is gathered of several shards is FSDP2's: the weights of two layers and those outside of layers. ZeRO-3 "
+    "gathers up\nto its stage3_max_live_parameters, 10⁹ unless set otherwise."
 )
 
-# What the numbers take into account, and what has no part in the memory and operations of a step.
-COUNTED = frozenset(
-    [
-        "model_name_or_path",
-        "model_revision",
-        "trust_remote_code",
-        "dtype",
-        "bf16",
-        "lora",
-        "lora_r",
-        "lora_dropout",
-        "lora_target_modules",
-        "train_projector",
-        "train_vision_tower",
-        "train_lm_head",
-        "gradient_checkpointing",
-        "per_device_train_batch_size",
-        "max_candidates",
-        "max_chunk_bytes",
-        "max_prompt_length",
-        "max_response_length",
-        "max_length",
-        "prefix_sharing",
-        "objective",
-        "degree_weight",
-        "degree_levels",
-        "reference",
-        "ref_model_name_or_path",
-        "fsdp",
-        "deepspeed",
-    ]
-)
-WITHOUT_PART = frozenset(
-    [
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "beta",
-        "data_seed",
-        "dataloader_drop_last",
-        "dataloader_num_workers",
-        "dataloader_persistent_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "ddp_backend",
-        "ddp_find_unused_parameters",
-        "ddp_timeout",
-        "disable_tqdm",
-        "do_eval",
-        "do_train",
-        "drop_inactive",
-        "eval_delay",
-        "eval_file",
-        "eval_on_start",
-        "eval_steps",
-        "eval_strategy",
-        "fsdp_config",
-        "gamma",
-        "gradient_accumulation_steps",
-        "hub_always_push",
-        "hub_model_id",
-        "greater_is_better",
-        "hub_private_repo",
-        "hub_revision",
-        "hub_strategy",
-        "hub_token",
-        "image_root",
-        "learning_rate",
-        "load_best_model_at_end",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "logging_first_step",
-        "logging_nan_inf_filter",
-        "logging_steps",
-        "logging_strategy",
-        "lora_alpha",
-        "lr_scheduler_kwargs",
-        "lr_scheduler_type",
-        "max_grad_norm",
-        "max_steps",
-        "metric_for_best_model",
-        "min_candidates",
-        "num_train_epochs",
-        "objective_options",
-        "output_dir",
-        "processor_options",
-        "project",
-        "push_to_hub",
-        "ref_model_weights",
-        "reference_cache_dir",
-        "remove_unused_columns",
-        "report_to",
-        "restore_callback_states_from_checkpoint",
-        "resume_from_checkpoint",
-        "run_name",
-        "save_on_each_node",
-        "save_only_model",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-        "seed",
-        "skip_bad",
-        "tf32",
-        "trackio_space_id",
-        "train_file",
-        "train_sampling_strategy",
-        "use_cpu",
-        "warmup_steps",
-        "weight_decay",
-    ]
-)
+# Settings that the numbers take into account, and those without a part in what a step takes.
+COUNTED = """
+    model_name_or_path model_revision trust_remote_code dtype bf16 lora lora_r lora_dropout lora_target_modules
+    train_projector train_vision_tower train_lm_head gradient_checkpointing per_device_train_batch_size
+    max_candidates max_chunk_bytes max_prompt_length max_response_length max_length prefix_sharing objective
+    degree_weight degree_levels reference ref_model_name_or_path fsdp deepspeed
+"""
+WITHOUT_PART = """
+    adam_* beta data_seed dataloader_* ddp_* disable_tqdm do_* drop_inactive eval_* fsdp_config gamma
+    gradient_accumulation_steps greater_is_better hub_* image_root learning_rate load_best_model_at_end log_* logging_*
+    lora_alpha lr_* max_grad_norm max_steps metric_for_best_model min_candidates num_train_epochs objective_options
+    output_dir processor_options project push_to_hub ref_model_weights reference_cache_dir remove_unused_columns
+    report_to resume_from_checkpoint run_name save_* seed skip_bad tf32 trackio_* train_file use_cpu warmup_*
+    weight_decay
+"""
 
 
 @dataclass
@@ -239,8 +143,9 @@ def not_counted(*settings: Any) -> list[str]:
     found = []
     for one in settings:
         default = {f.name: f.default for f in dataclasses.fields(one)}
-        for name in sorted(given_settings(one) - COUNTED - WITHOUT_PART):
-            if getattr(one, name) != default[name]:
+        for name in sorted(given_settings(one)):
+            known = any(fnmatchcase(name, pattern) for pattern in (*COUNTED.split(), *WITHOUT_PART.split()))
+            if not known and getattr(one, name) != default[name]:
                 found.append(f"{name}={getattr(one, name)}")
     return found
 
@@ -249,8 +154,8 @@ def _remarks(planned: Planner, trainable: TrainableConfig, ignored: Sequence[str
     lines = []
     if len(planned.reference_bytes) > 1:
         lines.append(
-            f"Before it: the {len(planned.reference_bytes)} reference models are run one after another, each beside the "
-            "model, on one list."
+            f"Before it: the {len(planned.reference_bytes)} reference models are run one after another, on one list each, "
+            "beside the model."
         )
     lines.append(LEFT_OUT)
     if trainable.train_projector:
