@@ -37,7 +37,7 @@ GATHERED = (
 
 # Settings that the numbers take into account, and those without a part in what a step takes.
 COUNTED = """
-    model_name_or_path model_revision trust_remote_code dtype bf16 lora lora_r lora_dropout lora_target_modules
+    model_name_or_path model_revision trust_remote_code dtype bf16 fp16 lora lora_r lora_dropout lora_target_modules
     train_projector train_vision_tower train_lm_head gradient_checkpointing per_device_train_batch_size
     max_candidates max_chunk_bytes max_prompt_length max_response_length max_length prefix_sharing objective
     degree_weight degree_levels reference ref_model_name_or_path fsdp deepspeed
@@ -146,7 +146,8 @@ def not_counted(*settings: Any) -> list[str]:
         for name in sorted(given_settings(one)):
             known = any(fnmatchcase(name, pattern) for pattern in (*COUNTED.split(), *WITHOUT_PART.split()))
             if not known and getattr(one, name) != default[name]:
-                found.append(f"{name}={getattr(one, name)}")
+                value = getattr(one, name)
+                found.append(f"{name}={getattr(value, 'value', value)}")  # of an Enum, as it is written
     return found
 
 
@@ -154,8 +155,8 @@ def _remarks(planned: Planner, trainable: TrainableConfig, ignored: Sequence[str
     lines = []
     if len(planned.reference_bytes) > 1:
         lines.append(
-            f"Before it: the {len(planned.reference_bytes)} reference models are run one after another, on one list each, "
-            "beside the model."
+            f"Before it: the {len(planned.reference_bytes)} reference models are run one after another, each beside "
+            "the model, on one list."
         )
     lines.append(LEFT_OUT)
     if trainable.train_projector:
