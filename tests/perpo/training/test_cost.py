@@ -189,7 +189,7 @@ def test_the_file_of_a_run_can_be_planned(tmp_path: Path, capsys: Any) -> None:
     [
         (["--lora", "false", "--train_vision_tower", "true"], "a trained vision tower has activations that are not"),
         (["--lora", "false", "--train_lm_head", "true"], "a trained language head has activations that are not"),
-        (["--lora_target_modules", "vision_model.encoder.layers.0.mlp.fc1"], "a trained vision tower"),
+        (["--lora_target_modules", "vision_tower.encoder.layers.0.mlp.fc1"], "a trained vision tower"),
         (["--objective", "mdpo"], "objective='mdpo' also feeds answers under a corrupted image"),
         (["--max_length", "100"], "max_length=100 is less than the 1030 tokens"),
         (["--fsdp", "full_shard"], "fsdp spreads weights over GPUs; say over how many with --shards"),
@@ -277,7 +277,7 @@ def test_of_shards_the_weights_of_two_layers_and_of_no_layer_are_gathered() -> N
     model = causal_lm(LlavaForConditionalGeneration(CONFIG))
     model = get_peft_model(model, adapters(8).apply(model).peft_config)
     layers = [p.numel() for name, p in model.named_parameters() if "language_model.layers.0." in name]
-    in_layers = {id(p) for name, p in model.named_parameters() if ".layers." in name or "vision_model.embed" in name}
+    in_layers = {id(p) for name, p in model.named_parameters() if ".layers." in name or ".embeddings." in name}
     outside = sum(p.numel() for p in model.parameters() if id(p) not in in_layers)
     parts = planner.memory(LISTS)
     assert parts["gathered"] == 2 * (2 * sum(layers) + outside)
