@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 from perpo.cli.main import COMMANDS
+from perpo.cli.plan import PlanConfig
 from perpo.cli.settings import OFTEN_SET
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -38,7 +39,10 @@ def page() -> str:
     parts = [HEAD]
     for name, command in COMMANDS.items():
         parts.append(f"## perpo {name}\n\n{command.summary[0].upper()}{command.summary[1:]}.\n")
-        for kind in importlib.import_module(command.module).SETTINGS:
+        module = importlib.import_module(command.module)
+        if name == "plan":
+            parts.append("Every setting of [`perpo train`](#perpo-train) can be given too, and so can its file.\n")
+        for kind in [PlanConfig] if name == "plan" else module.SETTINGS:
             rows = [row(one, kind) for one in settings(kind)]
             parts.append("\n".join([*intro(kind), "| setting | takes | default | |", "|---|---|---|---|", *rows, ""]))
     lines = [f"| `{name}` | {text} |" for name, text in ENVIRONMENT.items()]

@@ -3,7 +3,10 @@
 import atexit
 import gc
 import importlib.util
+import itertools
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,3 +61,21 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def write_docs() -> Any:
+    """write_docs(page, header, rows): the table under this header has these rows; PERPO_WRITE_DOCS=1 writes it."""
+
+    def compare(page: Path, header: str, rows: list[str]) -> None:
+        text = page.read_text(encoding="utf-8")
+        before, found, after = text.partition(f"{header}\n")
+        assert found, f"{page.name} has no table that begins with {header}"
+        old = list(itertools.takewhile(lambda line: line.startswith("|"), after.split("\n")))
+        if os.environ.get("PERPO_WRITE_DOCS"):
+            rest = after.split("\n")[len(old) :]
+            page.write_text(before + found + "\n".join([*rows, *rest]), encoding="utf-8")
+            old = rows
+        assert old == rows, "PERPO_WRITE_DOCS=1 writes the table anew"
+
+    return compare

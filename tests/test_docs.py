@@ -24,7 +24,7 @@ from perpo_kernels.objectives import PRESETS, Objective
 from .test_readme import ROOT, table
 
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "recipes" / "README.md"])
 LINK = re.compile(r"(!?)\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\(([^)\s]+)\)")
 
 
@@ -125,7 +125,8 @@ def test_the_page_has_every_setting_that_help_shows(
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     shown = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.MULTILINE)) - {"--config", "--help"}
-    section = writer.page().split(f"\n## perpo {command}\n")[1].split("\n## ")[0]
+    own, of_train = (writer.page().split(f"\n## perpo {name}\n")[1].split("\n## ")[0] for name in (command, "train"))
+    section = own + of_train * ("[`perpo train`](#perpo-train)" in own)
     assert shown
     assert shown <= set(re.findall(r"`(--\w+)`", section))
 

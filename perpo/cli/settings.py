@@ -77,11 +77,16 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], prog: str, summary: s
     return tuple(objects)
 
 
+def given_settings(one: Any) -> set[str]:
+    """Names of the settings of a parsed object that a file or the command line gave."""
+    return set(getattr(one, _GIVEN, ()))
+
+
 def command(prog: str, objects: Sequence[Any]) -> str:
     """The command line that gives what `parse` was given, files included, without tokens of the hub."""
     words = [prog]
     for one in objects:
-        for name in sorted(getattr(one, _GIVEN, ())):
+        for name in sorted(given_settings(one)):
             value = getattr(one, name)
             if name == "report_to" and not value:  # what "none" becomes
                 value = "none"

@@ -269,7 +269,8 @@ def projector_names(model: nn.Module) -> list[str]:
     return names
 
 
-def _projectors(core: Any) -> list[nn.Module]:
+def projectors(core: Any) -> list[nn.Module]:
+    """The modules of `projector_names`; none in a model that has none."""
     try:
         return [core.base_model.get_submodule(name) for name in projector_names(core)]
     except ValueError:
@@ -286,7 +287,7 @@ def freeze(model: nn.Module, *, vision_tower: bool = True, projector: bool = Tru
     if not projector:
         projector_names(model)
     tower = core.get_encoder(modality="image")
-    joins = _ids(p for module in _projectors(core) for p in module.parameters())
+    joins = _ids(p for module in projectors(core) for p in module.parameters())
     in_tower = set() if tower is core else _ids(tower.parameters())
     in_head = _ids(core.get_output_embeddings().parameters())
     for parameter in core.parameters():
@@ -305,7 +306,7 @@ def trained_parts(model: nn.Module) -> str:
     core = causal_lm(model)
     tower = core.get_encoder(modality="image")
     parts = {
-        "projector": _ids(p for module in _projectors(core) for p in module.parameters()),
+        "projector": _ids(p for module in projectors(core) for p in module.parameters()),
         "vision tower": set() if tower is core else _ids(tower.parameters()),
         "language head": _ids(core.get_output_embeddings().parameters()),
         "language model": _ids(core.get_decoder().parameters()),

@@ -67,12 +67,16 @@ def count(model: nn.Module, layout: PrefixLayout, n_responses: int, dtype: torch
     """Of the language model in `model`, which lies on the meta device, up to the states of response tokens; in mixed
     precision if `dtype` has 16 bits.
 
-    Gradients are there already, as in all but the first pass of a step with accumulation.
+    Gradients are there already, as in all but the first pass of a step with accumulation. A model of which nothing is
+    trained has no backward pass.
     """
     core = causal_lm(model).train()
     attention.register_attention(core)
     decoder = core.get_decoder()
     trained = [p for p in decoder.parameters() if p.requires_grad]
+    in_decoder = {id(p) for p in decoder.parameters()}
+    embeddings = core.get_input_embeddings().weight
+    before = embeddings.requires_grad or any(p.requires_grad and id(p) not in in_decoder for p in model.parameters())
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     live = LiveStorages([*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)])
@@ -81,7 +85,7 @@ def count(model: nn.Module, layout: PrefixLayout, n_responses: int, dtype: torch
     with torch.device("meta"), _Counting(live):
         with attention.packed_forward(core):
             states = decoder(
-                inputs_embeds=torch.empty(1, layout.n_tokens, width, dtype=dtype),
+                inputs_embeds=torch.empty(1, layout.n_tokens, width, dtype=dtype, requires_grad=before),
                 position_ids=torch.zeros(1, layout.n_tokens, dtype=torch.int64),
                 prefix_layout=layout,
                 use_cache=False,
@@ -89,6 +93,8 @@ def count(model: nn.Module, layout: PrefixLayout, n_responses: int, dtype: torch
             hidden = states[0, torch.zeros(n_responses, dtype=torch.int64)]
             del states
         held, forward = live.now, live.peak
+        if not hidden.requires_grad:
+            return Passes(held, held, forward, forward)
         autocast.cached.clear()
         kept = live.peak = live.now
         autocast.caches = False

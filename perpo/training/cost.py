@@ -5,6 +5,8 @@ Memory is the sum of
     weights       parameters × bytes
     gradients     trained parameters × bytes
     optimizer     trained parameters × 8: AdamW's two moments in fp32
+    reference     parameters × bytes of a second model that is run at every step
+    gathered      of weights spread over devices: those of two layers (one runs, one comes) and all outside of layers
     activations   what is kept for the backward pass: counted on one and two of the model's own layers, of every type,
                   in the mixed precision of the trainer (`perpo.training.activations`), and U [n k R, H] of the loss in
                   fp32
@@ -12,7 +14,10 @@ Memory is the sum of
                   loss (one chunk of logits, and the response states), the backward pass of a layer (counted; with
                   gradient checkpointing also what the layer keeps when it is run again)
 
-and operations (multiply and add count as two) of one list are
+Several reference models are run once, before there are gradients, moments and activations. Then there are the weights
+of the model, those of one reference, and what a pass of one list holds without gradients.
+
+Operations (multiply and add count as two) of one list, without those of a reference, are
 
     language model   2 T N forward, 2 T N backward, 2 T n for the gradients of n trained of its N linear weights
     attention        4 D pairs forward, 10 D pairs backward, a head and a layer
@@ -22,15 +27,20 @@ and operations (multiply and add count as two) of one list are
 with T = P + k R tokens and P²/2 + k R P + k R²/2 pairs where the prompt is shared, k (P + R) tokens and k (P + R)²/2
 pairs where it is not. Gradient checkpointing adds the forward pass of the layers once more. Memory is that of a GPU,
 where no attention keeps its scores; but what linear attention keeps is counted as PyTorch computes it, and
-flash-linear-attention keeps less. Left out: attention inside the tower, that a sliding window has fewer pairs, and what
-linear attention computes beside its linear layers.
+flash-linear-attention keeps less. A degree head of D levels (`perpo.training.degree`) has D (H + 1) parameters, keeps
+the means [n k, H] in fp32 and adds the response states [n k R, H] in fp32, twice, for a moment. Left out: attention
+inside the tower, what a trained projector keeps, that a sliding window has fewer pairs, and what linear attention
+computes beside its linear layers.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -38,7 +48,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from perpo.model.language_head import causal_lm
-from perpo.model.trainable import freeze, keep_in_fp32, language_lora
+from perpo.model.trainable import TrainableConfig, keep_in_fp32, projectors
 from perpo.prefix.layout import PrefixLayout, prefix_layout
 from perpo.prefix.states import MODULES
 from perpo.training.activations import Passes, count
@@ -78,30 +88,41 @@ class ListShape:
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained. lora_r 0: the language model itself, with vision tower, projector and head frozen."""
+    """How a model is trained."""
 
-    lora_r: int = 128
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
     gradient_checkpointing: bool = False
     dtype: torch.dtype = torch.bfloat16
     max_chunk_bytes: int = 1 << 30
     shards: int = 1  # devices that weights, gradients and optimizer are spread over (FSDP, ZeRO-3)
+    degree_levels: int = 0  # of a degree head; 0: there is none
+    references: Sequence[PreTrainedConfig] = ()  # of models beside the trained one
 
 
 class Planner:
-    """The cost of training one model, by its config."""
+    """The cost of training one model, by its config.
+
+    Raises:
+        ValueError: what is trained lies in the vision tower or the head, whose activations are not counted.
+    """
 
     def __init__(self, config: PreTrainedConfig, training: Training) -> None:
         self.config, self.training = config, training
-        model = _model(config, training)
+        self._counted: dict[tuple[ListShape | str, ...], Passes] = {}
+        model = _trained_model(config, training)
         core = causal_lm(model)
         text = config.get_text_config()
         head = core.get_output_embeddings()
+        _check_counted(core)
         language = core.get_decoder()
         self.vision_parameters = _count(core.get_encoder(modality="image")) if text is not config else 0
         self.parameters = _count(model)
-        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.trained_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        self.weight_bytes = sum(p.nbytes for p in model.parameters())
+        degrees = training.degree_levels * (text.hidden_size + 1)
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + degrees
+        self.trained_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad) + 4 * degrees
+        self.weight_bytes = _bytes(model) + 4 * degrees
+        self.gathered_bytes = _gathered(core) * training.dtype.itemsize
+        self.reference_bytes = [_bytes(_model(one, training.dtype)) for one in training.references]
         linear = [module for module in language.modules() if isinstance(module, nn.Linear) and module is not head]
         self.linear_parameters = sum(module.weight.numel() for module in linear)
         self.linear_trained = sum(module.weight.numel() for module in linear if module.weight.requires_grad)
@@ -135,21 +156,45 @@ class Planner:
         states = responses * self.hidden * size  # let go when the loss is there
         derivative = 4 * responses * self.hidden  # of log-probs by states
         logits = min(training.max_chunk_bytes, responses * self.vocabulary * size)
-        activations = passes.kept - states + derivative
-        peak = max(passes.forward, passes.held + derivative + logits, passes.backward - states + derivative)
-        return {
+        means = of_degrees = 0
+        if training.degree_levels:  # after the loss of the list, which has let go of its logits
+            means = 4 * lists.n * lists.k * self.hidden
+            of_degrees = 2 * derivative + 2 * means
+        activations = passes.kept - states + derivative + means
+        peak = max(
+            passes.forward, passes.held + derivative + max(logits, of_degrees), passes.backward - states + derivative
+        )
+        parts = {
             "weights": self.weight_bytes / training.shards,
             "gradients": self.trained_bytes / training.shards,
             "optimizer": MOMENTS * self.trained / training.shards,
             "activations": activations,
-            "momentary": peak - activations,
+            "momentary": max(0, peak - activations),
         }
+        if training.shards > 1:
+            parts["gathered"] = self.gathered_bytes
+        if len(self.reference_bytes) == 1:
+            parts["reference"] = self.reference_bytes[0]  # whole on each device
+        return parts
+
+    def before_training(self, lists: ListShape) -> float:
+        """Bytes on each device while several reference models are run, one after another; 0 without them."""
+        if len(self.reference_bytes) < 2:
+            return 0
+        lists, training = dataclasses.replace(lists, n=1), self.training
+        states = lists.responses * self.hidden * training.dtype.itemsize
+        logits = min(training.max_chunk_bytes, lists.responses * self.vocabulary * training.dtype.itemsize)
+        model = _model(self._shorter(self.kinds[:1]), training.dtype).requires_grad_(False)
+        momentary = max(count(model, lists.layout, lists.responses, training.dtype).forward, states + logits)
+        return self.weight_bytes + max(self.reference_bytes) + momentary
 
     def fitting(self, lists: ListShape, capacity: float) -> int:
         """The most lists in one forward pass that fit into `capacity` bytes; 0: not even one does."""
-        fixed = {"weights", "gradients", "optimizer"}
+        if self.before_training(lists) > capacity:
+            return 0
+        fixed = {"weights", "gradients", "optimizer", "gathered", "reference"}
         parts = self.memory(lists)
-        rest = capacity - sum(parts[name] for name in fixed)
+        rest = capacity - sum(value for name, value in parts.items() if name in fixed)
         each = sum(value for name, value in parts.items() if name not in fixed) / lists.n
         return max(0, int(rest / each))
 
@@ -159,15 +204,24 @@ class Planner:
 
     def _passes(self, lists: ListShape, kinds: list[str]) -> Passes:
         """Of a language model of layers of these kinds."""
+        if (lists, *kinds) not in self._counted:
+            model = _trained_model(self._shorter(kinds), self.training)
+            if self.training.gradient_checkpointing:
+                causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+            self._counted[lists, *kinds] = count(model, lists.layout, lists.responses, self.training.dtype)
+        return self._counted[lists, *kinds]
+
+    def _shorter(self, kinds: list[str]) -> PreTrainedConfig:
+        """The config of a model with layers of these kinds, and one in its vision tower, which is not run."""
         config = copy.deepcopy(self.config)
-        text = config.get_text_config()
+        text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+        for name in ("num_hidden_layers", "depth"):
+            if hasattr(vision, name):
+                setattr(vision, name, 1)
         text.num_hidden_layers = len(kinds)
         if getattr(text, "layer_types", None):
             text.layer_types = kinds
-        model = _model(config, self.training)
-        if self.training.gradient_checkpointing:
-            causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
-        return count(model, lists.layout, lists.responses, self.training.dtype)
+        return config
 
 
 def patches_per_token(config: PreTrainedConfig) -> float:
@@ -184,19 +238,45 @@ def patches_per_token(config: PreTrainedConfig) -> float:
     return 1.0
 
 
-def _model(config: PreTrainedConfig, training: Training) -> nn.Module:
+def _model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     """On the meta device: shapes without memory."""
     with torch.device("meta"):
         try:
-            model = AutoModelForImageTextToText.from_config(config, dtype=training.dtype)
+            return AutoModelForImageTextToText.from_config(config, dtype=dtype)
         except ValueError:  # no vision-language model
-            model = AutoModelForCausalLM.from_config(config, dtype=training.dtype)
-        if training.lora_r:
-            model = get_peft_model(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
-        else:
-            freeze(model)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _trained_model(config: PreTrainedConfig, training: Training) -> nn.Module:
+    model = _model(config, training.dtype)
+    with torch.device("meta"):
+        prepared = training.trainable.apply(model)
+        if prepared.peft_config is not None:
+            model = get_peft_model(model, prepared.peft_config)
         keep_in_fp32(model)
-        return model
+    return model
+
+
+def _gathered(core: Any) -> int:
+    """Parameters that are whole on a device at once where accelerate and FSDP2 spread a model: those of two of its
+    blocks, and those outside of all blocks."""
+    names = set(core._no_split_modules or ())
+    blocks = [module for module in core.modules() if type(module).__name__ in names]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    outside = sum(p.numel() for p in core.parameters() if id(p) not in inside)
+    return outside + 2 * max(map(_count, blocks), default=0)
+
+
+def _check_counted(core: Any) -> None:
+    tower, head = core.get_encoder(modality="image"), core.get_output_embeddings()
+    joins = {id(p) for module in projectors(core) for p in module.parameters()}
+    for name, module in (("vision tower", tower), ("language head", head)):
+        if module is not core and any(p.requires_grad and id(p) not in joins for p in module.parameters()):
+            raise ValueError(f"a trained {name} has activations that are not counted here; plan without it")
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
 
 
 def _count(module: nn.Module) -> int:

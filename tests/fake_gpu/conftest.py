@@ -7,7 +7,6 @@ In a plain test run the files here are one test, in a process of its own (`stand
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -86,20 +85,3 @@ if stand_in.loaded:
         """Inside the test, tensors on CUDA are fake and what happens on them is noted."""
         with fake_gpu() as noted:
             yield noted
-
-    @pytest.fixture
-    def write_docs() -> Any:
-        """write_docs(page, header, rows): the table under this header has these rows; PERPO_WRITE_DOCS=1 writes it."""
-
-        def compare(page: Path, header: str, rows: list[str]) -> None:
-            text = page.read_text(encoding="utf-8")
-            before, found, after = text.partition(f"{header}\n")
-            assert found, f"{page.name} has no table that begins with {header}"
-            old = list(itertools.takewhile(lambda line: line.startswith("|"), after.split("\n")))
-            if os.environ.get("PERPO_WRITE_DOCS"):
-                rest = after.split("\n")[len(old) :]
-                page.write_text(before + found + "\n".join([*rows, *rest]), encoding="utf-8")
-                old = rows
-            assert old == rows, "PERPO_WRITE_DOCS=1 writes the table anew"
-
-        return compare

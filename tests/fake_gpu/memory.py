@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 import perpo_kernels as pk
 from perpo.model import sharing
 from perpo.model.language_head import LanguageHead, accept_rows, causal_lm
-from perpo.model.trainable import keep_in_fp32, language_lora
+from perpo.model.trainable import keep_in_fp32
 from perpo.training.activations import LiveStorages
 from perpo.training.cost import ListShape, Training
 from tests.fake_gpu.device import FakeGpu, fake_gpu, move
@@ -73,7 +73,7 @@ def count_step(config: Any, training: Training, lists: ListShape) -> Counted:
     """The second step of LoRA training in bf16, as `PerPOTrainer` does it, on tokens alone."""
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-        model = get_peft_model(model, language_lora(model, r=training.lora_r, alpha=2 * training.lora_r))
+        model = get_peft_model(model, training.trainable.apply(model).peft_config)
     keep_in_fp32(model)
     accept_rows(model)
     sharing.prepare(model, "on")
