@@ -131,21 +131,9 @@ def sample_lists(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
 
 
 def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) -> Sampler:
-    name, revision, length = model_config.model_name_or_path, model_config.model_revision, config.max_prompt_length
     if config.engine == "vllm":
-        adapter = None
-        if found := base_of(name, revision):
-            adapter = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
-            name, revision = found
-        settings: dict[str, Any] = {"dtype": model_config.dtype, "trust_remote_code": model_config.trust_remote_code}
-        settings |= {"revision": revision}
-        if model_config.processor_options:
-            settings["mm_processor_kwargs"] = model_config.processor_options
-        for one in filter(None, (name, adapter)):
-            check_weights(one)
-        encoder = Encoder(processor, _end_ids(model_config, name, revision), max_prompt_length=length)
-        settings |= mapping("engine_options", config.engine_options)
-        return VllmSampler(name, encoder, config.sampling, settings, adapter=adapter)
+        return _vllm_sampler(model_config, config, processor)
+    name, revision, length = model_config.model_name_or_path, model_config.model_revision, config.max_prompt_length
     model = model_config.load_model(name, revision)
     encoder = Encoder.for_model(processor, model, max_prompt_length=length)
     device = torch.device("cpu")
@@ -155,16 +143,32 @@ def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) 
     return TransformersSampler(model.to(device), encoder, config.sampling, answers_at_once=config.answers_at_once)
 
 
-def _end_ids(model_config: ModelConfig, name: str, revision: str | None) -> list[int]:
-    """Of the model's generation config, without loading the model; transformers makes one of a config where none is."""
+def _vllm_sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) -> Sampler:
+    """What `load_model` and `Encoder.for_model` read off a model, without loading it."""
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    adapter = None
+    if found := base_of(name, revision):
+        adapter = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
+        name, revision = found
+    for one in filter(None, (name, adapter)):
+        check_weights(one)
     where = {} if revision is None else {"revision": revision}
+    whole = AutoConfig.from_pretrained(name, trust_remote_code=model_config.trust_remote_code, **where)
     try:
-        config = GenerationConfig.from_pretrained(name, **where)
-    except OSError:
-        whole = AutoConfig.from_pretrained(name, trust_remote_code=model_config.trust_remote_code, **where)
-        config = GenerationConfig.from_model_config(whole)
-    eos = config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        generation = GenerationConfig.from_pretrained(name, **where)
+    except OSError:  # it has none
+        generation = GenerationConfig.from_model_config(whole)
+    eos = generation.eos_token_id
+    end_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    dtype = model_config.dtype
+    if dtype == "auto" and whole.dtype == torch.float32:
+        dtype = "float32"  # as it was saved: vLLM's "auto" rounds such a model to 16 bits
+    settings = {"dtype": dtype, "trust_remote_code": model_config.trust_remote_code, "revision": revision}
+    if model_config.processor_options:
+        settings["mm_processor_kwargs"] = model_config.processor_options
+    settings |= mapping("engine_options", config.engine_options)
+    encoder = Encoder(processor, end_ids, max_prompt_length=config.max_prompt_length)
+    return VllmSampler(name, encoder, config.sampling, settings, adapter=adapter)
 
 
 def _number(variable: str, default: int) -> int:

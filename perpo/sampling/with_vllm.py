@@ -214,7 +214,7 @@ def _rank(adapter: Path) -> int:
         other = [name for name in file.keys() if not _LANGUAGE.fullmatch(name)]  # noqa: SIM118
     if config.get("use_dora"):
         other = ["DoRA"]
-    rank = max(config["r"], *config.get("rank_pattern", {}).values())
+    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     if other or rank > LORA_RANKS[-1]:
         raise ValueError(
             f"model: vllm can do nothing with {other[0] if other else f'rank {rank}'} in the adapter {adapter}; give "
