@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, GenerationConfig
 
 from perpo.cli.rewarding import RewardSettings
 from perpo.cli.settings import ModelConfig
@@ -24,12 +25,14 @@ from perpo.data.documents import mapping
 from perpo.data.read import ReadSettings, usable_records
 from perpo.encoding.encoder import Encoder
 from perpo.encoding.prompt_check import PromptCheck
+from perpo.model.adapters import base_of
 from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import bad_truths
 from perpo.sampling.candidates import CandidateConfig, Outcome, generate
 from perpo.sampling.sampler import Sampler, Sampling
 from perpo.sampling.with_transformers import TransformersSampler
 from perpo.sampling.with_vllm import VllmSampler
+from perpo.storage.checksums import check_weights
 
 
 @dataclass
@@ -128,14 +131,9 @@ def sample_lists(model_config: ModelConfig, config: GenerateConfig) -> Outcome:
 
 
 def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) -> Sampler:
-    name, revision, length = model_config.model_name_or_path, model_config.model_revision, config.max_prompt_length
     if config.engine == "vllm":
-        settings: dict[str, Any] = {"dtype": model_config.dtype, "trust_remote_code": model_config.trust_remote_code}
-        settings |= {"revision": revision}
-        if model_config.processor_options:
-            settings["mm_processor_kwargs"] = model_config.processor_options
-        encoder = Encoder(processor, _end_ids(name, revision), max_prompt_length=length)
-        return VllmSampler(name, encoder, config.sampling, settings | mapping("engine_options", config.engine_options))
+        return _vllm_sampler(model_config, config, processor)
+    name, revision, length = model_config.model_name_or_path, model_config.model_revision, config.max_prompt_length
     model = model_config.load_model(name, revision)
     encoder = Encoder.for_model(processor, model, max_prompt_length=length)
     device = torch.device("cpu")
@@ -145,14 +143,32 @@ def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) 
     return TransformersSampler(model.to(device), encoder, config.sampling, answers_at_once=config.answers_at_once)
 
 
-def _end_ids(name: str, revision: str | None) -> list[int]:
-    """Of the model's generation config, without loading the model."""
+def _vllm_sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) -> Sampler:
+    """What `load_model` and `Encoder.for_model` read off a model, without loading it."""
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    adapter = None
+    if found := base_of(name, revision):
+        adapter = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
+        name, revision = found
+    for one in filter(None, (name, adapter)):
+        check_weights(one)
+    where = {} if revision is None else {"revision": revision}
+    whole = AutoConfig.from_pretrained(name, trust_remote_code=model_config.trust_remote_code, **where)
     try:
-        config = GenerationConfig.from_pretrained(name, **({"revision": revision} if revision is not None else {}))
+        generation = GenerationConfig.from_pretrained(name, **where)
     except OSError:  # it has none
-        return []
-    eos = config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        generation = GenerationConfig.from_model_config(whole)
+    eos = generation.eos_token_id
+    end_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    dtype = model_config.dtype
+    if dtype == "auto" and whole.dtype == torch.float32:
+        dtype = "float32"  # as it was saved: vLLM's "auto" rounds such a model to 16 bits
+    settings = {"dtype": dtype, "trust_remote_code": model_config.trust_remote_code, "revision": revision}
+    if model_config.processor_options:
+        settings["mm_processor_kwargs"] = model_config.processor_options
+    settings |= mapping("engine_options", config.engine_options)
+    encoder = Encoder(processor, end_ids, max_prompt_length=config.max_prompt_length)
+    return VllmSampler(name, encoder, config.sampling, settings, adapter=adapter)
 
 
 def _number(variable: str, default: int) -> int:

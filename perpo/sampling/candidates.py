@@ -274,9 +274,10 @@ class _Worker:
         except RECORD_ERRORS as error:
             if len(asked) == 1:
                 yield self._failed(asked[0][0], error)
-            else:  # one of them is bad
-                for one in asked:
-                    yield from self._answered([one])
+            else:  # one of them is bad: a search by halves keeps batches large
+                half = len(asked) // 2
+                yield from self._answered(asked[:half])
+                yield from self._answered(asked[half:])
             return
         for (record, question), answers in zip(asked, lists, strict=True):
             try:

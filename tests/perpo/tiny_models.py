@@ -134,6 +134,12 @@ def _without_video(processor_class: type) -> type:
     return relaxed
 
 
+def _mrope_section() -> list[int]:
+    """Halves of a head's dimensions that turn with time, height and width."""
+    half = HIDDEN // HEADS // 2
+    return [half - 2 * (half // 4), half // 4, half // 4]
+
+
 def _llava() -> tuple[Any, Any, Any]:
     tok = tokenizer()
     config = _load("llava", "LlavaConfig")(
@@ -211,7 +217,7 @@ def _qwen(family: str, prefix: str) -> tuple[Any, Any, Any]:
         "bos_token_id": tok.bos_token_id,
         "eos_token_id": tok.eos_token_id,
         **TEXT,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": _mrope_section()},
     }
     if family.startswith("qwen3"):
         text |= {"head_dim": HIDDEN // HEADS}
@@ -349,7 +355,7 @@ def _glm4v() -> tuple[Any, Any, Any]:
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
-                "mrope_section": [2, 1, 1],
+                "mrope_section": _mrope_section(),
                 "partial_rotary_factor": 1.0,
             },
         },

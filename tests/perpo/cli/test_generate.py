@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -302,3 +303,46 @@ def test_a_misspelt_rank_is_named(
     monkeypatch.setitem(os.environ, "RANK", "first")
     assert run(project) == 1
     assert "RANK must be a number, got 'first'" in capsys.readouterr().err
+
+
+def test_vllm_is_given_what_transformers_reads_off_the_model(
+    project: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's end tokens, its adapters and the type that it was saved in: vLLM's own choices are others."""
+    asked: dict[str, Any] = {}
+
+    def engine(name: str, encoder: Any, sampling: Any, options: dict[str, Any], *, adapter: str | None) -> Any:
+        asked.update(name=name, ends=encoder.end_ids, adapter=adapter, **options)
+        raise ValueError("no engine here")
+
+    monkeypatch.setattr("perpo.cli.generate.VllmSampler", engine)
+    made = load_model(str(model))
+    ends = tuple(made.generation_config.eos_token_id)
+    assert len(ends) == 2
+    assert run(project, "--engine", "vllm", "--engine_options", '{"max_model_len": 99}') == 1
+    assert "no engine here" in capsys.readouterr().err
+    assert asked == {
+        "name": str(model),
+        "ends": ends,
+        "adapter": None,
+        "dtype": "float32",
+        "trust_remote_code": False,
+        "revision": None,
+        "max_model_len": 99,
+    }
+    adapter = project / "adapter"
+    adapted = get_peft_model(made, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.save_pretrained(adapter)
+    load_processor(str(model)).save_pretrained(adapter)
+    assert run(project, "--engine", "vllm", "--model", str(adapter), "--dtype", "bfloat16") == 1
+    assert (asked["name"], asked["adapter"], asked["dtype"]) == (str(model), str(adapter), "bfloat16")
+    assert asked["ends"] == ends
+
+    bare = project / "bare"
+    shutil.copytree(model, bare)
+    (bare / "generation_config.json").unlink()
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"eos_token_id": ends[1]}))
+    assert run(project, "--engine", "vllm", "--model", str(bare)) == 1
+    assert asked["ends"] == (load_model(str(bare)).generation_config.eos_token_id,) == ends[1:]

@@ -1,15 +1,18 @@
 """vLLM is asked for the same distribution as transformers; a stand-in takes the place of its engine."""
 
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from peft import get_peft_model
 
 from perpo.encoding.encoder import Encoder
+from perpo.model.trainable import language_lora
 from perpo.sampling.sampler import Answer, Question, Sampling
-from perpo.sampling.with_vllm import VllmSampler
+from perpo.sampling.with_vllm import OtherTokens, VllmSampler
 
 from .. import tiny_models
 
@@ -18,12 +21,25 @@ ASKED = Question("a", "Where is the glass?", PICTURE)
 
 
 class StandIn:
-    """`vllm`, giving two prepared answers to every prompt."""
+    """`vllm`, giving two prepared answers to every prompt; and each of its modules that is used.
+
+    The real one: `test_real_vllm`.
+    """
+
+    __version__ = "0.32.0"
+
+    class VLLMClientError(Exception):
+        """No ValueError."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.engine: dict[str, Any] = {}
         self.asked: list[Any] = []
+        self.adapter: Any = None
+        self.on_cpu = False
+        self.finish_reasons = ["stop", "length"]
+        self.refused: str | None = None
+        self.current_platform = SimpleNamespace(is_cpu=lambda: self.on_cpu)
 
     def LLM(self, **settings: Any) -> "StandIn":
         self.engine = settings
@@ -32,26 +48,44 @@ class StandIn:
     def SamplingParams(self, **settings: Any) -> SimpleNamespace:
         return SimpleNamespace(**settings)
 
-    def generate(self, prompts: list[Any], settings: list[Any], use_tqdm: bool) -> list[Any]:
+    def LoRARequest(self, name: str, number: int, path: str) -> tuple[str, int, str]:
+        return name, number, path
+
+    def generate(self, prompts: list[Any], settings: list[Any], use_tqdm: bool, lora_request: Any) -> list[Any]:
+        if self.refused is not None:
+            raise self.VLLMClientError(self.refused)
         self.asked += [prompts, settings]
+        self.adapter = lora_request
         words = self.encoder.tokenizer
-        one = SimpleNamespace(token_ids=[*words("yes")["input_ids"], self.encoder.end_ids[0]], finish_reason="stop")
-        cut = SimpleNamespace(token_ids=words("no")["input_ids"], finish_reason="length")
-        return [SimpleNamespace(outputs=[one, cut])] * len(prompts)
+        ids = [[*words("yes")["input_ids"], self.encoder.end_ids[0]], words("no way")["input_ids"][:5]]
+        answers = [
+            SimpleNamespace(token_ids=one, finish_reason=reason)
+            for one, reason in zip(ids, self.finish_reasons, strict=True)
+        ]
+        return [
+            SimpleNamespace(outputs=answers[: setting.n], prompt_token_ids=self.expanded(prompt))
+            for prompt, setting in zip(prompts, settings, strict=True)
+        ]
+
+    def expanded(self, prompt: dict[str, Any]) -> list[int]:
+        """The token of an image as often as the model has places for it."""
+        token = self.encoder.processor.image_token_id
+        return [i for one in prompt["prompt_token_ids"] for i in [one] * (16 if one == token else 1)]
 
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     model, processor = tiny_models.build("llava")
     made = StandIn(Encoder.for_model(processor, model))
-    monkeypatch.setitem(sys.modules, "vllm", made)  # type: ignore[arg-type]
+    for name in ("vllm", "vllm.exceptions", "vllm.platforms", "vllm.lora.request"):
+        monkeypatch.setitem(sys.modules, name, made)  # type: ignore[arg-type]
     return made
 
 
 def test_vllm_is_asked_with_unexpanded_tokens_and_a_seed_for_each_record(vllm: StandIn) -> None:
     made = VllmSampler("some/model", vllm.encoder, Sampling(0.7, 0.9, 5, seed=3), {"dtype": "bfloat16"})
     answers = made.sample([ASKED, Question("b", "Why?", None)], 2, attempt=1)
-    assert answers == [[Answer("yes", True), Answer("no", False)]] * 2
+    assert answers == [[Answer("yes", True), Answer("no wa", False)]] * 2
     prompts, settings = vllm.asked
     ids = prompts[0]["prompt_token_ids"]
     processor = vllm.encoder.processor
@@ -86,6 +120,8 @@ def test_nothing_between_logits_and_answers_is_left_to_a_default(vllm: StandIn) 
         "max_tokens": 5,
         "seed": 0,
         "stop_token_ids": list(vllm.encoder.end_ids),
+        "ignore_eos": True,
+        "detokenize": False,
     }
 
 
@@ -148,3 +184,78 @@ def test_a_model_in_a_folder_is_known_by_what_is_in_it(vllm: StandIn, tmp_path: 
     assert identity(tmp_path / "a") == first
     (tmp_path / "a" / "model.safetensors").write_bytes(b"trained")
     assert {name for name, value in identity(tmp_path / "a").items() if value != first[name]} == {"model"}
+
+
+def test_an_old_vllm_is_refused(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.11.2", raising=False)
+    with pytest.raises(ValueError, match=r"vllm 0\.11\.2 is not supported: pip install 'vllm>=0\.32'"):
+        VllmSampler("some/model", vllm.encoder, Sampling())
+
+
+def test_what_vllm_refuses_is_a_bad_record(vllm: StandIn) -> None:
+    made = VllmSampler("some/model", vllm.encoder, Sampling())
+    vllm.refused = "The decoder prompt (length 300) is longer than the maximum model length of 256."
+    with pytest.raises(ValueError, match="vllm: The decoder prompt"):
+        made.sample([ASKED], 1)
+
+
+def test_an_answer_that_max_model_len_cuts_is_no_answer(vllm: StandIn) -> None:
+    """Training would take it for one that was cut by max_new_tokens."""
+    made = VllmSampler("some/model", vllm.encoder, Sampling(max_new_tokens=6))
+    with pytest.raises(ValueError, match="max_model_len: prompt and image leave room for 5 tokens"):
+        made.sample([ASKED], 2)
+    vllm.finish_reasons = ["stop", "abort"]
+    with pytest.raises(RuntimeError, match="record 'a': finish_reason 'abort'"):
+        made.sample([ASKED], 2)
+
+
+def test_other_tokens_than_in_training_are_said_once(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = VllmSampler("some/model", vllm.encoder, Sampling(max_new_tokens=5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.sample([ASKED], 2)
+    made = VllmSampler("some/model", vllm.encoder, Sampling(max_new_tokens=5))
+    monkeypatch.setattr(vllm, "expanded", lambda prompt: prompt["prompt_token_ids"])
+    with pytest.warns(OtherTokens, match="tokens of record 'a' and its image, training"):
+        made.sample([ASKED], 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.sample([ASKED], 2)
+
+
+def test_several_greedy_answers_are_drawn_once(vllm: StandIn) -> None:
+    made = VllmSampler("some/model", vllm.encoder, Sampling(temperature=0))
+    assert made.sample([ASKED], 2) == [[Answer("yes", True)] * 2]
+    with pytest.raises(ValueError, match=r"temperature=0\.001: vllm draws at 0\.01"):
+        VllmSampler("some/model", vllm.encoder, Sampling(temperature=0.001))
+
+
+def test_on_a_cpu_prompts_are_not_read_in_parts(vllm: StandIn) -> None:
+    vllm.on_cpu = True
+    VllmSampler("some/model", vllm.encoder, Sampling())
+    assert vllm.engine["enable_chunked_prefill"] is False
+    VllmSampler("some/model", vllm.encoder, Sampling(), {"enable_chunked_prefill": True})
+    assert vllm.engine["enable_chunked_prefill"] is True
+
+
+def test_an_adapter_goes_to_vllm_and_into_the_identity(vllm: StandIn, tmp_path: Path) -> None:
+    model, _ = tiny_models.build("llava")
+    names = {"rank 24": 24, "rank 600": 600}
+    for name, rank in names.items():
+        get_peft_model(model, language_lora(model, r=rank)).save_pretrained(tmp_path / name)
+        model, _ = tiny_models.build("llava")
+    folder = str(tmp_path / "rank 24")
+    made = VllmSampler("some/model", vllm.encoder, Sampling(max_new_tokens=5), adapter=folder)
+    assert vllm.engine["enable_lora"] is True
+    assert vllm.engine["max_lora_rank"] == 32
+    made.sample([ASKED], 1)
+    assert vllm.adapter == ("perpo", 1, folder)
+    plain = VllmSampler("some/model", vllm.encoder, Sampling(max_new_tokens=5)).identity()
+    assert made.identity()["adapters"]
+    assert "adapters" not in plain
+    with pytest.raises(ValueError, match=r"vllm can do nothing with rank 600 .*perpo merge"):
+        VllmSampler("some/model", vllm.encoder, Sampling(), adapter=str(tmp_path / "rank 600"))
+    whole = get_peft_model(model, language_lora(model, r=4, train_projector=True))
+    whole.save_pretrained(tmp_path / "projector")
+    with pytest.raises(ValueError, match=r"vllm can do nothing with .*projector.* in the adapter"):
+        VllmSampler("some/model", vllm.encoder, Sampling(), adapter=str(tmp_path / "projector"))
