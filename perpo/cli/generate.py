@@ -10,7 +10,7 @@ torchrun sets them; each takes the GPU of its LOCAL_RANK.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import bad_truths
 from perpo.sampling.candidates import CandidateConfig, Outcome, generate
 from perpo.sampling.sampler import Sampler, Sampling
+from perpo.sampling.server import ServerSettings
+from perpo.sampling.with_openai import OpenAISampler
 from perpo.sampling.with_transformers import TransformersSampler
 from perpo.sampling.with_vllm import VllmSampler
 
 
 @dataclass
-class GenerateConfig(RewardSettings, ReadSettings):
+class GenerateConfig(RewardSettings, ReadSettings, ServerSettings):
     """Which records, how answers to them are drawn and scored, and where they go."""
 
     records: str = field(
@@ -64,21 +66,31 @@ class GenerateConfig(RewardSettings, ReadSettings):
     )
     engine: str = field(
         default="transformers",
-        metadata={"help": "What runs the model.", "choices": ["transformers", "vllm"]},
+        metadata={
+            "help": "What runs the model; openai: a server at base_url (vllm serve, SGLang, …).",
+            "choices": ["transformers", "vllm", "openai"],
+        },
     )
     engine_options: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": 'Arguments of vllm.LLM, as JSON or YAML mapping: {"tensor_parallel_size": 2}.'},
+        metadata={
+            "help": 'Arguments of vllm.LLM, as JSON or YAML mapping: {"tensor_parallel_size": 2}; for openai, further '
+            "fields of each request."
+        },
     )
     sampling: Sampling = field(init=False)
     candidates: CandidateConfig = field(init=False)
 
     def __post_init__(self) -> None:
         self.engine_options = mapping("engine_options", self.engine_options)
-        if self.engine_options and self.engine != "vllm":
-            raise ValueError("engine_options are arguments of vllm.LLM: set engine='vllm', or leave them out")
-        if self.answers_at_once is not None and self.engine == "vllm":
-            raise ValueError("answers_at_once is for engine='transformers'; vLLM sees to its memory by itself")
+        if self.engine_options and self.engine == "transformers":
+            raise ValueError(
+                "engine_options are arguments of vllm.LLM, or fields of a server's requests: set engine='vllm' or "
+                "'openai', or leave them out"
+            )
+        if self.answers_at_once is not None and self.engine != "transformers":
+            raise ValueError("answers_at_once is for engine='transformers'; others see to their memory by themselves")
+        self._check_engine()
         if self.answer_format is not None:
             box_format(self.answer_format)
         if self.temperature == 0 and self.k > 1:
@@ -87,6 +99,15 @@ class GenerateConfig(RewardSettings, ReadSettings):
         self.candidates = CandidateConfig(
             self.k, self.max_samples, self.named(self.reward), self.skip_bad, self.image_root
         )
+
+    def _check_engine(self) -> None:
+        if self.engine == "openai":
+            self.check_server()
+            return
+        plain = ServerSettings()
+        given = [one.name for one in fields(ServerSettings) if getattr(self, one.name) != getattr(plain, one.name)]
+        if given:
+            raise ValueError(f"{', '.join(given)}: only for a server: set engine='openai' too, or leave it out")
 
 
 SETTINGS = (ModelConfig, GenerateConfig)
@@ -136,6 +157,9 @@ def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) 
             settings["mm_processor_kwargs"] = model_config.processor_options
         encoder = Encoder(processor, _end_ids(name, revision), max_prompt_length=length)
         return VllmSampler(name, encoder, config.sampling, settings | mapping("engine_options", config.engine_options))
+    if config.engine == "openai":
+        encoder = Encoder(processor, _end_ids(name, revision), max_prompt_length=length)
+        return OpenAISampler(name, encoder, config.sampling, config, mapping("engine_options", config.engine_options))
     model = model_config.load_model(name, revision)
     encoder = Encoder.for_model(processor, model, max_prompt_length=length)
     device = torch.device("cpu")
