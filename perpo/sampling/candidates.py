@@ -309,8 +309,9 @@ class _Worker:
         return [(record, question, answers) for (record, question), answers in zip(asked, lists, strict=True)]
 
     def _finished(self, record: ListRecord, question: Question | None, answers: list[Answer] | Exception) -> Finished:
-        if question is None or isinstance(answers, Exception):
+        if isinstance(answers, Exception):
             return self._failed(record, answers)
+        assert question is not None
         try:
             return self._scored(record, question, answers)
         except RECORD_ERRORS as error:

@@ -43,7 +43,7 @@ class UnusableError(Exception):
     """A body that holds no answer; it is asked for again."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ServerSettings:
     """A server that answers, for engine='openai'."""
 

@@ -219,7 +219,7 @@ def test_a_server_that_says_nothing_about_prompts_is_said_once(server: ChatServe
 
 def test_a_prompt_beyond_the_limit_is_refused_before_it_is_sent(server: ChatServer) -> None:
     encoder = Encoder(server.encoder.processor, server.encoder.end_ids, max_prompt_length=8)
-    made = OpenAISampler("some/model", encoder, Sampling(), ServerSettings(server.url, check_prompts=False))
+    made = OpenAISampler("some/model", encoder, Sampling(), ServerSettings(base_url=server.url, check_prompts=False))
     with pytest.raises(ValueError, match="max_prompt_length=8"):
         made.sample([ASKED], 1)
     assert not server.asked
