@@ -206,6 +206,13 @@ class OpenAISampler:
             raise UnusableError(f"finish_reason {why!r}, neither 'stop' nor 'length'")
         with self._lock:
             if (ids := _ids(choice.get("token_ids"))) is not None:
+                if why == "length" and len(ids) < self.sampling.max_new_tokens:
+                    self._warn_once(
+                        "short",
+                        f"the server cuts answers before max_new_tokens={self.sampling.max_new_tokens}, one after "
+                        f"{len(ids)}: prompt and answer together are too long for it; serve with a larger context "
+                        "(vLLM: --max-model-len)",
+                    )
                 return Answer(self.encoder.decode(ids), why != "length")
             text = message.get("content")
             if not isinstance(text, str | None):

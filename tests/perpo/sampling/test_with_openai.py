@@ -105,6 +105,16 @@ def test_answers_are_those_that_other_samplers_would_give(ids: bool, server: Cha
     assert [answer.complete for answer in cut[0]] == [False, False]
 
 
+def test_answers_that_the_servers_context_cuts_are_said(server: ChatServer) -> None:
+    def cut(body: dict[str, Any]) -> dict[str, Any]:
+        body["choices"][0] |= {"finish_reason": "length", "token_ids": body["choices"][0]["token_ids"][:1]}
+        return body
+
+    server.always = cut
+    with pytest.warns(ServerWarning, match="before max_new_tokens=128, one after 1: .*--max-model-len"):
+        assert not sampler(server).sample([ASKED], 1)[0][0].complete
+
+
 def test_an_end_of_turn_that_the_server_leaves_in_the_text_is_no_part_of_the_answer(server: ChatServer) -> None:
     server.ids = False
     end = server.encoder.tokenizer.decode([server.encoder.turn.end_id])
