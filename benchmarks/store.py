@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,27 +89,26 @@ def score(folder: Path, output: str) -> None:
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def measured(function: str, *arguments: Any) -> None:
-    """In a process of its own: prints seconds, those of the CPU, and MiB."""
+def measured(results: Any, function: Callable[..., None], arguments: Sequence[Any]) -> None:
+    """Puts seconds, those of the CPU, and MiB."""
     before, start, cpu = _peak(), time.perf_counter(), time.process_time()
-    {"sample": sample, "score": score}[function](Path(arguments[0]), *arguments[1:])
-    print("MEASURED", time.perf_counter() - start, time.process_time() - cpu, _peak() - before)
+    function(*arguments)
+    results.put((time.perf_counter() - start, time.process_time() - cpu, _peak() - before))
 
 
-def run(calls: Sequence[Sequence[Any]]) -> tuple[float, float, float] | None:
-    """Of processes at once: the seconds of the slowest, those of the CPU of all, the MiB of the largest; None if they
+def run(function: Callable[..., None], calls: Sequence[Sequence[Any]]) -> tuple[float, float, float] | None:
+    """In processes at once: the seconds of the slowest, those of the CPU of all, the MiB of the largest; None if they
     were killed."""
-    command = [sys.executable, "-m", "benchmarks.store", "--call"]
-    made = [
-        subprocess.Popen([*command, json.dumps(call)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for call in calls
-    ]
-    found: list[list[float]] = []
-    for process in made:
-        out, err = process.communicate()
-        if process.returncode not in (0, -signal.SIGKILL):
-            raise RuntimeError(err)
-        found += [[float(n) for n in line.split()[1:]] for line in out.splitlines() if line.startswith("MEASURED")]
+    forked = multiprocessing.get_context("fork")  # what is imported is imported once
+    results = forked.SimpleQueue()
+    processes = [forked.Process(target=measured, args=(results, function, call)) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"{function.__name__} failed, see above")
+    found = [results.get() for process in processes if process.exitcode == 0]
     if not found:
         return None
     seconds, cpu, memory = zip(*found, strict=True)
@@ -121,11 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, nargs="+", default=[10000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--call", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.call:
-        measured(*json.loads(given.call))
-        return
     print("| | records | processes | seconds | records a second | CPU seconds | MiB a process |")
     print("|---|---|---|---|---|---|---|")
     for n in given.records:
@@ -135,17 +129,17 @@ def main() -> None:
             for ways in given.processes:
                 share = n // ways
                 done = share - share // 100
-                row("sampled", n, ways, run([("sample", str(place), f"{ways}.jsonl", r, ways) for r in range(ways)]), n)
-                killed = [("sample", str(place), f"killed-{ways}.jsonl", r, ways, done) for r in range(ways)]
-                if run(killed) is not None:
+                row("sampled", n, ways, run(sample, [(place, f"{ways}.jsonl", r, ways) for r in range(ways)]), n)
+                killed = [(place, f"killed-{ways}.jsonl", r, ways, done) for r in range(ways)]
+                if run(sample, killed) is not None:
                     raise RuntimeError("no process was killed")
-                resumed = run([call[:5] for call in killed])
+                resumed = run(sample, [call[:4] for call in killed])
                 row(f"resumed after {done * ways} were done", n, ways, resumed, n - done * ways)
                 first, second = ((place / f"{name}.jsonl").read_bytes() for name in (ways, f"killed-{ways}"))
                 if first != second:
                     raise RuntimeError("resuming changed the output")
-            row("scored, `perpo score`", n, 1, run([("score", str(place), "scored.jsonl")]), n)
-            row("scored, all done before", n, 1, run([("score", str(place), "scored.jsonl")]), 0)
+            row("scored, `perpo score`", n, 1, run(score, [(place, "scored.jsonl")]), n)
+            row("scored, all done before", n, 1, run(score, [(place, "scored.jsonl")]), 0)
 
 
 def row(name: str, n: int, ways: int, found: tuple[float, float, float] | None, done: int) -> None:
