@@ -61,7 +61,7 @@ def test_four_times_the_records_take_at_most_four_times_the_calls_and_bytes(
         store.write_records(place, n)
         steps = counted[n] = {"sample": work(partial(store.sample, place, "out.jsonl"))}
         for ways in (1, 4):
-            killed_at(place, ways, (n // ways) * 9 // 10)
+            killed_at(place, ways, (n // ways) * 4 // 5)
             for rank in range(ways):
                 resume = partial(store.sample, place, f"cut-{ways}.jsonl", rank, ways)
                 steps[f"resume {rank}/{ways}"] = work(resume)
