@@ -125,6 +125,11 @@ class AlignConfig(LoadSettings):
                 if name in given or hasattr(LoadSettings, str(name)) or name in ("model", "model_name_or_path"):
                     raise ValueError(f"{command}: {name!r} is set by `perpo align`; leave it out of the section")
             setattr(self, command, section)
+        if self.rounds > 1 and mapping("generate", self.generate).get("engine") == "openai":
+            raise ValueError(
+                "generate: with engine: openai every round would sample from the model that the server serves, and "
+                "not from that of the round before; set rounds to 1, or another engine"
+            )
 
     def section(self, command: str) -> dict[str, Any]:
         """Settings of a command as they were given, with how models are loaded and what all rounds share."""

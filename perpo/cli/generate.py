@@ -10,10 +10,10 @@ torchrun sets them; each takes the GPU of its LOCAL_RANK.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from huggingface_hub import snapshot_download
@@ -30,13 +30,15 @@ from perpo.rewards.formats import box_format
 from perpo.rewards.scoring import bad_truths
 from perpo.sampling.candidates import CandidateConfig, Outcome, generate
 from perpo.sampling.sampler import Sampler, Sampling
+from perpo.sampling.server import ServerSettings
+from perpo.sampling.with_openai import OpenAISampler
 from perpo.sampling.with_transformers import TransformersSampler
 from perpo.sampling.with_vllm import VllmSampler
 from perpo.storage.checksums import check_weights
 
 
 @dataclass
-class GenerateConfig(RewardSettings, ReadSettings):
+class GenerateConfig(RewardSettings, ReadSettings, ServerSettings):
     """Which records, how answers to them are drawn and scored, and where they go."""
 
     records: str = field(
@@ -67,21 +69,31 @@ class GenerateConfig(RewardSettings, ReadSettings):
     )
     engine: str = field(
         default="transformers",
-        metadata={"help": "What runs the model.", "choices": ["transformers", "vllm"]},
+        metadata={
+            "help": "What runs the model; openai: a server at base_url (vllm serve, SGLang, …).",
+            "choices": ["transformers", "vllm", "openai"],
+        },
     )
     engine_options: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": 'Arguments of vllm.LLM, as JSON or YAML mapping: {"tensor_parallel_size": 2}.'},
+        metadata={
+            "help": 'Arguments of vllm.LLM, as JSON or YAML mapping: {"tensor_parallel_size": 2}; for openai, further '
+            "fields of each request."
+        },
     )
     sampling: Sampling = field(init=False)
     candidates: CandidateConfig = field(init=False)
 
     def __post_init__(self) -> None:
         self.engine_options = mapping("engine_options", self.engine_options)
-        if self.engine_options and self.engine != "vllm":
-            raise ValueError("engine_options are arguments of vllm.LLM: set engine='vllm', or leave them out")
-        if self.answers_at_once is not None and self.engine == "vllm":
-            raise ValueError("answers_at_once is for engine='transformers'; vLLM sees to its memory by itself")
+        if self.engine_options and self.engine == "transformers":
+            raise ValueError(
+                "engine_options are arguments of vllm.LLM, or fields of a server's requests: set engine='vllm' or "
+                "'openai', or leave them out"
+            )
+        if self.answers_at_once is not None and self.engine != "transformers":
+            raise ValueError("answers_at_once is for engine='transformers'; others see to their memory by themselves")
+        self._check_engine()
         if self.answer_format is not None:
             box_format(self.answer_format)
         if self.temperature == 0 and self.k > 1:
@@ -90,6 +102,15 @@ class GenerateConfig(RewardSettings, ReadSettings):
         self.candidates = CandidateConfig(
             self.k, self.max_samples, self.named(self.reward), self.skip_bad, self.image_root
         )
+
+    def _check_engine(self) -> None:
+        if self.engine == "openai":
+            self.check_server()
+            return
+        plain = ServerSettings()
+        given = [one.name for one in fields(ServerSettings) if getattr(self, one.name) != getattr(plain, one.name)]
+        if given:
+            raise ValueError(f"{', '.join(given)}: only for a server: set engine='openai' too, or leave it out")
 
 
 SETTINGS = (ModelConfig, GenerateConfig)
@@ -134,6 +155,9 @@ def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) 
     if config.engine == "vllm":
         return _vllm_sampler(model_config, config, processor)
     name, revision, length = model_config.model_name_or_path, model_config.model_revision, config.max_prompt_length
+    if config.engine == "openai":
+        encoder = Encoder(processor, _Unloaded.find(model_config).end_ids, max_prompt_length=length)
+        return OpenAISampler(name, encoder, config.sampling, config, mapping("engine_options", config.engine_options))
     model = model_config.load_model(name, revision)
     encoder = Encoder.for_model(processor, model, max_prompt_length=length)
     device = torch.device("cpu")
@@ -144,31 +168,43 @@ def _sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) 
 
 
 def _vllm_sampler(model_config: ModelConfig, config: GenerateConfig, processor: Any) -> Sampler:
-    """What `load_model` and `Encoder.for_model` read off a model, without loading it."""
-    name, revision = model_config.model_name_or_path, model_config.model_revision
-    adapter = None
-    if found := base_of(name, revision):
-        adapter = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
-        name, revision = found
-    for one in filter(None, (name, adapter)):
+    model = _Unloaded.find(model_config)
+    for one in filter(None, (model.name, model.adapter)):
         check_weights(one)
-    where = {} if revision is None else {"revision": revision}
-    whole = AutoConfig.from_pretrained(name, trust_remote_code=model_config.trust_remote_code, **where)
-    try:
-        generation = GenerationConfig.from_pretrained(name, **where)
-    except OSError:  # it has none
-        generation = GenerationConfig.from_model_config(whole)
-    eos = generation.eos_token_id
-    end_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     dtype = model_config.dtype
-    if dtype == "auto" and whole.dtype == torch.float32:
+    if dtype == "auto" and model.config.dtype == torch.float32:
         dtype = "float32"  # as it was saved: vLLM's "auto" rounds such a model to 16 bits
-    settings = {"dtype": dtype, "trust_remote_code": model_config.trust_remote_code, "revision": revision}
+    settings = {"dtype": dtype, "trust_remote_code": model_config.trust_remote_code, "revision": model.revision}
     if model_config.processor_options:
         settings["mm_processor_kwargs"] = model_config.processor_options
     settings |= mapping("engine_options", config.engine_options)
-    encoder = Encoder(processor, end_ids, max_prompt_length=config.max_prompt_length)
-    return VllmSampler(name, encoder, config.sampling, settings, adapter=adapter)
+    encoder = Encoder(processor, model.end_ids, max_prompt_length=config.max_prompt_length)
+    return VllmSampler(model.name, encoder, config.sampling, settings, adapter=model.adapter)
+
+
+class _Unloaded(NamedTuple):
+    """What `load_model` and `Encoder.for_model` read off a model, without loading it."""
+
+    name: str  # of the base model, if there is an adapter
+    revision: str | None
+    adapter: str | None  # its folder
+    config: Any
+    end_ids: list[int]
+
+    @classmethod
+    def find(cls, model_config: ModelConfig) -> Self:
+        name, revision, adapter = model_config.model_name_or_path, model_config.model_revision, None
+        if found := base_of(name, revision):
+            adapter = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
+            name, revision = found
+        where = {} if revision is None else {"revision": revision}
+        config = AutoConfig.from_pretrained(name, trust_remote_code=model_config.trust_remote_code, **where)
+        try:
+            generation = GenerationConfig.from_pretrained(name, **where)
+        except OSError:  # it has none
+            generation = GenerationConfig.from_model_config(config)
+        eos = generation.eos_token_id
+        return cls(name, revision, adapter, config, [] if eos is None else [eos] if isinstance(eos, int) else list(eos))
 
 
 def _number(variable: str, default: int) -> int:

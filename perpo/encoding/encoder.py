@@ -147,7 +147,7 @@ class Encoder:
 
     def render(self, prompt: Prompt, with_image: bool) -> str:
         """The text that is tokenized: chat template and generation prompt around the messages."""
-        messages = self._messages(prompt, with_image)
+        messages = self.messages(prompt, with_image)
         if self._template is None:
             words = "\n".join(part["text"] for m in messages for part in m["content"] if part["type"] == "text")
             if self._is_paligemma:  # its processor writes the beginning and the end of a prompt
@@ -165,7 +165,7 @@ class Encoder:
 
     def whole_response(self, text: str, complete: bool = True) -> list[int]:
         """As `response`, and not cut. A text that holds the end of its turn already gets no second one."""
-        ids = [token for token in self._ids(self.turn.before + text) if token not in self._placeholder_ids]
+        ids = [token for token in self._ids(self.turn.before + text) if token not in self.placeholder_ids]
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
         if end is not None and all(token in self.end_ids or self._is_space(token) for token in ids[end + 1 :]):
             return ids[: end + 1]
@@ -196,7 +196,7 @@ class Encoder:
         """
         listed = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         stop = next((i for i, token in enumerate(listed) if token in self.end_ids), len(listed))
-        without = {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id, *self._placeholder_ids}
+        without = {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id, *self.placeholder_ids}
         kept = [token for token in listed[:stop] if token not in without]
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         if not getattr(self.tokenizer, "is_fast", True):
@@ -210,7 +210,7 @@ class Encoder:
         end_id = fallback if fallback in self.end_ids else self.end_ids[0]
         if self._template is None:
             return Turn("", end_id)
-        question = self._messages("?", with_image=False)
+        question = self.messages("?", with_image=False)
         answer: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": PROBE}]}
         open_turn = self._apply_template(question, add_generation_prompt=True)
         whole = self._apply_template([*question, answer], add_generation_prompt=False)
@@ -233,7 +233,7 @@ class Encoder:
         """
         if self._template is None:
             return ""
-        return open_thought(self._apply_template(self._messages("?", with_image=False), add_generation_prompt=True))
+        return open_thought(self._apply_template(self.messages("?", with_image=False), add_generation_prompt=True))
 
     def fingerprint(self) -> dict[str, str]:
         """Fingerprints of all that turns records into token ids and pixels."""
@@ -307,7 +307,7 @@ class Encoder:
         return getattr(self.processor, "image_token", None) or "<image>"
 
     @cached_property
-    def _placeholder_ids(self) -> set[int]:
+    def placeholder_ids(self) -> set[int]:
         """Tokens that stand for parts of a picture. A response has no picture, so they are left out of it."""
         names = ("image_token_id", "video_token_id")
         found = {getattr(holder, name, None) for holder in (self.processor, self.tokenizer) for name in names}
@@ -361,7 +361,7 @@ class Encoder:
         around = rf"(?:{marks})?" if marks else ""
         return re.compile(f"{around}(?:{places}){around}")
 
-    def _messages(self, prompt: Prompt, with_image: bool) -> Messages:
+    def messages(self, prompt: Prompt, with_image: bool) -> Messages:
         """Messages whose content is a list of parts, with exactly one image part if there is a picture."""
         if with_image and not self.sees_images:
             raise ValueError(

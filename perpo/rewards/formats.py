@@ -22,7 +22,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 from perpo.rewards.completions import half_width
 
@@ -178,6 +180,12 @@ def read_boxes(text: str, name: str = "llava", size: Size | None = None) -> BoxR
     Raises:
         ValueError: the format is not known, or needs a size and has none.
     """
+    found = _read(text, name, None if size is None else tuple(size))
+    return BoxReading(list(found.boxes), found.n_written, found.other_scale)
+
+
+@lru_cache(maxsize=128)  # an answer is read for its reward, and again to count what could not be read
+def _read(text: str, name: str, size: Any) -> BoxReading:
     form = box_format(name)
     written = written_boxes(text, name)
     boxes, other_scale = [], None

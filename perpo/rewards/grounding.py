@@ -9,6 +9,7 @@ with the largest sum (the Hungarian method). How an answer writes its boxes: `pe
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -124,6 +125,11 @@ def iou_reward(
     return box_reward()(prompts, completions, answer=answer)
 
 
+@lru_cache(maxsize=128)  # the same for all answers of a list
+def _written(answer: str) -> tuple[tuple[float, ...], ...]:
+    return tuple(written_boxes(answer))
+
+
 def true_boxes_of(answer: Any) -> tuple[list[Box], bool]:
     """The true boxes, and whether the answer is a list of them (rather than one).
 
@@ -134,7 +140,7 @@ def true_boxes_of(answer: Any) -> tuple[list[Box], bool]:
     numbers: list[tuple[float, ...]] = [()]
     several = False
     if isinstance(answer, str):
-        numbers = written_boxes(answer)
+        numbers = list(_written(answer))
         several = len(numbers) != 1
         if not numbers and answer.strip() != "[]":
             numbers = [()]

@@ -19,12 +19,17 @@ from perpo.data.read import SKIP_HINT, reason_of
 from perpo.data.record import ListRecord, write_records
 from perpo.data.summary import summary
 from perpo.rewards.scoring import Tally, Task, score_record, task_of
+from perpo.sampling.in_flight import InFlight
 from perpo.sampling.sampler import Answer, Question, Sampler, distinct_answers
 from perpo.sampling.shards import Finished, Shards, check_sources, source_of
 
 SHOWN_ERRORS = 20  # of skipped records; all are counted
 # What tokenizers, processors and rewards raise where they stumble over a record; not what a device or a disk does.
 RECORD_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+
+
+# A record, what was asked, and what came of it.
+Asked = tuple[ListRecord, Question | None, list[Answer] | Exception]
 
 
 @dataclass(frozen=True)
@@ -251,39 +256,67 @@ class _Worker:
         self.tally.unreadable += one.unreadable
 
     def run(self, records: Sequence[ListRecord], left: Sequence[int]) -> Iterator[Finished]:
-        """Those of these numbers."""
-        for start in range(0, len(left), self.sampler.batch_size):
-            yield from self._batch([records[i] for i in left[start : start + self.sampler.batch_size]])
+        """Those of these numbers, in the order in which they are answered.
 
-    def _batch(self, records: Sequence[ListRecord]) -> Iterator[Finished]:
+        After an error no further question is asked, and those that were are finished first.
+        """
+        size = self.sampler.batch_size
+        batches = ([records[i] for i in left[start : start + size]] for start in range(0, len(left), size))
+        flights = InFlight(self._asked, getattr(self.sampler, "in_flight", 1))
+        first: Exception | None = None
+        while True:
+            while first is None and flights.has_room and (batch := next(batches, None)) is not None:
+                flights.begin(batch)
+            if not flights.pending:
+                break
+            try:
+                results = flights.result()
+            except Exception as error:
+                first = first or error
+                continue
+            for record, question, answers in results:
+                try:
+                    one = self._finished(record, question, answers)
+                except ValueError as error:
+                    first = first or error
+                else:
+                    yield one
+        if first is not None:
+            raise first
+
+    def _asked(self, records: Sequence[ListRecord]) -> list[Asked]:
+        """Each with its answers, or why it has none. Called in several threads if the sampler can be."""
+        unopened: list[Asked] = []
         asked: list[tuple[ListRecord, Question]] = []
         for record in records:
             try:
                 image = None if record.image is None else open_image(record.image, self.config.image_root)
             except ImageError as error:
-                yield self._failed(record, error)
+                unopened.append((record, None, error))
             else:
                 asked.append((record, Question(record.id, record.prompt, image)))  # type: ignore[arg-type]
-        yield from self._answered(asked)
+        return [*self._answered(asked), *unopened]
 
-    def _answered(self, asked: Sequence[tuple[ListRecord, Question]]) -> Iterator[Finished]:
+    def _answered(self, asked: Sequence[tuple[ListRecord, Question]]) -> list[Asked]:
         if not asked:
-            return
+            return []
         try:
             lists = self.config.answers(self.sampler, [question for _, question in asked])
         except RECORD_ERRORS as error:
             if len(asked) == 1:
-                yield self._failed(asked[0][0], error)
-            else:  # one of them is bad: a search by halves keeps batches large
-                half = len(asked) // 2
-                yield from self._answered(asked[:half])
-                yield from self._answered(asked[half:])
-            return
-        for (record, question), answers in zip(asked, lists, strict=True):
-            try:
-                yield self._scored(record, question, answers)
-            except RECORD_ERRORS as error:
-                yield self._failed(record, error)
+                return [(*asked[0], error)]
+            half = len(asked) // 2  # one of them is bad: a search by halves keeps batches large
+            return [*self._answered(asked[:half]), *self._answered(asked[half:])]
+        return [(record, question, answers) for (record, question), answers in zip(asked, lists, strict=True)]
+
+    def _finished(self, record: ListRecord, question: Question | None, answers: list[Answer] | Exception) -> Finished:
+        if isinstance(answers, Exception):
+            return self._failed(record, answers)
+        assert question is not None
+        try:
+            return self._scored(record, question, answers)
+        except RECORD_ERRORS as error:
+            return self._failed(record, error)
 
     def _scored(self, record: ListRecord, question: Question, answers: Sequence[Answer]) -> Finished:
         columns = {} if question.image is None else {"image_size": self.sampler.encoder.seen_size(question.image.size)}

@@ -10,7 +10,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,5 +139,5 @@ def _scored(
 
 def _keep(shards: Shards, waiting: Sequence[Finished]) -> list[Finished]:
     if waiting:
-        shards.append(*map(asdict, waiting), what=f"the reward of {len(waiting)} records")
+        shards.append(*map(vars, waiting), what=f"the reward of {len(waiting)} records")
     return []

@@ -1,8 +1,8 @@
 """What every sampler offers: answers of a model to questions about images.
 
 `with_transformers` runs any Hugging Face model in this process, one greedy answer each for a batch of questions or k
-sampled answers from one prefill; `with_vllm` hands batches of questions to vLLM. Both draw from the distribution that
-training computes: softmax(logits / temperature) cut to top_p, and nothing else.
+sampled answers from one prefill; `with_vllm` hands batches of questions to vLLM, `with_openai` single ones to a server.
+All draw from the distribution that training computes: softmax(logits / temperature) cut to top_p, and nothing else.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Sampler(Protocol):
     Attributes:
         encoder: of the model that answers.
         batch_size: how many questions are best given at once.
+        in_flight: how many calls of `sample` are best made at once, in threads. A sampler without it takes one.
     """
 
     encoder: Encoder

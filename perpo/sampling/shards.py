@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from perpo.data.fingerprints import field_fingerprints
@@ -74,7 +74,7 @@ class Shards(Journal):
 
     def add(self, finished: Finished) -> None:
         """Keep one record, on disk when this returns; raises as `append`."""
-        self.append(asdict(finished), what=f"record {finished.id!r}")
+        self.append(vars(finished), what=f"record {finished.id!r}")
 
 
 def source_of(

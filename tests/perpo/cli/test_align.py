@@ -184,6 +184,10 @@ def test_it_stops_when_the_held_out_metric_falls_out_of_the_best_rounds_interval
         (["--rounds", "0"], "rounds must be ≥ 1, got 0"),
         (["--train", "{output_dir: x}"], "train: 'output_dir' is set by `perpo align`"),
         (["--generate", "{dtype: float32}"], "generate: 'dtype' is set by `perpo align`"),
+        (
+            ["--generate", "{engine: openai}", "--rounds", "2"],
+            "every round would sample from the model that the server",
+        ),
         (["--train", "{learning_rte: 1}"], "did you mean 'learning_rate'?"),
         (["--evaluate", "{n: many}"], "argument --n: invalid int value"),
         (["--train", "[1]"], "train"),

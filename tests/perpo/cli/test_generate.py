@@ -18,11 +18,13 @@ from peft import LoraConfig, get_peft_model
 
 from perpo.cli import main as cli
 from perpo.data.read import read_records
+from perpo.encoding.encoder import Encoder
 from perpo.model.load import load_model, load_processor
 from perpo.rewards.scoring import UnreadableAnswers
 
 from ...processes import ranks, start
 from .. import tiny_models
+from ..chat_server import ChatServer, running
 
 pytestmark = pytest.mark.filterwarnings("ignore::perpo.rewards.scoring.UnreadableAnswers")
 
@@ -272,6 +274,9 @@ def test_bad_truths_and_missing_images_are_known_before_the_model_is_loaded(
         (["--engine", "slow"], "invalid choice: 'slow'"),
         (["--engine_options", "{}}"], "engine_options must be a JSON or YAML mapping"),
         (["--engine_options", '{"a": 1}'], "set engine='vllm'"),
+        (["--engine", "openai"], "base_url must be an address such as http://localhost:8000/v1, got None"),
+        (["--base_url", "http://host/v1", "--request_retries", "2"], "base_url, request_retries: only for a server"),
+        (["--engine", "openai", "--base_url", "http://host/v1", "--answers_at_once", "2"], "answers_at_once is for"),
         (["--task", ""], "record 'r0' names no task: set task or reward"),
         (["--output", "/nowhere/lists.jsonl"], "there is no folder '/nowhere'"),
         (["--output", "lists.csv"], "output must be a .jsonl or .parquet file"),
@@ -295,6 +300,42 @@ def test_bad_settings_are_named(
     assert message in error_shown
     assert code in (1, 2)
     assert "Traceback" not in error_shown
+
+
+def test_a_run_with_a_server_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(project: Path) -> None:
+    """SIGKILL with requests in flight: no record is answered twice but those, and the lists are the same."""
+    few = [json.loads(line) for line in (project / "records.jsonl").read_text().splitlines()]
+    rows = [few[i % 5] | {"id": f"m{i}"} for i in range(60)]
+    (project / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = yaml.safe_load((project / "run.yaml").read_text())
+    made = load_model(settings["model_name_or_path"])
+    processor = load_processor(settings["model_name_or_path"])
+    with running(ChatServer(Encoder.for_model(processor, made), ["served"])) as server:
+        arguments = ["--engine", "openai", "--base_url", server.url, "--requests_in_flight", "4", "--k", "2"]
+        assert run(project, *arguments, "--output", str(project / "whole.jsonl")) == 0
+        asked = len(server.asked)
+        server.asked.clear()
+        server.seconds = 0.1
+        command = [sys.executable, "-m", "perpo", "generate", "--config", str(project / "run.yaml"), *arguments]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        shard = project / "lists.jsonl.parts" / "shard-00000.jsonl"
+        end = time.monotonic() + 120
+        while not (shard.exists() and shard.read_bytes().count(b"\n") >= 8):
+            assert process.poll() is None, process.communicate()[0].decode()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        assert shard.read_bytes().count(b"\n") < 60
+        server.seconds = 0.0
+        assert run(project, *arguments) == 0
+    assert len(server.asked) <= asked + 2 * 4
+    assert (project / "lists.jsonl").read_bytes() == (project / "whole.jsonl").read_bytes()
+    identity = json.loads((project / "lists.jsonl.parts" / "identity.json").read_text())
+    assert (identity["engine"], identity["served model"]) == ("openai", "served")
+    lists, _ = read_records(project / "lists.jsonl")
+    assert [one.id for one in lists] == [f"m{i}" for i in range(60)]
 
 
 def test_a_misspelt_rank_is_named(
