@@ -316,17 +316,15 @@ def test_a_run_with_a_server_that_is_killed_goes_on_and_ends_as_if_it_had_not_be
         asked = len(server.asked)
         server.asked.clear()
         server.seconds = 0.1
-        command = [sys.executable, "-m", "perpo", "generate", "--config", str(project / "run.yaml"), *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = start("-m", "perpo", "generate", "--config", str(project / "run.yaml"), *arguments)
         shard = project / "lists.jsonl.parts" / "shard-00000.jsonl"
         end = time.monotonic() + 120
         while not (shard.exists() and shard.read_bytes().count(b"\n") >= 8):
-            assert process.poll() is None, process.communicate()[0].decode()
+            assert process.returncode is None, process.output[1]
             assert time.monotonic() < end
             time.sleep(0.02)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
-        process.communicate()
+        assert process.wait(60) == -signal.SIGKILL
         assert shard.read_bytes().count(b"\n") < 60
         server.seconds = 0.0
         assert run(project, *arguments) == 0
