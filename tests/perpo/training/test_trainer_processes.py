@@ -135,11 +135,3 @@ def test_a_list_that_one_process_cannot_encode_ends_both_and_both_name_it(
     assert not (tmp_path / "two" / "trained.pt").exists()
     assert all(not problems(one) for one in finished_checkpoints(tmp_path / "two"))
     assert time.monotonic() - start < 200
-
-
-@pytest.mark.slow
-def test_gradients_through_sharded_weights_equal_plain_ones() -> None:
-    """FSDP2, the head in the root group and in one of its own."""
-    command = [sys.executable, *TORCHRUN, "-m", "tests.perpo.run_sharded"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
