@@ -61,9 +61,9 @@ def gathered(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A block in which a parameter under ZeRO-3 is whole. All processes have to enter it."""
     if not is_partitioned(tensor):
         return contextlib.nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([tensor])
+    return deepspeed.zero.GatheredParameters([tensor])
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -31,7 +31,7 @@ from perpo.training.failures import check_same
 from perpo.training.publish import Publishing
 from perpo.training.references import References
 from perpo.training.reward_shift import RewardShift
-from perpo.training.sharding import weights_come_from_first
+from perpo.training.sharding import check_checkpoint, weights_come_from_first
 
 # Settings in which the processes of a run may differ: where its files are, what is printed, how fast it reads.
 OF_A_PROCESS = {
@@ -70,6 +70,8 @@ class Saving(Publishing):
             try:
                 block.enter_context(only_run(self.args))
                 found[0] = claim_run(str(self.args.output_dir), self._identity, resume)
+                if found[0] is not None:
+                    check_checkpoint(self, Path(found[0]))
             except (ValueError, OSError) as error:
                 found[1] = error
         broadcast_object_list(found)  # all ranks stop, or none

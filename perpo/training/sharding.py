@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from torch import nn
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
+
+DEEPSPEED, FSDP, NOTHING = "DeepSpeed", "FSDP", "whole weights in every process"
 LAUNCHED = "ACCELERATE_USE_FSDP"
+
+
+def check_deepspeed(args: Any) -> None:
+    """Before transformers reads the setting.
+
+    Raises:
+        ValueError: it is set, and DeepSpeed is not installed.
+    """
+    if args.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            f"deepspeed={args.deepspeed!r}: the package is not installed; `pip install deepspeed`, or share the weights "
+            "with --fsdp full_shard, which needs no other package"
+        )
+
+
+def join_deepspeed(args: Any) -> None:
+    """Tell DeepSpeed of the processes that accelerate has joined on CPUs; on devices it joins them itself. Otherwise
+    each process takes itself for the only one."""
+    if args.deepspeed and args.device.type == "cpu" and torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
 def shard_as_asked(trainer: Any) -> None:
@@ -68,3 +97,43 @@ def weights_come_from_first(accelerator: Any) -> bool:
     """Whether the other processes hold no weights yet before the model is sharded."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     return plugin is not None and bool(plugin.cpu_ram_efficient_loading)
+
+
+def engine(trainer: Any) -> str:
+    """What shards a trainer's model."""
+    if trainer.is_deepspeed_enabled:
+        return DEEPSPEED
+    return FSDP if trainer.is_fsdp_enabled else NOTHING
+
+
+def check_checkpoint(trainer: Any, checkpoint: Path) -> None:
+    """That what shards the model now can read a checkpoint, and a word where another number of processes reads it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    n_now, now = trainer.args.world_size, engine(trainer)
+    parts = [path for path in checkpoint.glob("global_step*/*_optim_states.pt") if "zero_pp_rank" in path.name]
+    written = NOTHING
+    if any(checkpoint.glob("global_step*")):
+        written = DEEPSPEED
+    elif any(checkpoint.glob("pytorch_model_fsdp*")):
+        written = FSDP
+    if written != now:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} was written with {written}, and this run has {now}, which keeps its "
+            f"states in other files; resume with {written}, on any number of processes that it takes"
+        )
+    n_then = len(parts) or len(list(checkpoint.glob("rng_state*.pth"))) or n_now
+    if n_then == n_now:
+        return
+    if parts:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} was written by {n_then} processes with DeepSpeed, which cannot spread "
+            f"it over {n_now}; resume on {n_then}, or train with FSDP, whose checkpoints any number of processes reads"
+        )
+    if trainer.is_world_process_zero():
+        logger.warning(
+            f"{checkpoint} was written by {n_then} processes and is resumed by {n_now}: with the same lists in every step, "
+            "while what each draws at random (dropout) is drawn otherwise than in a run that was not interrupted"
+        )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 
 
-def launch(cases: dict[str, Any], folder: Path, n: int = 2) -> list[dict[str, Any]]:
+def launch(cases: dict[str, Any], folder: Path, n: int = 2, **environment: str) -> list[dict[str, Any]]:
     """What each process noted of each case.
 
     Args:

@@ -8,71 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from perpo.cli import main as cli
 
-from ..perpo import tiny_models, tiny_runs
 from .launch import ROOT, assert_same_run, launch
+from .project import FULL, Project, check_sharded
 
 SHARDED = ["--fsdp", "full_shard"]
-FULL = ["--lora", "false", "--train_lm_head", "true"]
-EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "1"]
-
-
-class Project:
-    """The files of a run, and commands over them. Three lists: the last step of a pass has one, and one to fill up."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = tiny_runs.save_run(folder, learning_rate=1e-2, optim="sgd", max_steps=3)
-        lists = (folder / "lists.jsonl").read_text().splitlines(keepends=True)
-        tiny_models.build("llava", seed=1)[0].save_pretrained(folder / "b")
-        (folder / "lists.jsonl").write_text("".join(lists[:3]))
-        (folder / "other.jsonl").write_text("".join(lists[1:]))
-
-    def argv(self, output: str, *options: str) -> list[str]:
-        """Of `perpo train`."""
-        return ["train", "--config", str(self.folder / "run.yaml"), "--output_dir", str(self.folder / output), *options]
-
-    def file(self, name: str) -> str:
-        return str(self.folder / name)
-
-    def alone(self, name: str, *options: str) -> Path:
-        """The folder of the same run in this process."""
-        assert cli.main(self.argv(f"{name} alone", "--gradient_accumulation_steps", "2", *options)) == 0
-        return self.folder / f"{name} alone"
-
-
-def runs(project: Project) -> dict[str, list[str]]:
-    evaluated = ["--eval_file", project.file("lists.jsonl"), *EVALUATED]
-    reference = ["--reference", "model", "--ref_model_name_or_path", project.file("model")]
-    return {
-        "adapters": evaluated,
-        "all weights": [*FULL, *evaluated],
-        "adapter_off": ["--reference", "adapter_off"],
-        "start": ["--reference", "start"],
-        "second model": [*FULL, *reference],
-        "several models": [
-            "--reference",
-            "model",
-            "--ref_model_name_or_path",
-            project.file("model"),
-            project.file("b"),
-        ],
-    }
-
-
-def check_sharded(name: str, found: list[dict[str, Any]]) -> None:
-    for rank in found:
-        assert rank[name]["code"] == 0, rank[name]["stderr"]
-        assert rank[name]["n"] > 50
-        assert rank[name]["whole"] == [], name
 
 
 def test_two_processes_that_share_the_weights_equal_one(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     project = Project(tmp_path)
-    chosen = {name: runs(project)[name] for name in ("adapters", "all weights")}
+    chosen = {name: project.runs()[name] for name in ("adapters", "all weights")}
     cases: dict[str, Any] = {name: {"argv": project.argv(name, *options, *SHARDED)} for name, options in chosen.items()}
     cases["seed"] = {"argv": project.argv("seed", *SHARDED), "of_rank": {"1": ["--seed", "7"]}}
     found = launch(cases, tmp_path / "launch")
@@ -86,9 +33,8 @@ def test_two_processes_that_share_the_weights_equal_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_references_on_two_processes(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     project = Project(tmp_path)
-    chosen = {name: options for name, options in runs(project).items() if name not in ("adapters", "all weights")}
+    chosen = {name: options for name, options in project.runs().items() if name not in ("adapters", "all weights")}
     found = launch(
         {name: {"argv": project.argv(name, *options, *SHARDED)} for name, options in chosen.items()},
         tmp_path / "launch",
@@ -105,3 +51,38 @@ def test_gradients_through_sharded_weights_equal_plain_ones() -> None:
     command = [sys.executable, *command, "-m", "tests.distributed.run_gradients"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
+    """From two to one and from one to two, in the middle of the second pass over three lists."""
+    project = Project(tmp_path, optim="adamw_torch", learning_rate=1e-3, save_steps=1, save_strategy="steps")
+    steps, twice = (
+        {"begun": ["--max_steps", "3"], "ended": ["--max_steps", "5"]},
+        ["--gradient_accumulation_steps", "2"],
+    )
+    kinds: dict[str, list[str]] = {"adapters": [], "all weights": FULL}
+
+    def cases(n: int, part: str, suffix: str) -> dict[str, Any]:
+        given = [*steps[part], *SHARDED, *(twice if n == 1 else [])]
+        resume = ["--resume_from_checkpoint", "true"] if part == "ended" else []
+        return {
+            f"{name} {suffix}": {"argv": project.argv(f"{name} {suffix}", *options, *given, *resume)}
+            for name, options in kinds.items()
+        }
+
+    found = launch(cases(2, "begun", "2 to 1"), tmp_path / "a")
+    found += launch(cases(1, "ended", "2 to 1") | cases(1, "begun", "1 to 2"), tmp_path / "b", n=1)
+    found += launch(cases(2, "ended", "1 to 2"), tmp_path / "c")
+    for rank in found:
+        for name, case in rank.items():
+            assert (case["code"], case["whole"]) == (0, []), (name, case["stderr"])
+    assert (
+        "was written by 2 processes and is resumed by 1: with the same lists" in found[2]["adapters 2 to 1"]["stderr"]
+    )
+    for name, options in kinds.items():
+        whole = project.alone(name, *steps["ended"], *options)
+        for way in ("2 to 1", "1 to 2"):
+            assert_same_run(tmp_path / f"{name} {way}", whole)
+    other = project.argv("adapters 2 to 1", *twice, *steps["ended"], "--resume_from_checkpoint", "true")
+    assert cli.main(other) == 1
