@@ -28,8 +28,8 @@ def check_deepspeed(args: Any) -> None:
     """
     if args.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ValueError(
-            f"deepspeed={args.deepspeed!r}: the package is not installed; `pip install deepspeed`, or share the weights "
-            "with --fsdp full_shard, which needs no other package"
+            f"deepspeed={args.deepspeed!r}: the package is not installed; `pip install deepspeed`, or share the "
+            "weights with --fsdp full_shard, which needs no other package"
         )
 
 
@@ -129,11 +129,12 @@ def check_checkpoint(trainer: Any, checkpoint: Path) -> None:
         return
     if parts:
         raise ValueError(
-            f"resume_from_checkpoint: {checkpoint} was written by {n_then} processes with DeepSpeed, which cannot spread "
-            f"it over {n_now}; resume on {n_then}, or train with FSDP, whose checkpoints any number of processes reads"
+            f"resume_from_checkpoint: {checkpoint} was written by {n_then} processes with DeepSpeed, which cannot "
+            f"spread it over {n_now}; resume on {n_then}, or train with FSDP, whose checkpoints any number of "
+            "processes reads"
         )
     if trainer.is_world_process_zero():
         logger.warning(
-            f"{checkpoint} was written by {n_then} processes and is resumed by {n_now}: with the same lists in every step, "
-            "while what each draws at random (dropout) is drawn otherwise than in a run that was not interrupted"
+            f"{checkpoint} was written by {n_then} processes and is resumed by {n_now}: with the same lists in every "
+            "step, while what each draws at random (dropout) is drawn otherwise than in a run that was not interrupted"
         )

@@ -1,36 +1,51 @@
-"""Start `tests.distributed.run_cases`, and compare what runs have written."""
+"""Start `tests.distributed.run_cases` in several processes, and compare what runs have written."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from . import run_cases
+
 ROOT = Path(__file__).parents[2]
+# One process imports everything, and each rank is a copy of it: imports take ten times as long as a tiny run.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.distributed.run_cases"])
 
 
 def launch(cases: dict[str, Any], folder: Path, n: int = 2, **environment: str) -> list[dict[str, Any]]:
-    """What each process noted of each case.
+    """What each of n processes of one group noted of each case. They are started as torchrun would.
 
     Args:
         cases: name -> {"argv": […], "of_rank": {rank: […]}}.
     """
     folder.mkdir(exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    command += ["-m", "tests.distributed.run_cases", str(folder / "cases.json"), str(folder)]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(n)]
-    assert all(each.keys() == cases.keys() for each in found)
-    return found
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(n):
+        variables = {**environment, **group, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(CONTEXT.Process(target=run_cases.main, args=(cases, folder, variables), daemon=True))
+        ranks[-1].start()
+    end = time.monotonic() + 900
+    while any(rank.is_alive() for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.1)
+        if any(rank.exitcode for rank in ranks):
+            break
+    for rank in ranks:
+        rank.join(2)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0] * n, [path.read_text() for path in folder.glob("*.stderr")]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(n)]
 
 
 def log(output: Path) -> list[dict[str, Any]]:

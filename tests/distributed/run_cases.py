@@ -1,10 +1,7 @@
-"""Under torchrun: `perpo` commands one after the other in the same processes, since starting one takes long.
+"""`perpo` commands one after the other in the processes of one group, since starting them takes long.
 
-    torchrun … -m tests.distributed.run_cases CASES.json FOLDER
-
-CASES.json holds a mapping: name -> {"argv": […], "of_rank": {"1": […]}} (more arguments of one process). Each process
-writes FOLDER/RANK.json: name -> exit code, what it printed to stderr, and which of the trainer's parameters were
-DTensors when it ended.
+Each process writes FOLDER/RANK.json: name of a case -> exit code, what it printed to stderr, and which of the trainer's
+parameters were whole when it ended.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +48,27 @@ def run(argv: list[str]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def main(cases: dict[str, Any], folder: Path, environment: dict[str, Any]) -> None:
+    """
+    Args:
+        cases: name -> {"argv": […], "of_rank": {rank: […]}} (more arguments of one process).
+        environment: of this process.
+    """
+    os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     PerPOTrainer.train = note_trainer(PerPOTrainer.train)  # type: ignore[method-assign]
+    rank = os.environ["RANK"]
+    found = {}
+    sys.stderr = (folder / f"{rank}.stderr").open("w", buffering=1)
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         import deepspeed  # noqa: F401
 
         # It would compile C++ for collectives in shared memory, which gloo can do.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    rank = os.environ["RANK"]
-    found = {}
     for name, case in cases.items():
+        start = time.monotonic()
         found[name] = run([*case["argv"], *case.get("of_rank", {}).get(rank, [])])
+        print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
         (folder / f"{rank}.json").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -20,10 +20,10 @@ ZERO_3 = {
         "stage3_param_persistence_threshold": 0,  # of a tiny model, all parameters would stay whole
         "stage3_gather_16bit_weights_on_model_save": True,
     },
-    **dict.fromkeys(
-        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-        "auto",
-    ),
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
 }
 
 
