@@ -33,7 +33,7 @@ from perpo.model.language_head import (
     perpo_output,
     through_head,
 )
-from perpo.model.trainable import keep_in_fp32, set_precision
+from perpo.model.trainable import keep_in_fp32, n_elements, set_precision
 from perpo.training import degree, sharing_check
 from perpo.training.batch_sampler import ListBatchSampler, batch_sampler
 from perpo.training.card import Provenance
@@ -139,7 +139,7 @@ class PerPOTrainer(Saving):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the lists of the whole optimizer step
         self._stop = StopOnSignal()
         self.add_callback(self._stop)
-        self._n_parameters = sum(p.numel() for p in model.parameters())
+        self._n_parameters = sum(map(n_elements, model.parameters()))
         if self.sharded and args.degree_weight:
             raise ValueError(
                 "degree_weight > 0 is not supported under FSDP and DeepSpeed; train with DDP, or set it to 0"

@@ -119,8 +119,14 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"reference": "none"}, {"reference": "precomputed"}, {"reference": "none", "max_tokens_per_row": 999}],
-    ids=["step", "reference", "tokens"],
+    [
+        {"reference": "none"},
+        {"reference": "precomputed"},
+        {"reference": "none", "max_tokens_per_row": 999},
+        pytest.param({"reference": "none", "evaluate": True}, marks=pytest.mark.slow),
+        pytest.param({"reference": "precomputed", "fsdp": "full_shard"}, marks=pytest.mark.slow),
+    ],
+    ids=["step", "reference", "tokens", "evaluation", "sharded reference"],
 )
 def test_a_list_that_one_process_cannot_encode_ends_both_and_both_name_it(
     options: dict[str, Any], tmp_path: Path
