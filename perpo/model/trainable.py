@@ -301,6 +301,11 @@ def _ids(parameters: Iterable[nn.Parameter]) -> set[int]:
     return {id(parameter) for parameter in parameters}
 
 
+def n_elements(parameter: nn.Parameter) -> int:
+    """Also of one that DeepSpeed ZeRO-3 has spread over processes, which looks empty."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def trained_parts(model: nn.Module) -> str:
     """One line: how many parameters are trained, of how many, in each part of a model."""
     core = causal_lm(model)
@@ -314,8 +319,8 @@ def trained_parts(model: nn.Module) -> str:
     trained, total = dict.fromkeys([*parts, "other"], 0), dict.fromkeys([*parts, "other"], 0)
     for parameter in model.parameters():
         part = next((name for name, ids in parts.items() if id(parameter) in ids), "other")
-        total[part] += parameter.numel()
-        trained[part] += parameter.numel() * parameter.requires_grad
+        total[part] += n_elements(parameter)
+        trained[part] += n_elements(parameter) * parameter.requires_grad
     layers = len(adapted_layers(model))
     words = [f"{name} {trained[name]:,} of {total[name]:,}" for name in total if total[name]]
     adapters = f" (adapters on {layers} layers)" if layers else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -51,12 +52,27 @@ def seed_from(text: str, bits: int = 64) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big") >> (256 - bits)
 
 
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether it is a parameter that DeepSpeed ZeRO-3 has spread over processes: it looks empty, on all of them."""
+    return hasattr(tensor, "ds_id")
+
+
+def gathered(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A block in which a parameter under ZeRO-3 is whole. All processes have to enter it."""
+    if not is_partitioned(tensor):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([tensor])
+
+
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Of names, shapes, types and all elements."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().double().cpu().numpy().tobytes())
+        with gathered(tensor):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().double().cpu().numpy().tobytes())
     return digest.hexdigest()[:DIGITS]
 
 
@@ -64,6 +80,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     """Of the names, shapes, types and evenly spaced elements of all parameters that belong to no adapter.
 
     Reads a few hundred numbers of each parameter, so it takes no time; training changes far too many elements to hide.
+    Under ZeRO-3 all processes have to call it.
     """
     import torch  # records are read without it
 
@@ -73,9 +90,11 @@ def weights_fingerprint(model: nn.Module) -> str:
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         if "lora_" in name or "modules_to_save." in name:
             continue
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
-        sampled.setdefault(parameter.dtype, []).append(flat[:: max(1, flat.numel() // SAMPLES)])
+        with gathered(parameter):
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            flat = parameter.detach().reshape(-1)
+            few = flat[:: max(1, flat.numel() // SAMPLES)]
+            sampled.setdefault(parameter.dtype, []).append(few.clone() if is_partitioned(parameter) else few)
     for parts in sampled.values():  # one copy from the device for each type
         digest.update(torch.cat(parts).double().cpu().numpy().tobytes())
     return digest.hexdigest()[:DIGITS]

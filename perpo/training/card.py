@@ -20,6 +20,7 @@ from perpo.data.hub import hub_data
 from perpo.data.record import ListRecord
 from perpo.model.language_head import causal_lm
 from perpo.model.settings import HUB_NAME
+from perpo.model.trainable import n_elements
 from perpo.storage.fingerprints import fingerprint
 from perpo.training.config import PerPOConfig
 from perpo_kernels.objectives import Objective
@@ -217,8 +218,8 @@ def _training_rows(model: nn.Module, args: PerPOConfig, loss: Objective, steps: 
         config: Any = model.peft_config[model.active_adapters[0]]
         values = {name: getattr(config, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
         yield "adapters", ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    yield "trained parameters", f"{sum(trained):,} of {sum(p.numel() for p in model.parameters()):,}"
+    trained = [n_elements(p) for p in model.parameters() if p.requires_grad]
+    yield "trained parameters", f"{sum(trained):,} of {sum(map(n_elements, model.parameters())):,}"
     a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     yield "steps", f"{steps}, of {a_step} lists" if args.max_tokens_per_row is None else str(steps)
     yield "learning rate", f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}"

@@ -68,18 +68,23 @@ def run_identity(
     model: nn.Module,
     args: PerPOConfig,
     encoder: Encoder,
-    samples: Iterable[Sample],
+    lists: str,
     ref_model: nn.Module | None = None,
 ) -> dict[str, str]:
     """What a run computes, as far as settings and data decide it: name -> value or fingerprint. Of the model as it is
-    before training.
+    before training. Under ZeRO-3 all processes have to call it.
 
     Left out is what may change when a run resumes: how many processes share a step's lists, how long it takes, how
     often it logs, evaluates and saves, and where model, data and images are.
+
+    Args:
+        lists: their `lists_fingerprint`.
     """
     settings = args.to_dict()
     n_lists = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [
+        (name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters() if p.requires_grad
+    ]
     adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
     kinds = [[str(getattr(one, name, None)) for name in OF_ADAPTERS] for one in adapters]
     return {
@@ -89,7 +94,7 @@ def run_identity(
         "weights of adapters": starting_adapters(model),
         "reference weights": "none" if ref_model is None else weights_fingerprint(causal_lm(ref_model)),
         **encoder.fingerprint(),
-        "lists": fingerprint([_of_list(record, args) for sample in samples for record in records_of(sample)]),
+        "lists": lists,
         "lists a step": str(n_lists),
         "objective": str(args.list_objective),
         "precision": args.mixed_precision,
@@ -101,6 +106,11 @@ def starting_adapters(model: nn.Module) -> str:
     """Of adapters that an earlier run has trained; new ones change nothing yet: one factor of each is zero."""
     weights = [(name, p) for name, p in model.named_parameters() if "lora_" in name or "modules_to_save." in name]
     return tensors_fingerprint(weights) if has_trained_adapters(model) else "new"
+
+
+def lists_fingerprint(samples: Iterable[Sample], args: PerPOConfig) -> str:
+    """Of all that training takes of them but the pixels."""
+    return fingerprint([_of_list(record, args) for sample in samples for record in records_of(sample)])
 
 
 def _of_list(record: ListRecord, args: PerPOConfig) -> list[object]:

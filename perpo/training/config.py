@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from perpo.encoding.corruption import CORRUPTIONS
 from perpo.model.sharing import SHARING
 from perpo.training.objective import named_objective
+from perpo.training.sharding import check_deepspeed, join_deepspeed
 from perpo_kernels.chunks import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from perpo_kernels.objectives import PRESETS, Objective
 from perpo_kernels.references import TOLERANCE
@@ -184,7 +185,9 @@ class PerPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_deepspeed(self)
         super().__post_init__()
+        join_deepspeed(self)
         self._check_objective()
         self._check_ref_models()
         if not 0 <= self.degree_weight < math.inf:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel, gather_object
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,7 +33,7 @@ from perpo.model.load import load_model
 from perpo.storage.fingerprints import fingerprint, weights_fingerprint
 from perpo.training.checkpoints import starting_adapters
 from perpo.training.config import PerPOConfig
-from perpo.training.failures import of_all
+from perpo.training.failures import in_step, of_all
 from perpo.training.reference_cache import ReferenceCache
 from perpo_kernels import combine_references
 
@@ -67,9 +67,7 @@ def several(ref_model: nn.Module | Iterable[nn.Module] | None, args: PerPOConfig
     return None if isinstance(ref_model, nn.Module) else ref_model
 
 
-def second_model(
-    ref_model: nn.Module | str | None, model: nn.Module, args: PerPOConfig, accelerator: Accelerator, shared: bool
-) -> nn.Module:
+def second_model(ref_model: nn.Module | str | None, model: nn.Module, args: PerPOConfig, shared: bool) -> nn.Module:
     """The model of reference="model", frozen; loaded if none is given.
 
     Args:
@@ -77,10 +75,8 @@ def second_model(
         shared: whether `model`, the one that is trained, is fed packed rows.
 
     Raises:
-        ValueError: it does not take the same inputs as `model`, or training runs under DeepSpeed.
+        ValueError: it does not take the same inputs as `model`.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("reference='model' is not supported under DeepSpeed; use 'adapter_off' or 'data'")
     if not isinstance(ref_model, nn.Module):
         dtype = causal_lm(model).config.dtype or "auto"  # of the model as it was loaded
         (name,) = [ref_model] if ref_model else args.ref_model_name_or_path or []
@@ -138,6 +134,7 @@ class Precomputed:
         identity: what the numbers depend on besides the model, see `Encoder.fingerprint`.
         collate, prepare: what makes a batch of records, and moves it to the device.
         own_folder: keep the numbers in a folder of this model's within the cache, named after its weights.
+        in_step: the model is sharded, so that each pass is one of all processes: all make equally many.
     """
 
     def __init__(
@@ -149,8 +146,9 @@ class Precomputed:
         collate: ListCollator,
         prepare: Callable[[ListBatch], ListBatch],
         own_folder: bool = False,
+        in_step: bool = False,
     ) -> None:
-        self.model, self.args, self.accelerator = model, args, accelerator
+        self.model, self.args, self.accelerator, self.in_step = model, args, accelerator, in_step
         self.collate, self.prepare = collate, prepare
         core = causal_lm(model)
         self.identity = {
@@ -162,6 +160,7 @@ class Precomputed:
         self.adapters = args.reference != "precomputed"
         if self.adapters and (trained := starting_adapters(model)) != "new":  # new ones change nothing
             self.identity["adapters"] = trained
+        (self.identity,) = broadcast_object_list([self.identity])  # others may hold no weights yet
         self.weights = fingerprint([self.identity["weights"], self.identity.get("adapters")])
         self.folder = os.path.join(args.reference_folder, self.weights) if own_folder else args.reference_folder
 
@@ -175,12 +174,17 @@ class Precomputed:
         if args.world_size > 1:  # machines need not share a disk
             cache.update(gather_object(cache.entries(keys)))
         missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in cache}  # equal ones once
-        mine = dict(sorted((i, key) for key, i in missing.items())[args.process_index :: args.world_size])
+        shared_out = sorted((i, key) for key, i in missing.items())
+        mine: dict[int, str | None] = dict(shared_out[args.process_index :: args.world_size])
+        if self.in_step and len(mine) < -(-len(shared_out) // args.world_size):
+            mine = {shared_out[0][0]: None, **mine}  # again, for the others' pass; what it gives is dropped
         records = Spool(
             dataclasses.replace(record, ref_log_probs=None) for i, record in enumerate(_records(datasets)) if i in mine
         )
         found = zip(records, mine.values(), self._log_probs(records), strict=True)
-        cache.update(of_all(args.world_size, lambda: [cache.add(record, values, key) for record, key, values in found]))
+        cache.update(
+            of_all(args.world_size, lambda: [cache.add(record, values, key) for record, key, values in found if key])
+        )
         each = iter(keys)
         return [
             None if dataset is None else Spool(_attach(cache, sample, each) for sample in dataset)
@@ -198,7 +202,7 @@ class Precomputed:
         hidden = self.args.disable_tqdm or self.args.process_index > 0 or not len(records)
         batches = tqdm(loader, desc="reference log-probs", unit="list", disable=hidden)
         with as_reference(self.model, self.adapters), self.accelerator.autocast():
-            for batch in batches:
+            for batch in in_step(self.args.world_size, batches) if self.in_step else batches:
                 yield sequence_log_probs(self.model, self.prepare(batch)).tolist()
 
 
@@ -225,7 +229,8 @@ def attach_several(
         one = precomputed(given)
         of_models.append(one.attach(*datasets))
         weights.append(one.weights)
-        one.model.cpu()
+        if not one.in_step:
+            one.model.cpu()
         del given, one  # before the next is loaded
     if not of_models:
         raise ValueError("ref_model: expected one model or more, got none")

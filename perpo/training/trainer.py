@@ -7,14 +7,12 @@ step, over all accumulated batches and all ranks, so it does not matter how list
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -35,43 +33,26 @@ from perpo.model.language_head import (
     perpo_output,
     through_head,
 )
-from perpo.model.trainable import keep_in_fp32, set_precision
-from perpo.storage.fingerprints import fingerprint
-from perpo.training import degree
+from perpo.model.trainable import keep_in_fp32, n_elements, set_precision
+from perpo.training import degree, sharing_check
 from perpo.training.batch_sampler import ListBatchSampler, batch_sampler
 from perpo.training.card import Provenance
-from perpo.training.checkpoints import (
-    check_loaded,
-    claim_run,
-    names_of_model,
-    only_run,
-    run_identity,
-    seal,
-    seal_weights,
-    unseal,
-)
 from perpo.training.config import PerPOConfig
-from perpo.training.failures import of_all
+from perpo.training.failures import InStep, of_all
 from perpo.training.lists import training_lists
 from perpo.training.metrics import ListMetrics
-from perpo.training.publish import Publishing
-from perpo.training.reference import (
-    Precomputed,
-    attach_several,
-    check_reference,
-    second_model,
-    several,
-    with_reference,
-)
+from perpo.training.reference import check_reference, with_reference
+from perpo.training.references import References
 from perpo.training.reward_shift import RewardShift
-from perpo.training.sharing_check import AMONG, check_sharing
+from perpo.training.saving import Saving
+from perpo.training.sharding import shard_as_asked
 from perpo.training.stopping import FAILED, StopOnSignal, StoppedBySignal
 from perpo_kernels import LinearPerPOOutput
 
 logger = logging.get_logger(__name__)
 
 
-class PerPOTrainer(Publishing):
+class PerPOTrainer(Saving):
     """Trains any Hugging Face vision-language model on lists of scored candidates.
 
     Args:
@@ -158,70 +139,44 @@ class PerPOTrainer(Publishing):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the lists of the whole optimizer step
         self._stop = StopOnSignal()
         self.add_callback(self._stop)
-        self._n_parameters = sum(p.numel() for p in model.parameters())
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded:  # FSDP and DeepSpeed keep their own fp32 copies
-            keep_in_fp32(model)
-            with self.accelerator.autocast():
-                check_language_head(model)
-        shared = positions is not None
-        ref_models = several(ref_model, args)
-        if sharded and ref_models is not None:  # which they would load empty on all ranks but the first
-            raise ValueError(
-                "several reference models are run whole on each device, which FSDP and DeepSpeed do not give; use "
-                "one, or reference='data' with their log-probs combined by perpo_kernels.combine_references"
-            )
-        if sharded and args.degree_weight:
+        self._n_parameters = sum(map(n_elements, model.parameters()))
+        if self.sharded and args.degree_weight:
             raise ValueError(
                 "degree_weight > 0 is not supported under FSDP and DeepSpeed; train with DDP, or set it to 0"
             )
-        one_model = ref_model if isinstance(ref_model, nn.Module) else None
-        if args.reference == "model" and ref_models is None:
-            one_model = second_model(one_model, model, args, self.accelerator, shared)
-        self._identity: dict[str, str] = {}
-        if self.is_world_process_zero():
-            self._identity = run_identity(model, args, self.encoder, self.train_dataset or [], one_model)
-        self.ref_model: nn.Module | None = (
-            one_model and self.accelerator.prepare_model(one_model, evaluation_mode=True).eval()
-        )
-        if args.reference in ("precomputed", "start"):
-            if sharded:
-                raise ValueError(
-                    f"reference={args.reference!r} needs the whole model on each device while it computes, which FSDP "
-                    "and DeepSpeed do not give; use reference='adapter_off' with adapters, or reference='data' with "
-                    "records that hold ref_log_probs"
-                )
-            self._check_sharing(model)
-            precomputed = self._precomputed(model)
-            self.train_dataset, self.eval_dataset = precomputed.attach(self.train_dataset, self.eval_dataset)
-        if ref_models is not None:
-            load = partial(second_model, model=model, args=args, accelerator=self.accelerator, shared=shared)
-            self._attach_several(ref_models, load, shared)
+        self._unwrapped = self.sharded
+        if not self.sharded:  # FSDP and DeepSpeed keep their own fp32 copies
+            keep_in_fp32(model)
+            with self.accelerator.autocast():
+                check_language_head(model)
+        self.references = References(self, model, ref_model, positions is not None)
+        self._identify(model)
+        self.references.prepare()
+        self._identity |= self.references.attach_several()
         if args.degree_weight:
             assert args.degree_levels is not None
             self.degree = degree.put_on(model, args.degree_levels, args.device)
-            if self._identity:
-                self._identity["degrees"] = f"{args.degree_levels} levels, weight {args.degree_weight}"
+            self._identity["degrees"] = f"{args.degree_levels} levels, weight {args.degree_weight}"
 
-    def _precomputed(self, model: nn.Module, own_folder: bool = False) -> Precomputed:
-        identity, prepare = self.encoder.fingerprint(), self._prepare_inputs
-        return Precomputed(model, self.args, self.accelerator, identity, self.data_collator, prepare, own_folder)
+    @property
+    def sharded(self) -> bool:
+        """Whether no process has the whole model once training begins."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def _attach_several(self, models: Iterable[nn.Module | str], load: Callable[..., nn.Module], shared: bool) -> None:
-        """Log-probs under several reference models as one, computed now."""
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_as_asked(self)
 
-        def precomputed(given: nn.Module | str) -> Precomputed:
-            model = load(given).to(self.args.device).eval()
-            if shared:
-                self._compare_rows([model], self.train_dataset or self.eval_dataset or [])
-            return self._precomputed(model, own_folder=True)
-
-        datasets, weights = attach_several(
-            models, self.args.ref_model_weights, precomputed, self.train_dataset, self.eval_dataset
-        )
-        self.train_dataset, self.eval_dataset = datasets
-        if self._identity:
-            self._identity["reference weights"] = fingerprint([weights, self.args.ref_model_weights])
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `Trainer`'s. A sharded model has just become so, and no checkpoint was loaded into it yet."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._unwrapped and self.accelerator._models:
+            self._unwrapped = False
+            model = self.accelerator._models[-1]
+            with self.accelerator.autocast():
+                check_language_head(model)
+            self.references.compute(model)
+        return scheduler
 
     def _lists(self, name: str, source: Any, args: PerPOConfig) -> Sequence[Sample] | None:
         return None if source is None else training_lists(name, source, args, self.encoder.sees_images)
@@ -271,62 +226,10 @@ class PerPOTrainer(Publishing):
 
     def _stand_in(self, error: Exception) -> ListBatch:
         """Any batch, for the exchanges of a step of which nothing is kept."""
-        for sample in islice(self.train_dataset or (), AMONG):
+        for sample in islice(self.train_dataset or (), sharing_check.AMONG):
             with contextlib.suppress(Exception):
                 return self.data_collator([sample])
         raise error
-
-    def _claim_folder(self, block: contextlib.ExitStack, resume: str | bool | None) -> str | None:
-        """The checkpoint to resume from. Until the end of the block no other run can have the folder."""
-        found: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                block.enter_context(only_run(self.args))
-                found[0] = claim_run(str(self.args.output_dir), self._identity, resume)
-            except (ValueError, OSError) as error:
-                found[1] = error
-        broadcast_object_list(found)  # all ranks stop, or none
-        if found[1] is not None:
-            raise found[1]
-        return found[0]
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        of_checkpoint = _internal_call and not self.pushing
-        with names_of_model(self.model) if of_checkpoint else contextlib.nullcontext():
-            super().save_model(output_dir, _internal_call)
-        if self.degree is not None and self.args.should_save:
-            degree.save(self.degree, output_dir or str(self.args.output_dir))
-        if not _internal_call and self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            seal_weights(folder)
-            self.write_card(folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            unseal(folder)
-        super()._save_checkpoint(model, trial)
-        if self._shift is not None:
-            self._shift.update(self.accelerator)
-            if self.args.should_save:
-                self._shift.save(folder)
-        self.accelerator.wait_for_everyone()  # each writes a part
-        if self.args.should_save:
-            seal(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.degree is not None:
-            degree.load(self.degree, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.degree is not None:
-            degree.load(self.degree, str(self.state.best_model_checkpoint))
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A checkpoint that holds other names would leave the model as it was, with a warning."""
-        check_loaded(self.model, [name for name in load_result.missing_keys if not name.startswith(degree.NAME)])
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Resumed at its last step in the middle of an epoch, `Trainer` would take one step more."""
@@ -355,8 +258,8 @@ class PerPOTrainer(Publishing):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        self._check_sharing(model)
-        batch = with_reference(inputs, str(self.args.reference), model, self.ref_model)
+        self.check_sharing(model)
+        batch = with_reference(inputs, str(self.args.reference), model, self.references.model)
         output, of_degrees = self._forward(model, batch)
         sums = self.metrics["train" if model.training else "eval"].add(batch, output, of_degrees)
         if self._shift is not None and model.training:
@@ -400,17 +303,17 @@ class PerPOTrainer(Publishing):
         output = LinearPerPOOutput(*found)
         return output._replace(loss=output.loss + self.args.degree_weight * of_degrees[0]), of_degrees
 
-    def _check_sharing(self, model: nn.Module) -> None:
+    def check_sharing(self, model: nn.Module) -> None:
         """Once, on lists of the data: packed rows give what separate rows give."""
         samples = self.train_dataset or self.eval_dataset or self._evaluated
         if not self._sharing_unchecked or not samples:
             return
         self._sharing_unchecked = False
-        self._compare_rows([model] if self.ref_model is None else [model, self.ref_model], samples)
+        self.compare_rows([model] if self.references.model is None else [model, self.references.model], samples)
 
-    def _compare_rows(self, models: Sequence[nn.Module], samples: Sequence[Sample]) -> None:
+    def compare_rows(self, models: Sequence[nn.Module], samples: Sequence[Sample]) -> None:
         with self.accelerator.autocast():  # as in the forward pass, which tells how much rounding there may be
-            check_sharing(models, samples, self.data_collator, self._prepare_inputs)
+            sharing_check.check_sharing(models, samples, self.data_collator, self._prepare_inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[ListBatch], device: torch.device) -> Tensor | int | None:
         """Lists in the optimizer step, on all ranks. Takes those that only fill up the last batch out of it."""
@@ -474,8 +377,11 @@ class PerPOTrainer(Publishing):
     def evaluation_loop(
         self, dataloader: DataLoader[Any], *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
+        self.references.check_computed()
         self.metrics["eval"].reset()
         self._evaluated = dataloader.dataset
+        if self.args.world_size > 1:
+            dataloader = cast(DataLoader[Any], InStep(dataloader, self.args.world_size))
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name, value in self.metrics["eval"].report(self.accelerator).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value

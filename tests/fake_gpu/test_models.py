@@ -144,7 +144,7 @@ def trainer_on_gpu(family: str, folder: Path) -> PerPOTrainer:
     adapters = language_lora(model, r=4, alpha=8)
     config = tiny_runs.config(folder, reference="adapter_off")
     trainer = PerPOTrainer(model, config, tiny_runs.records(), processor, peft_config=adapters)
-    trainer._check_sharing(trainer.model)
+    trainer.check_sharing(trainer.model)
     trainer.args.__dict__["_setup_devices"] = torch.device("cuda", 0)
     trainer.compute_loss_context_manager = lambda: torch.autocast("cuda", dtype=torch.bfloat16)  # type: ignore[method-assign]
     return trainer

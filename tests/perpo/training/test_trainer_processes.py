@@ -114,8 +114,14 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"reference": "none"}, {"reference": "precomputed"}, {"reference": "none", "max_tokens_per_row": 999}],
-    ids=["step", "reference", "tokens"],
+    [
+        {"reference": "none"},
+        {"reference": "precomputed"},
+        {"reference": "none", "max_tokens_per_row": 999},
+        pytest.param({"reference": "none", "evaluate": True}, marks=pytest.mark.slow),
+        pytest.param({"reference": "precomputed", "fsdp": "full_shard"}, marks=pytest.mark.slow),
+    ],
+    ids=["step", "reference", "tokens", "evaluation", "sharded reference"],
 )
 def test_a_list_that_one_process_cannot_encode_ends_both_and_both_name_it(
     options: dict[str, Any], tmp_path: Path
@@ -131,11 +137,3 @@ def test_a_list_that_one_process_cannot_encode_ends_both_and_both_name_it(
         assert "Connection" not in text
     assert not (tmp_path / "two" / "trained.pt").exists()
     assert all(not problems(one) for one in finished_checkpoints(tmp_path / "two"))
-
-
-@pytest.mark.slow
-def test_gradients_through_sharded_weights_equal_plain_ones() -> None:
-    """FSDP2, the head in the root group and in one of its own."""
-    both = ranks(2, "-m", "tests.perpo.run_sharded")
-    shown = "".join(one.communicate()[1] for one in both)
-    assert [one.returncode for one in both] == [0, 0], shown[-3000:]

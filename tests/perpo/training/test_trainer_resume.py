@@ -183,7 +183,7 @@ def test_two_runs_from_other_trained_adapters_are_two_runs(tmp_path: Path) -> No
         for name, parameter in runner.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, value)
-        return run_identity(runner.model, runner.args, runner.encoder, tiny_runs.records())["weights of adapters"]
+        return run_identity(runner.model, runner.args, runner.encoder, "lists")["weights of adapters"]
 
     assert identity(0.0) == identity(0.0, seed=1) == "new"
     assert identity(0.5) == identity(0.5) != identity(0.25)
