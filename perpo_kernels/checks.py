@@ -6,7 +6,6 @@ operators check values, at the end of this file: on the CPU always, on a device 
 
 import math
 import os
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -363,7 +362,7 @@ def cumulative_values(name: str, counts: Tensor, total: int, of: str) -> None:
     if not values_are_checked(counts):
         return
     values = counts.tolist()
-    if values[0] != 0 or values[-1] != total or any(a > b for a, b in pairwise(values)):
+    if values[0] != 0 or values[-1] != total or values != sorted(values):
         raise ValueError(
             f"{name} must start at 0, never decrease and end at the number of {of}, {total}; got "
             f"{values if len(values) <= 16 else f'{values[:8]} … {values[-4:]}'}"

@@ -416,4 +416,4 @@ def _reduce(total: Tensor, losses: Tensor, reduction: str) -> Tensor:
     """The scalar or [G] asked for; a batch without lists has mean 0, attached to the graph."""
     if reduction == "none":
         return losses
-    return total if reduction == "sum" else total / max(losses.shape[0], 1)
+    return total if reduction == "sum" or losses.shape[0] <= 1 else total / losses.shape[0]

@@ -9,25 +9,23 @@ from torch import Tensor
 from perpo_kernels import backends, checks, layout
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import first_derivative_only, no_gradient, operator
-from perpo_kernels.problem import ListProblem, ListResult, accumulation_dtype, unpack_numbers
+from perpo_kernels.problem import TENSORS, ListProblem, ListResult, accumulation_dtype, unpack_numbers
 
 
 def on_device(problem: ListProblem, device: torch.device) -> ListProblem:
     """The problem with every tensor dense and where the log-probs are: a layout may come from the CPU."""
-    if all(x is None or (x.device == device and x.is_contiguous()) for x in problem.pack()):
-        return problem
-    return problem.each(lambda x: x.to(device, non_blocking=True).contiguous())
+    for x in problem[: len(TENSORS)]:
+        if x is not None and (x.device != device or not x.is_contiguous()):
+            return problem.each(lambda x: x.to(device, non_blocking=True).contiguous())
+    return problem
 
 
 def new_list_result(log_probs: Tensor, problem: ListProblem) -> ListResult:
     """To be written by a backend's `list_loss`, every entry of it: filling it first would be four launches more."""
     n_lists, n_candidates = problem.cu_lists.shape[0] - 1, problem.rewards.shape[0]
-    dtype = accumulation_dtype(log_probs.dtype)
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=log_probs.device)
-
-    return ListResult(new(n_lists), new(log_probs.shape[0]), new(3, n_candidates), new(n_lists))
+    coefficients = log_probs.new_empty(log_probs.shape[0], dtype=accumulation_dtype(log_probs.dtype))
+    new = coefficients.new_empty  # cheaper on the host than with a dtype and a device
+    return ListResult(new(n_lists), coefficients, new(3, n_candidates), new(n_lists))
 
 
 @operator("list_loss")
