@@ -1,0 +1,1 @@
+def report(folder, rows, asked): print(len(rows), "rows")
