@@ -1,1 +1,2 @@
-def report(folder, rows, asked): print(len(rows), "rows")
+def report(folder, rows, asked):
+    print(len(rows), "rows")

@@ -357,4 +357,3 @@ def drift(aligned: nn.Module, asked: Sequence[ListRecord], texts: Sequence[str])
         total += float((((ours.exp() * (ours - theirs)).sum(-1)) * there).sum())
     aligned.train(training)
     return total / len(asked)
-
