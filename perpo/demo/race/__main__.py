@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_all(name, [tuned_arm(arm, best) for arm in arms], folder, options.workers)
     from perpo.demo.race.report import report  # matplotlib is only needed here
 
-    report(folder, read_rows(folder), asked)
+    rows = read_rows(folder)
+    report(folder, rows, learning_rates(rows))
 
 
 def learning_rates(rows: Rows) -> dict[tuple[str, str, int], float]:

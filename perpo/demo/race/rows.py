@@ -54,9 +54,12 @@ def _is_there(arm: Arm, rows: Rows) -> bool:
     return row is not None and not (arm.probes and "gap" not in last_metrics(row))
 
 
+def last_pass(row: dict[str, Any]) -> int:
+    return max(map(int, row["metrics"]))
+
+
 def last_metrics(row: dict[str, Any]) -> dict[str, float]:
-    """After the last pass."""
-    return row["metrics"][max(row["metrics"], key=int)]  # type: ignore[no-any-return]
+    return row["metrics"][str(last_pass(row))]  # type: ignore[no-any-return]
 
 
 def _start() -> None:
