@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from perpo.data.record import ListRecord
+from perpo.demo.race import results as results_module
 from perpo.demo.race import rows as rows_module
 from perpo.demo.race.__main__ import learning_rates, tuned_arm
 from perpo.demo.race.arms import SFT, Arm, questions, sweep
@@ -159,6 +160,7 @@ def test_the_report_says_what_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rows_module, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(results_module, "DRAWS", 50)
     asked = questions([0, 1])
     run_all("rates", [arm for arm in sweep(["grounding"]) if arm.learning_rate == 1e-4], tmp_path, 1)
     best = learning_rates(read_rows(tmp_path))

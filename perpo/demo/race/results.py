@@ -40,9 +40,9 @@ class Results:
         rate = self.learning_rates.get((arm.task, arm.objective, 1 if arm.rounds <= 2 else 4))
         return replace(arm, learning_rate=rate)
 
-    def seeds(self, *arms: Arm, seeds: Sequence[int] = range(100)) -> list[int]:
+    def seeds(self, *arms: Arm) -> list[int]:
         """Those that all of the arms were run with."""
-        return [s for s in seeds if all(self.arm(replace(arm, seed=s)).key in self.rows for arm in arms)]
+        return [s for s in self._seeds if all(self.arm(replace(arm, seed=s)).key in self.rows for arm in arms)]
 
     def metrics(self, arm: Arm, seed: int, after: int | None = None) -> dict[str, float]:
         row = self.rows[self.arm(replace(arm, seed=seed)).key]
@@ -86,11 +86,9 @@ class Results:
             first, *second = (np.asarray(of(self.scores(arm, seed, after)), dtype=np.float64) for arm, after in arms)
             by_seed.append(first - second[0] if second else first)
         value = float(np.mean([one.mean() for one in by_seed]))
+        weights = self._weights(len(seeds), len(by_seed[0]))
         means = np.stack(
-            [
-                weights @ one.astype(np.float32)
-                for one, weights in zip(by_seed, self._weights(len(seeds), len(by_seed[0])), strict=True)
-            ]
+            [w @ one.astype(np.float32) for one, w in zip(by_seed, weights, strict=True)]
         )  # [seeds, draws]
         drawn = np.random.default_rng(SEED).integers(len(seeds), size=(len(seeds), DRAWS))
         draws = np.take_along_axis(means, drawn, axis=0).mean(0)
@@ -105,6 +103,10 @@ class Results:
             draw = np.random.default_rng([SEED, n, len(known[n])])
             known[n].append((draw.multinomial(n, [1 / n] * n, size=DRAWS) / n).astype(np.float32))
         return known[n][:n_seeds]
+
+    @cached_property
+    def _seeds(self) -> list[int]:
+        return sorted({row["arm"]["seed"] for row in self.rows.values()})
 
     @cached_property
     def _known_weights(self) -> dict[int, list[Any]]:
