@@ -13,7 +13,7 @@ import pytest
 from perpo.data.record import ListRecord
 from perpo.demo.race import results as results_module
 from perpo.demo.race import rows as rows_module
-from perpo.demo.race.__main__ import learning_rates, tuned_arm
+from perpo.demo.race.__main__ import beyond, learning_rates, tuned_arm
 from perpo.demo.race.arms import SFT, Arm, questions, sweep
 from perpo.demo.race.report import report
 from perpo.demo.race.results import Results
@@ -52,6 +52,16 @@ def test_each_is_trained_at_its_own_best_rate() -> None:
     assert list(best.values()) == [2e-4] * 12
     assert tuned_arm(Arm(rounds=8), best).learning_rate == 2e-4
     assert tuned_arm(Arm(objective=SFT), best).learning_rate is None
+
+
+@pytest.mark.parametrize(("best", "more"), [(5e-5, 2.5e-5), (1e-4, None), (4e-4, 8e-4)])
+def test_a_best_rate_at_the_end_of_the_sweep_is_not_the_end_of_it(best: float, more: float | None) -> None:
+    arms = [arm for arm in sweep(["ocr"]) if (arm.objective, arm.rounds) == ("dpo", 4)]
+    rows = {
+        arm.key: {"arm": arm.named(), "metrics": {"1": {"edit_similarity": float(arm.learning_rate == best)}}}
+        for arm in arms
+    }
+    assert beyond(arms, rows) == ([] if more is None else [replace(arms[0], learning_rate=more)])
 
 
 def test_a_truth_that_is_off_is_off_by_that_much_and_only_for_the_rewards() -> None:

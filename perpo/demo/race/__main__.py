@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder, {"model": file_fingerprint(SHIPPED / WEIGHTS)}, setting="output", contents="runs", pattern=ROWS
         )
         run_all("learning rates", tuned, folder, options.workers)
+        while more := [] if options.quick else beyond(tuned, read_rows(folder)):
+            tuned += more
+            run_all("more learning rates", more, folder, options.workers)
         best = learning_rates(read_rows(folder))
         for name, arms in asked.items():
             run_all(name, [tuned_arm(arm, best) for arm in arms], folder, options.workers)
@@ -67,6 +71,20 @@ def learning_rates(rows: Rows) -> dict[tuple[str, str, int], float]:
         kind = arm.task, arm.objective, arm.rounds
         found[kind] = max(found.get(kind, (-1.0, 0.0)), (value, arm.learning_rate))
     return {kind: rate for kind, (_, rate) in found.items()}
+
+
+def beyond(tuned: Sequence[Arm], rows: Rows) -> list[Arm]:
+    """Rates next to the best where that is the smallest or the largest that was tried."""
+    best, tried = learning_rates({arm.key: rows[arm.key] for arm in tuned}), defaultdict(list)
+    for arm in tuned:
+        tried[arm.task, arm.objective, arm.rounds].append(arm)
+    more = []
+    for kind, arms in tried.items():
+        rates = [float(arm.learning_rate or 0) for arm in arms]
+        at_end = {min(rates): best[kind] / 2, max(rates): best[kind] * 2}
+        if best[kind] in at_end:
+            more.append(replace(arms[0], learning_rate=at_end[best[kind]]))
+    return more
 
 
 def tuned_arm(arm: Arm, best: dict[tuple[str, str, int], float]) -> Arm:

@@ -10,7 +10,7 @@ from perpo.storage.fingerprints import fingerprint
 from perpo_kernels.objectives import PRESETS
 
 SFT = "sft"
-SWEPT = (5e-5, 1e-4, 2e-4, 4e-4)
+SWEPT = (5e-5, 1e-4, 2e-4, 4e-4)  # and further ones where the best is the first or the last of them
 VALIDATION_SEED = 100
 OBJECTIVES = ("perpo", "uniform_pairs", "dpo", "grpo", "dr_grpo", "gspo")
 READING = ("perpo", "dpo", "grpo")  # the objectives in reading, which takes twice as long
