@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -183,3 +187,27 @@ def test_the_report_says_what_there_is(
     assert "Reading" not in out
     assert (tmp_path / "tables.md").read_text().strip() == out.strip()
     assert {path.name for path in tmp_path.glob("*.png")} == {"race.png", "margins.png", "sizes.png", "betas.png"}
+
+
+KILLED = """
+import multiprocessing, os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+
+from perpo.demo.workers import start_worker
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start_worker) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_the_program(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(KILLED)
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    worker, until = int(done.stdout), time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()

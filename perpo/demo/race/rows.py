@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
 from perpo.demo.race.arms import Arm
 from perpo.demo.race.run import run
+from perpo.demo.workers import start_worker
 from perpo.storage.atomic import atomic_file
 from perpo.storage.journal import Journal, read_journals
 
@@ -63,8 +62,7 @@ def last_metrics(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _start() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the processor is enough, and gives the same figures everywhere
-    torch.set_num_threads(1)
+    start_worker()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*(unreadable|pin_memory).*")
 
