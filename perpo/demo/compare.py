@@ -14,12 +14,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from tqdm import tqdm
 
 from perpo.data.read import read_records
 from perpo.demo.steps import Job, run
 from perpo.demo.tasks import TASKS
+from perpo.demo.workers import start_worker
 from perpo.evaluation.metrics import AP_THRESHOLD
 
 BEST_OF_K = "best of k"
@@ -115,8 +115,7 @@ _report: Callable[[tuple[Job, str]], None] | None = None  # from a worker to its
 def _start_worker(ticks: "multiprocessing.Queue[tuple[Job, str]]", threads: int) -> None:
     global _report
     _report = ticks.put
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the processor is enough, and gives the same figures everywhere
-    torch.set_num_threads(threads)
+    start_worker(threads)
 
 
 def _run_in_worker(job: Job) -> None:

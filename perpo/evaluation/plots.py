@@ -89,6 +89,23 @@ def no_image_plot(task: TaskEvaluation) -> bytes | None:
     return _png(canvas)
 
 
+def rounds_plot(task: TaskEvaluation) -> bytes | None:
+    """The first metric over the rounds of `perpo align`; None for models that are not its rounds."""
+    models = list(task.answers)
+    if len(models) < 3 or models[1:] != [f"round-{number}" for number in range(1, len(models))]:
+        return None
+    metric = task.metrics[0]
+    found = [task.figures.by_model[model][metric.name].greedy for model in models]
+    value, low, high = (np.array(side) / metric.scale for side in zip(*found, strict=True))
+    canvas, axis = _canvas(6, 3.2)
+    axis.fill_between(range(len(models)), low, high, color=_LAST, alpha=0.15, linewidth=0)
+    axis.plot(range(len(models)), value, "o-", color=_LAST)
+    axis.set_xticks(range(len(models)), models)
+    axis.set_ylabel(_label(metric))
+    axis.grid(alpha=0.3)
+    return _png(canvas)
+
+
 def picture(image: Image.Image, boxes: Sequence[tuple[str, Sequence[Box]]] = ()) -> bytes:
     """The image at report size with boxes (fractions of it) drawn in their colours, the first at the bottom; JPEG."""
     scale = PICTURE_SIDE / max(image.size)

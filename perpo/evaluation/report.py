@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from perpo.evaluation.bootstrap import ENOUGH
 from perpo.evaluation.evaluate import Evaluation, TaskEvaluation
 from perpo.evaluation.examples import choose_examples, example_picture, question
-from perpo.evaluation.plots import TRUTH, best_of_k_plot, metrics_plot, model_colours, no_image_plot
+from perpo.evaluation.plots import TRUTH, best_of_k_plot, metrics_plot, model_colours, no_image_plot, rounds_plot
 from perpo.rewards.completions import final_answer
 from perpo.storage.atomic import atomic_file
 
@@ -60,6 +60,7 @@ def _section(task: TaskEvaluation, evaluation: Evaluation) -> dict[str, Any]:
         "task": task,
         "colours": colours,
         "metrics_plot": metrics_plot(task),
+        "rounds_plot": rounds_plot(task),
         "best_of_k_plot": best_of_k_plot(task),
         "no_image_plot": no_image_plot(task),
         "examples": {

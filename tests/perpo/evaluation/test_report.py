@@ -15,7 +15,7 @@ from PIL import Image
 from perpo.data.record import ListRecord
 from perpo.evaluation.evaluate import Evaluation
 from perpo.evaluation.examples import choose_examples, example_picture, question
-from perpo.evaluation.plots import TRUTH, metrics_plot, model_colours, picture
+from perpo.evaluation.plots import TRUTH, metrics_plot, model_colours, picture, rounds_plot
 from perpo.evaluation.report import report_html, write_report
 from perpo.rewards.grounding import true_boxes_of
 
@@ -213,3 +213,23 @@ def test_every_model_has_a_colour_of_its_own(evaluation: Evaluation) -> None:
     for n in range(1, 9):
         assert len(set(model_colours([f"m{i}" for i in range(n)]).values())) == n
     assert metrics_plot(evaluation.tasks[1]).startswith(b"\x89PNG")
+
+
+def test_rounds_have_a_curve_and_other_models_none(evaluation: Evaluation) -> None:
+    task = evaluation.tasks[0]
+    assert rounds_plot(task) is None
+
+    def named(*names: str) -> Any:
+        of = dict(zip(task.answers, names, strict=False))
+        figures = {of[model]: found for model, found in task.figures.by_model.items() if model in of}
+        return dataclasses.replace(
+            task,
+            answers={of[model]: answers for model, answers in task.answers.items() if model in of},
+            figures=dataclasses.replace(task.figures, by_model=figures),
+        )
+
+    drawn = rounds_plot(named("start", "round-1", "round-2"))
+    assert drawn is not None
+    assert np.asarray(Image.open(io.BytesIO(drawn)).convert("L")).std() > 1
+    assert rounds_plot(named("start", "round-1")) is None  # two points are in the table
+    assert rounds_plot(named("start", "round-2", "round-1")) is None

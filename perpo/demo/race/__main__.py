@@ -1,0 +1,102 @@
+"""The race, resumable: `python -m perpo.demo.race` (or `make race`), hours on one core.
+
+Rows are appended to OUTPUT/rows.jsonl as arms finish; a second run, with more seeds or other questions, goes on where
+the first was stopped. `--report` only tables and draws what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from perpo.demo.model import SHIPPED, WEIGHTS
+from perpo.demo.race.arms import SFT, SWEPT, Arm, questions, sweep
+from perpo.demo.race.rows import ROWS, Rows, last_metrics, read_rows, run_all
+from perpo.demo.race.run import METRICS
+from perpo.storage import identity
+from perpo.storage.fingerprints import file_fingerprint
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m perpo.demo.race", description=__doc__.split("\n\n")[0])
+    names = list(questions([0]))
+    parser.add_argument("--questions", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 1 2 3 4")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("race_output"), help="folder (%(default)s)")
+    parser.add_argument("--report", action="store_true", help="run nothing; tables and figures of the rows there are")
+    parser.add_argument("--quick", action="store_true", help="to see that all works; its figures mean nothing")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    folder: Path = options.output
+    made = questions(list(dict.fromkeys(options.seeds)))
+    asked = {name: made[name] for name in options.questions}
+    tasks = sorted({arm.task for arms in asked.values() for arm in arms})
+    tuned = sweep(tasks)
+    if options.quick:
+        asked = {name: [_small(arm) for arm in arms] for name, arms in asked.items()}
+        tuned = [_small(arm) for arm in tuned if arm.learning_rate in SWEPT[:1]]
+    if not options.report:
+        identity.claim(
+            folder, {"model": file_fingerprint(SHIPPED / WEIGHTS)}, setting="output", contents="runs", pattern=ROWS
+        )
+        run_all("learning rates", tuned, folder, options.workers)
+        while more := [] if options.quick else beyond(tuned, read_rows(folder)):
+            tuned += more
+            run_all("more learning rates", more, folder, options.workers)
+        best = learning_rates(read_rows(folder))
+        for name, arms in asked.items():
+            run_all(name, [tuned_arm(arm, best) for arm in arms], folder, options.workers)
+    from perpo.demo.race.report import report  # matplotlib is only needed here
+
+    rows = read_rows(folder)
+    report(folder, rows, learning_rates(rows))
+
+
+def learning_rates(rows: Rows) -> dict[tuple[str, str, int], float]:
+    """(task, objective, rounds) -> the rate of the sweep with the best first metric."""
+    found: dict[tuple[str, str, int], tuple[float, float]] = {}
+    for row in rows.values():
+        arm = Arm(**{name: tuple(v) if isinstance(v, list) else v for name, v in row["arm"].items()})
+        if arm.split != "validation" or arm.learning_rate is None:
+            continue
+        value = last_metrics(row)[next(iter(METRICS[arm.task]))]
+        kind = arm.task, arm.objective, arm.rounds
+        found[kind] = max(found.get(kind, (-1.0, 0.0)), (value, arm.learning_rate))
+    return {kind: rate for kind, (_, rate) in found.items()}
+
+
+def beyond(tuned: Sequence[Arm], rows: Rows) -> list[Arm]:
+    """Rates next to the best where that is the smallest or the largest that was tried."""
+    best, tried = learning_rates({arm.key: rows[arm.key] for arm in tuned}), defaultdict(list)
+    for arm in tuned:
+        tried[arm.task, arm.objective, arm.rounds].append(arm)
+    more = []
+    for kind, arms in tried.items():
+        rates = [float(arm.learning_rate or 0) for arm in arms]
+        at_end = {min(rates): best[kind] / 2, max(rates): best[kind] * 2}
+        if best[kind] in at_end:
+            more.append(replace(arms[0], learning_rate=at_end[best[kind]]))
+    return more
+
+
+def tuned_arm(arm: Arm, best: dict[tuple[str, str, int], float]) -> Arm:
+    """With the learning rate of its task, objective and rounds: two rounds take that of one, eight that of four."""
+    if arm.learning_rate is not None or arm.objective == SFT:
+        return arm
+    return replace(arm, learning_rate=best[arm.task, arm.objective, 1 if arm.rounds <= 2 else 4])
+
+
+def _small(arm: Arm) -> Arm:
+    return replace(arm, pictures=16, k=4, held_out=24, passes=min(arm.passes, 2), measured=arm.measured[:1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Tables and figures of the race: OUTPUT/tables.md and at most six pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from perpo.demo.race.arms import BETAS, GAMMAS, NOISES, OBJECTIVES, PASSES, READING, ROUNDS, SFT, SIZES, Arm
+from perpo.demo.race.results import Interval, Results, markdown, shown
+from perpo.demo.race.rows import Rows
+
+NAMES = {
+    SFT: "SFT",
+    "perpo": "PerPO",
+    "uniform_pairs": "equal weights",
+    "dpo": "DPO",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "gspo": "GSPO",
+}
+COLOURS = {
+    "perpo": "#3b6fd4",
+    "uniform_pairs": "#7a8699",
+    "dpo": "#e07b39",
+    "grpo": "#2a9d5c",
+    "dr_grpo": "#b8a11d",
+    "gspo": "#c2417c",
+}
+SHADES = ("#9fc0f5", "#6f9be8", "#3b6fd4", "#1d3f85")
+TITLES = {
+    "ap50": "AP@50",
+    "ap75": "AP@75",
+    "ap95": "AP@95",
+    "mean_iou": "mean IoU",
+    "edit_similarity": "edit similarity",
+    "exact": "exact",
+}
+PLAIN = Arm()
+Curve = tuple[str, str, Sequence[Interval]]  # label, colour, a point for each x
+
+
+def report(folder: Path, rows: Rows, learning_rates: dict[tuple[str, str, int], float]) -> None:
+    """Of all rows that there are; what is missing is left out, and the number of seeds is said."""
+    results = Results(folder, rows, learning_rates)
+    parts = [learning_rates_table(results), race_table(results), cost_table(results)]
+    parts += [race_differences(results), reading_table(results), degree_table(results)]
+    for draw in (draw_race, draw_margins, draw_sizes, draw_pairs, draw_passes, draw_betas):
+        parts.append(draw(results, folder / f"{draw.__name__.removeprefix('draw_')}.png"))
+    text = "\n\n".join(part for part in parts if part)
+    (folder / "tables.md").write_text(text + "\n")
+    print(text)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def learning_rates_table(results: Results) -> str:
+    found = sorted(results.learning_rates.items())
+    lines = [[task, NAMES[objective], str(rounds), f"{rate:g}"] for (task, objective, rounds), rate in found]
+    return "Learning rates, the best of the sweep\n\n" + markdown(["task", "objective", "rounds", "rate"], lines)
+
+
+def race_table(results: Results) -> str:
+    lines = []
+    for arm in [replace(PLAIN, objective=SFT)] + [
+        replace(PLAIN, objective=o, rounds=r) for o in OBJECTIVES for r in ROUNDS
+    ]:
+        if seeds := results.seeds(arm):
+            cells = [shown(results.interval(arm, metric)) for metric in ("ap50", "ap75", "mean_iou")]
+            rest = [f"{results.mean(arm, name):.3f}" for name in ("ap95", "gap", "drift")]
+            rounds = "" if arm.objective == SFT else str(arm.rounds)
+            lines.append([NAMES[arm.objective], rounds, *cells, *rest, str(len(seeds))])
+    heads = ["objective", "rounds", "AP@50", "AP@75", "mean IoU", "AP@95", "no-image gap", "drift, nats", "seeds"]
+    return "Grounding\n\n" + markdown(heads, lines)
+
+
+def race_differences(results: Results) -> str:
+    """PerPO less each other at the same rounds; rounds less one round of the same objective."""
+    lines = []
+    for rounds in ROUNDS:
+        ours = replace(PLAIN, rounds=rounds)
+        lines += [
+            _difference(results, ours, replace(ours, objective=o), f"PerPO − {NAMES[o]}, {rounds} rounds")
+            for o in OBJECTIVES[1:]
+        ]
+    for objective in OBJECTIVES:
+        one = replace(PLAIN, objective=objective)
+        lines += [
+            _difference(results, replace(one, rounds=rounds), one, f"{NAMES[objective]}, {rounds} rounds − one")
+            for rounds in ROUNDS[1:]
+        ]
+    heads = ["difference", "AP@50", "AP@75", "mean IoU", "seeds with more AP@50"]
+    return "Differences\n\n" + markdown(heads, [line for line in lines if line])
+
+
+def cost_table(results: Results) -> str:
+    lines = []
+    for rounds in ROUNDS:
+        spent = results.spent(replace(PLAIN, rounds=rounds))
+        if spent:
+            lines.append([str(rounds), *(f"{value:.0f}" for value in spent.values())])
+    heads = ["rounds", "sampled tokens", "trained tokens", "sampling, s", "training, s"]
+    return "What a run of PerPO costs; one round takes answers that were sampled before\n\n" + markdown(heads, lines)
+
+
+def reading_table(results: Results) -> str:
+    base, lines = replace(PLAIN, task="ocr"), []
+    for arm in [replace(base, objective=SFT)] + [replace(base, objective=o, rounds=r) for o in READING for r in (1, 4)]:
+        if seeds := results.seeds(arm):
+            cells = [shown(results.interval(arm, metric)) for metric in ("edit_similarity", "exact")]
+            rest = [f"{results.mean(arm, name):.3f}" for name in ("gap", "drift")]
+            rounds = "" if arm.objective == SFT else str(arm.rounds)
+            lines.append([NAMES[arm.objective], rounds, *cells, *rest, str(len(seeds))])
+    heads = ["objective", "rounds", "edit similarity", "exact", "no-image gap", "drift, nats", "seeds"]
+    return "Reading\n\n" + markdown(heads, lines) if lines else ""
+
+
+def degree_table(results: Results) -> str:
+    lines = [
+        _difference(results, replace(PLAIN, degree_weight=weight), PLAIN, f"degree_weight {weight:g} − 0")
+        for weight in (0.1, 1.0)
+    ]
+    lines = [line for line in lines if line]
+    heads = ["awareness of degree", "AP@50", "AP@75", "mean IoU", "seeds with more AP@50"]
+    return markdown(heads, lines) if lines else ""
+
+
+def _difference(results: Results, ours: Arm, theirs: Arm, name: str) -> list[str]:
+    if not results.seeds(ours, theirs):
+        return []
+    better, n = results.signs(ours, theirs, "ap50")
+    cells = [shown(results.difference(ours, theirs, metric), sign=True) for metric in ("ap50", "ap75", "mean_iou")]
+    return [name, *cells, f"{better} of {n}"]
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def draw_race(results: Results, path: Path) -> str:
+    """Metrics over rounds."""
+
+    def curves(metric: str) -> list[Curve]:
+        return [
+            (
+                NAMES[objective],
+                COLOURS[objective],
+                [results.interval(replace(PLAIN, objective=objective, rounds=r), metric) for r in ROUNDS],
+            )
+            for objective in OBJECTIVES
+        ]
+
+    _draw(path, curves, ROUNDS, "rounds, at the same number of sampled and trained tokens", ("ap50", "ap75"))
+    return ""
+
+
+def draw_margins(results: Results, path: Path) -> str:
+    """γ with truths that are off."""
+
+    def curves(metric: str) -> list[Curve]:
+        return [
+            (
+                f"truths off by {noise:.0%}" if noise else "exact truths",
+                colour,
+                [results.interval(replace(PLAIN, gamma=gamma, noise=noise), metric) for gamma in GAMMAS],
+            )
+            for noise, colour in zip(NOISES, reversed(SHADES), strict=True)
+        ]
+
+    _draw(path, curves, GAMMAS, "γ (0: equal weights)", ("ap50", "ap75"))
+    heads = ["truths off by", *(f"γ {gamma:g}" for gamma in GAMMAS), "DPO", "GRPO", "γ 2 − γ 0"]
+    parts = []
+    for metric in ("ap50", "ap75"):
+        lines = []
+        for noise in NOISES:
+            arms = [Arm(gamma=gamma, noise=noise) for gamma in GAMMAS]
+            arms += [replace(PLAIN, objective=o, noise=noise) for o in ("dpo", "grpo")]
+            cells = [f"{results.mean(arm, metric):.3f}" for arm in arms]
+            lines.append([f"{noise:.0%}", *cells, shown(results.difference(arms[3], arms[0], metric), sign=True)])
+        copies = [Arm(gamma=gamma, answers="copies") for gamma in GAMMAS]
+        cells = [f"{results.mean(arm, metric):.3f}" for arm in copies]
+        last = shown(results.difference(copies[3], copies[0], metric), sign=True)
+        lines.append(["exact, half of the list copies", *cells, "", "", last])
+        parts.append(f"Margins, {TITLES[metric]}\n\n" + markdown(heads, lines))
+    return "\n\n".join(parts)
+
+
+def draw_sizes(results: Results, path: Path) -> str:
+    """List size at a fixed number of pictures, and at a fixed number of sampled answers."""
+    few = SIZES
+
+    def curves(metric: str) -> list[Curve]:
+        return [
+            ("PerPO, 256 pictures", COLOURS["perpo"], [results.interval(Arm(k=k), metric) for k in few]),
+            ("DPO, 256 pictures", COLOURS["dpo"], [results.interval(Arm(objective="dpo", k=k), metric) for k in few]),
+            (
+                "PerPO, 4096 answers",
+                COLOURS["grpo"],
+                [results.interval(Arm(k=k, pictures=4096 // k), metric) for k in few],
+            ),
+        ]
+
+    _draw(path, curves, SIZES, "answers a list", ("ap50", "ap75"), logarithmic=True)
+    lines = []
+    for name, colour, points in curves("ap50"):
+        del colour
+        lines.append([name, *(shown(point) for point in points)])
+    return "List size, AP@50\n\n" + markdown(["", *map(str, SIZES)], lines)
+
+
+def draw_pairs(results: Results, path: Path) -> str:
+    """Which answers are trained on."""
+    del path
+    kinds = {"all": "all 16", "best": "the best 8", "worst": "the worst 8", "ends": "the best 4 and the worst 4"}
+    lines = []
+    for objective in ("perpo", "uniform_pairs"):
+        for kind, words in kinds.items():
+            arm = Arm(objective=objective, answers=kind)
+            if results.seeds(arm):
+                cells = [shown(results.interval(arm, metric)) for metric in ("ap50", "ap75", "mean_iou")]
+                lines.append([NAMES[objective], words, *cells])
+    return "Which answers\n\n" + markdown(["", "answers", "AP@50", "AP@75", "mean IoU"], lines) if lines else ""
+
+
+def draw_passes(results: Results, path: Path) -> str:
+    def curves(metric: str) -> list[Curve]:
+        return [
+            (
+                NAMES[objective],
+                COLOURS[objective],
+                [
+                    results.interval(Arm(objective=objective, passes=PASSES[-1], measured=PASSES), metric, after=after)
+                    for after in PASSES
+                ],
+            )
+            for objective in ("perpo", "dpo", "grpo", "gspo")
+        ]
+
+    _draw(path, curves, PASSES, "passes over lists sampled once", ("ap50", "ap75"), logarithmic=True)
+    lines = [[name, *map(shown, points)] for name, _, points in curves("ap50")]
+    return "Passes, AP@50\n\n" + markdown(["", *map(str, PASSES)], lines)
+
+
+def draw_betas(results: Results, path: Path) -> str:
+    def curves(metric: str) -> list[Curve]:
+        return [
+            (NAMES[o], COLOURS[o], [results.interval(Arm(objective=o, beta=beta), metric) for beta in BETAS])
+            for o in ("perpo", "dpo")
+        ]
+
+    _draw(path, curves, BETAS, "β", ("ap50", "ap75"), logarithmic=True)
+    lines = [[name, *map(shown, points)] for name, _, points in curves("ap50")]
+    return "β, AP@50\n\n" + markdown(["", *(f"{beta:g}" for beta in BETAS)], lines)
+
+
+def _draw(
+    path: Path,
+    curves: Callable[[str], list[Curve]],
+    xs: Sequence[float],
+    label: str,
+    metrics: Sequence[str],
+    logarithmic: bool = False,
+) -> None:
+    """A panel for each metric, a line with its interval for each curve that has a point."""
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 3.6), layout="constrained")
+    for axis, metric in zip(axes, metrics, strict=True):
+        drawn = [curve for curve in curves(metric) if not all(np.isnan(point.value) for point in curve[2])]
+        for place, (name, colour, points) in enumerate(drawn):
+            _line(axis, xs, points, colour, name, (place - (len(drawn) - 1) / 2) * 0.04, logarithmic)
+        axis.set_title(TITLES[metric], loc="left", fontsize=11)
+        axis.set_xlabel(label)
+        if logarithmic:
+            axis.set_xscale("log", base=2 if isinstance(xs[0], int) else 10)
+        axis.set_xticks(list(xs), [f"{x:g}" for x in xs])
+        axis.minorticks_off()
+        axis.grid(axis="y", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False)
+        figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _line(
+    axis: Axes,
+    xs: Sequence[float],
+    points: Sequence[Interval],
+    colour: str,
+    name: str,
+    shift: float,
+    logarithmic: bool,
+) -> None:
+    """Whiskers stand a little beside each other, so that each can be seen."""
+    width = (max(xs) - min(xs)) * 0.25
+    places = [x * 2**shift if logarithmic else x + shift * width for x in xs]
+    values, low, high = (np.array(side) for side in zip(*points, strict=True))
+    axis.errorbar(
+        places, values, [values - low, high - values], color=colour, marker="o", markersize=4, capsize=2, label=name
+    )
