@@ -168,9 +168,7 @@ def _remarks(planned: Planner, trainable: TrainableConfig, ignored: Sequence[str
     return lines
 
 
-def planner(
-    options: PlanConfig, model: ModelConfig, trainable: TrainableConfig, args: PlannedRun, *_: PlannedData
-) -> Planner:
+def planner(options: PlanConfig, model: ModelConfig, trainable: TrainableConfig, args: PlannedRun) -> Planner:
     _check(options, args)
     names = args.ref_model_name_or_path or []
     config = _config(model.model_name_or_path, model)
