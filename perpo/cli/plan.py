@@ -86,8 +86,9 @@ class PlannedRun(PerPOConfig):
     """As `perpo train` has it, on a machine that may have neither a GPU nor DeepSpeed."""
 
     def __post_init__(self) -> None:
-        self.sharding = "deepspeed" if self.deepspeed else "fsdp" if self.fsdp else ""
-        self.deepspeed = self.fsdp = None
+        given: Any = self
+        self.sharding = "deepspeed" if given.deepspeed else "fsdp" if given.fsdp else ""
+        given.deepspeed = given.fsdp = None
         self.use_cpu = True
         super().__post_init__()
 

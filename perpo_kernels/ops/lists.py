@@ -14,7 +14,8 @@ from perpo_kernels.problem import TENSORS, ListProblem, ListResult, accumulation
 
 def on_device(problem: ListProblem, device: torch.device) -> ListProblem:
     """The problem with every tensor dense and where the log-probs are: a layout may come from the CPU."""
-    for x in problem[: len(TENSORS)]:
+    tensors: Any = problem[: len(TENSORS)]
+    for x in tensors:
         if x is not None and (x.device != device or not x.is_contiguous()):
             return problem.each(lambda x: x.to(device, non_blocking=True).contiguous())
     return problem

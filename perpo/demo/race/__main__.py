@@ -64,7 +64,7 @@ def learning_rates(rows: Rows) -> dict[tuple[str, str, int], float]:
     """(task, objective, rounds) -> the rate of the sweep with the best first metric."""
     found: dict[tuple[str, str, int], tuple[float, float]] = {}
     for row in rows.values():
-        arm = Arm(**{name: tuple(v) if isinstance(v, list) else v for name, v in row["arm"].items()})
+        arm = Arm.of_row(row["arm"])
         if arm.split != "validation" or arm.learning_rate is None:
             continue
         value = last_metrics(row)[next(iter(METRICS[arm.task]))]

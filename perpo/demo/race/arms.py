@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from perpo.storage.fingerprints import fingerprint
 from perpo_kernels.objectives import PRESETS
@@ -68,6 +68,10 @@ class Arm:
     def key(self) -> str:
         """What the arm is known by in the rows; what is measured beside is not part of it."""
         return fingerprint(repr(sorted(replace(self, probes=False).named().items())))
+
+    @classmethod
+    def of_row(cls, named: dict[str, Any]) -> Self:
+        return cls(**{**named, "measured": tuple(named.get("measured", ()))})
 
     def named(self) -> dict[str, Any]:
         """What differs from the defaults, for a row."""

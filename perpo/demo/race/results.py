@@ -46,7 +46,7 @@ class Results:
 
     def metrics(self, arm: Arm, seed: int, after: int | None = None) -> dict[str, float]:
         row = self.rows[self.arm(replace(arm, seed=seed)).key]
-        return row["metrics"][str(last_pass(row) if after is None else after)]  # type: ignore[no-any-return]
+        return dict(row["metrics"][str(last_pass(row) if after is None else after)])
 
     def spent(self, arm: Arm) -> dict[str, float]:
         """The mean over seeds."""
@@ -56,7 +56,7 @@ class Results:
     def scores(self, arm: Arm, seed: int, after: int | None = None) -> Scores:
         row = self.rows[self.arm(replace(arm, seed=seed)).key]
         key, number = row["key"], last_pass(row) if after is None else after
-        return np.load(self.folder / SCORES / f"{key}-{number}.npy")  # type: ignore[no-any-return]
+        return np.load(self.folder / SCORES / f"{key}-{number}.npy")
 
     def mean(self, arm: Arm, metric: str, after: int | None = None) -> float:
         """Over seeds; NaN where there is none."""

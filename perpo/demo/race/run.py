@@ -66,7 +66,8 @@ class Spent:
 def encoder() -> Encoder:
     """Of the shipped model; it remembers every picture that it has encoded."""
     made = Encoder.for_model(AutoProcessor.from_pretrained(SHIPPED), model())
-    encode, known = made.prompt, {}  # type: ignore[var-annotated]
+    encode = made.prompt
+    known: dict[Any, tuple[Image.Image | None, dict[str, Tensor]]] = {}
 
     def remembered(prompt: Any, image: Image.Image | None = None) -> dict[str, Tensor]:
         key = (prompt, id(image))
@@ -228,10 +229,10 @@ def train(
     outcomes: list[Outcome],
 ) -> None:
     """A round of `passes` over the lists; the reference is the model that the round begins with."""
-    given = {
+    given: dict[str, Any] = {
         name: value
-        for name in ("beta", "gamma")
-        if (value := getattr(arm, name)) is not None and name in _settings(arm.objective)
+        for name in ("learning_rate", "beta", "gamma")
+        if (value := getattr(arm, name)) is not None and name in ("learning_rate", *_settings(arm.objective))
     }
     started = time.process_time()
     measuring = Measure(arm, outcomes)
@@ -241,7 +242,6 @@ def train(
             reference="start",
             reference_cache_dir=str(folder / "reference" / f"{arm.task}-{arm.seed}") if number == 0 else None,
             objective=arm.objective,
-            learning_rate=arm.learning_rate,
             lr_scheduler_type="cosine" if arm.passes == 1 else "constant",
             num_train_epochs=arm.passes,
             per_device_train_batch_size=BATCH,
