@@ -225,6 +225,8 @@ def _rank(adapter: Path) -> int:
 
 def _load() -> tuple[ModuleType, type[Exception], bool]:
     """vLLM, what it raises for a request that it cannot serve, and whether it runs on the CPU."""
+    # Its engine in a process of its own outlives a kill of this one, and keeps the memory that a resumed run needs.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # it logs to stdout, where results go
     try:
         vllm = importlib.import_module("vllm")

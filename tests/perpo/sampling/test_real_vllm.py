@@ -127,7 +127,6 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     monkeypatch.setattr(Recorder, "outputs", [])
     for name, value in SETTINGS.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no further processes: half the time
     return Recorder
 
 
