@@ -35,6 +35,7 @@ from perpo.training.checkpoints import starting_adapters
 from perpo.training.config import PerPOConfig
 from perpo.training.failures import in_step, of_all
 from perpo.training.reference_cache import ReferenceCache
+from perpo.training.sharding import weights_come_from_first
 from perpo_kernels import combine_references
 
 
@@ -150,19 +151,23 @@ class Precomputed:
     ) -> None:
         self.model, self.args, self.accelerator, self.in_step = model, args, accelerator, in_step
         self.collate, self.prepare = collate, prepare
-        core = causal_lm(model)
-        self.identity = {
-            "model class": type(core).__name__,
-            "weights": weights_fingerprint(core),
-            "precision": accelerator.mixed_precision,
-            **identity,
-        }
         self.adapters = args.reference != "precomputed"
-        if self.adapters and (trained := starting_adapters(model)) != "new":  # new ones change nothing
-            self.identity["adapters"] = trained
-        (self.identity,) = broadcast_object_list([self.identity])  # others may hold no weights yet
+        found: list[dict[str, str]] = [{}]
+        if args.process_index == 0 or not weights_come_from_first(accelerator):
+            found = [self._identity(identity)]
+        (self.identity,) = broadcast_object_list(found)
         self.weights = fingerprint([self.identity["weights"], self.identity.get("adapters")])
         self.folder = os.path.join(args.reference_folder, self.weights) if own_folder else args.reference_folder
+
+    def _identity(self, of_encoder: dict[str, str]) -> dict[str, str]:
+        core, trained = causal_lm(self.model), starting_adapters(self.model) if self.adapters else "new"
+        return {
+            "model class": type(core).__name__,
+            "weights": weights_fingerprint(core),
+            "precision": self.accelerator.mixed_precision,
+            **of_encoder,
+            **({} if trained == "new" else {"adapters": trained}),  # new ones change nothing
+        }
 
     def attach(self, *datasets: Sequence[Sample] | None) -> list[Sequence[Sample] | None]:
         """Each data set with its reference log-probs: of records that the cache does not hold yet, computed."""

@@ -89,8 +89,9 @@ def without_training(model: nn.Module, accelerator: Any) -> nn.Module:
         config.pop(name, None)
     if config.get("zero_optimization", {}).get("stage") != 3:
         config["zero_optimization"] = {"stage": 0}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+    prepared, *_ = deepspeed.initialize(model=model, config=config)
+    prepared.eval()  # returns nothing
+    return prepared
 
 
 def weights_come_from_first(accelerator: Any) -> bool:
