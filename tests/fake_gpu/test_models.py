@@ -79,6 +79,11 @@ WAITS: dict[str, set[str]] = {
     },
     "gemma3": {CHECK},
     "paligemma": {CHECK},
+    "lfm2_vl": {
+        CHECK,
+        "_local_scalar_dense in modeling_lfm2_vl.py: get_image_features",
+        "_local_scalar_dense in modeling_siglip2.py: resize_positional_embeddings",
+    },
     "qwen3_5": {CHECK},
     "qwen3_5_moe": {CHECK},
 }

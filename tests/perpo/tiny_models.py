@@ -432,7 +432,8 @@ class _Tile(BaseImageProcessor):
         found: dict[str, Any] = {}
         for image in (image for of_text in images for image in of_text):
             width, height = (14 if side < 35 else 28 for side in image.size)
-            pixels = torch.tensor(list(image.resize((width, height)).getdata())).view(height, width, 3) / 255
+            pixels = torch.frombuffer(bytearray(image.resize((width, height)).tobytes()), dtype=torch.uint8)
+            pixels = pixels.view(height, width, 3) / 255
             patches = pixels.unfold(0, 7, 7).unfold(1, 7, 7).permute(0, 1, 3, 4, 2).reshape(-1, 7 * 7 * 3)
             n = len(patches)
             found.setdefault("pixel_values", []).append(torch.cat((patches, torch.zeros(16 - n, 147))))
