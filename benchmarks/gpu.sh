@@ -9,7 +9,7 @@
 #                 and once more with -r benchmarks/wheels-hopper.txt (quack, CuTe's compiler) if they may be large
 #   --group N     1 (390 s)  tests flex peers list_loss from_logits accuracy: is it right, and the small questions
 #                 2 (390 s)  linear_loss step shared_prefix tune: what it is for
-#                 3 (390 s)  kernels pairs memory generation: what says least that a CPU has not said
+#                 3 (390 s)  kernels pairs memory host_time generation: what says least that a CPU has not said
 #                 left out: all three
 #   --stages      some of these, in the order given
 #   --out FILE    default benchmarks/results/<date>-<gpu>.json; FILE.log gets what the stages print
@@ -28,7 +28,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 GROUP_S=390
-GROUPS_=("" "tests flex peers list_loss from_logits accuracy" "linear_loss step shared_prefix tune" "kernels pairs memory generation")
+GROUPS_=("" "tests flex peers list_loss from_logits accuracy" "linear_loss step shared_prefix tune" "kernels pairs memory host_time generation")
 ALL="${GROUPS_[*]:1}"
 groups="1 2 3" stages="" out="" wheels="" dry_run=""
 
@@ -72,6 +72,7 @@ command_of() {
         kernels) seconds=120; cmd=("${pytest[@]}" -m "not slow" -rfE ${workers[@]+"${workers[@]}"} tests/kernels) ;;
         pairs) seconds=80; cmd=("${bench[@]}" benchmarks/test_linear_loss.py::test_pairs_against_liger_dpo) ;;
         memory) seconds=90; cmd=("${bench[@]}" benchmarks/test_memory.py) ;;
+        host_time) seconds=30; cmd=("${bench[@]}" benchmarks/test_host_time.py) ;;
         generation) seconds=120; cmd=("${bench[@]}" benchmarks/test_generation.py) ;;
     esac
 }

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks.harness import FLOOR, OURS
-from benchmarks.rows import Row, newest
+from benchmarks.rows import Row, kind_of_device, newest
 
 # The same work with the prompt repeated for every answer, of each question that has it.
 REPEATED = {
@@ -30,6 +30,21 @@ SHARED = {
     "generation": "Sampling the answers",
 }
 IDEAL = "ideal: by the number of tokens, in attention of pairs"
+TASKS = {
+    "linear_loss": "Loss from hidden states",
+    "linear_pairs": "Loss of pairs, from hidden states",
+    "from_logits": "Log-probs from logits",
+    "list_loss": "List loss",
+    "shared_prefix": "Attention over a shared prompt",
+    "host_time": "Host",
+}
+PASSES = {
+    "reference": "no gradient",
+    "frozen": "frozen head",
+    "trainable": "trainable head",
+    "forward": "forward",
+    "forward+backward": "forward and backward",
+}
 FAMILIES = {"llava": "LLaVA", "qwen2_5_vl": "Qwen2.5-VL"}
 AXES = {"T": "T, response tokens", "V": "V, vocabulary", "k": "k, answers in the list"}
 OURS_COLOR = "#D55E00"
@@ -59,11 +74,6 @@ def draw(rows: Sequence[Row], into: Path) -> list[Path]:
                 plt.close(figure)
                 drawn.append(path)
     return drawn
-
-
-def kind_of_device(row: Row) -> str:
-    device = row["device"]
-    return "cpu" if device.endswith("cores") else device.lower().replace(" ", "-")
 
 
 def styles_of(peers: Iterable[str]) -> dict[str, Style]:
@@ -204,7 +214,12 @@ def _sizes(row: Row) -> tuple[Any, ...]:
 
 
 def in_words(case: str) -> str:
-    """ "llava P576 R24 k20" -> "LLaVA: 576 prompt tokens, 20 answers of 24"; another text as it is."""
+    """ "llava P576 R24 k20" -> "LLaVA: 576 prompt tokens, 20 answers of 24", "frozen laptop T800" -> "frozen head, 800
+    tokens"; another text as it is."""
+    if found := re.fullmatch(r"(\S+) (\S+) T(\d+)", case):
+        how, model, tokens = found.groups()
+        of = "" if model == "laptop" else f" of {model}"
+        return f"{PASSES.get(how, how)}{of}, {int(tokens):,} tokens"
     found = re.fullmatch(r"(?:(\w+) )?P(\d+) R(\d+) k(\d+)", case)
     if found is None:
         return case
@@ -214,4 +229,4 @@ def in_words(case: str) -> str:
 
 
 def name_of(row: Row) -> str:
-    return f"{row['question']}: {row['case']}"
+    return f"{TASKS.get(row['question'], row['question'])}: {in_words(row['case'])}"

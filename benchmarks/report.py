@@ -1,8 +1,9 @@
 """python -m benchmarks.report FILE... [--short] [--into DIR]: measured rows as Markdown tables and plots.
 
 The tables are printed and, with the plots (`benchmarks.plots`), written into a folder, docs/benchmarks by default.
-Every figure comes from a row; nothing is computed here but quotients of what rows hold. Of rows that measure
-the same on the same device the newest is shown. Where a peer is better than ours (`benchmarks.losses`) comes first.
+Every figure comes from a row; nothing is computed here but quotients of what rows hold. Of a case the machine
+that measured it last is shown, and of each peer there its newest row. Where a peer is better than ours
+(`benchmarks.losses`) comes first.
 `--short` prints one line a case (ours, how far from the floor, and the fastest of the others) and writes nothing.
 """
 

@@ -102,17 +102,29 @@ def read(path: str | Path) -> list[Row]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def key(row: Row) -> tuple[str, ...]:
-    """What a row measures, and on what: a newer row with the same key replaces it in reports."""
-    return tuple(str(row[name]) for name in ("question", "case", "peer", "dtype", "device"))
+def kind_of_device(row: Row) -> str:
+    """ "cpu" for every CPU, else the name of the GPU."""
+    device = row["device"]
+    return "cpu" if device.endswith("cores") else device.lower().replace(" ", "-")
+
+
+def case_of(row: Row) -> tuple[str, ...]:
+    return row["question"], row["case"], row["dtype"], kind_of_device(row)
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that measure the same, the newest; in the order in which they first came."""
+    """Of each case the machine that measured it last, and of each peer there its newest row; in the order in which
+    they first came. Rows of two machines never stand beside each other in a case."""
+    rows = list(rows)
+    last: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row["date"] >= last.get(case_of(row), row)["date"]:
+            last[case_of(row)] = row
     kept: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        if row["date"] >= kept.get(key(row), row)["date"]:
-            kept[key(row)] = row
+        key = (*case_of(row), row["peer"])
+        if row["device"] == last[case_of(row)]["device"] and row["date"] >= kept.get(key, row)["date"]:
+            kept[key] = row
     return list(kept.values())
 
 

@@ -53,6 +53,16 @@ def test_what_a_shared_prompt_saves_is_named_in_words(rows: list[Row]) -> None:
     plots.plt.close(figure)
 
 
+def test_the_floors_name_every_case_in_words(rows: list[Row]) -> None:
+    figure = plots.floors(rows)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert "Loss from hidden states: frozen head, 800 tokens" in names
+    assert "Attention over a shared prompt: 576 prompt tokens, 20 answers of 24" in names
+    assert not [name for name in names if "_" in name or "laptop" in name]
+    plots.plt.close(figure)
+
+
 def test_a_case_of_another_form_keeps_its_name() -> None:
-    assert plots.in_words("frozen laptop T800") == "frozen laptop T800"
+    assert plots.in_words("fp32, peaked logits") == "fp32, peaked logits"
+    assert plots.in_words("trainable llama-8b T4000") == "trainable head of llama-8b, 4,000 tokens"
     assert plots.in_words("other P600 R500 k8") == "other: 600 prompt tokens, 8 answers of 500"

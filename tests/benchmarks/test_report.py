@@ -23,6 +23,20 @@ def test_of_rows_that_measure_the_same_the_newest_counts_whatever_the_order_of_f
         assert sorted(r["time_ms"]["median"] for r in newest(order)) == [2, 3]
 
 
+def test_a_case_is_of_the_machine_that_measured_it_last():
+    """Ours of one CPU beside a peer of another says nothing."""
+    first = [row(peer) | {"device": "A, 1 of 2 cores"} for peer in ("ours", "peer", "gone")]
+    last = [row(p, date="2026-11-25T06:00Z") | {"device": "B, 2 of 2 cores"} for p in ("ours", "peer")]
+    gpu, elsewhere = (
+        row("ours") | {"device": "NVIDIA H200"},
+        row("ours", case="another") | {"device": "A, 1 of 2 cores"},
+    )
+    for order in ([*first, *last, gpu, elsewhere], [elsewhere, gpu, *last, *first]):
+        found = newest(order)
+        assert len(found) == 4
+        assert all(r in found for r in (*last, gpu, elsewhere))
+
+
 def test_every_measure_in_which_a_peer_is_better_is_told():
     rows = [
         row("perpo_kernels", 10, 10, ours=1.0, log_probs=1e-3),

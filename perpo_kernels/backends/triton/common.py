@@ -262,11 +262,13 @@ def launch(kernel: Any, n_programs: int, device: torch.device, *arguments: Any, 
     """Run a kernel on the device of its tensors; Triton would take the current one, wherever the tensors are.
 
     `options`: constexprs and num_warps. Products are fused with sums, as accuracy and machine code were checked, and
-    not as the default of this or the next Triton has it.
+    not as the default of this or the next Triton has it. `run`, as Triton's autotuner calls it: `kernel[grid]` makes a
+    function of it first, and hands the arguments on once more.
     """
+    options.update(grid=(n_programs,), warmup=False, enable_fp_fusion=True)
     elsewhere = device.type == "cuda" and device.index != torch.accelerator.current_device_index()
     if elsewhere:
         with torch.accelerator.device_index(device.index):
-            kernel[(n_programs,)](*arguments, enable_fp_fusion=True, **options)
+            kernel.run(*arguments, **options)
     else:
-        kernel[(n_programs,)](*arguments, enable_fp_fusion=True, **options)
+        kernel.run(*arguments, **options)
