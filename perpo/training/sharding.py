@@ -12,6 +12,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -92,6 +93,13 @@ def without_training(model: nn.Module, accelerator: Any) -> nn.Module:
     prepared, *_ = deepspeed.initialize(model=model, config=config)
     prepared.eval()  # returns nothing
     return prepared
+
+
+def reshard(model: nn.Module) -> None:
+    """After passes without a backward pass: FSDP2 keeps some weights whole until then, and no checkpoint fits them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def weights_come_from_first(accelerator: Any) -> bool:

@@ -45,7 +45,7 @@ from perpo.training.reference import check_reference, with_reference
 from perpo.training.references import References
 from perpo.training.reward_shift import RewardShift
 from perpo.training.saving import Saving
-from perpo.training.sharding import shard_as_asked
+from perpo.training.sharding import reshard, shard_as_asked
 from perpo.training.stopping import FAILED, StopOnSignal, StoppedBySignal
 from perpo_kernels import LinearPerPOOutput
 
@@ -176,6 +176,7 @@ class PerPOTrainer(Saving):
             with self.accelerator.autocast():
                 check_language_head(model)
             self.references.compute(model)
+            reshard(model)
         return scheduler
 
     def _lists(self, name: str, source: Any, args: PerPOConfig) -> Sequence[Sample] | None:
