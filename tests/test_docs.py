@@ -7,11 +7,13 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 import perpo_kernels
@@ -85,13 +87,23 @@ def test_every_picture_is_shown_and_explained_on_a_page_of_the_documentation() -
         assert not words.startswith(("#", "!", "|"))
 
 
+@contextmanager
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", ["api.md", "frozen_head.md", "objectives.md"])
 def test_the_code_of_a_page_runs(page: str) -> None:
     examples = blocks(page, "python")
     assert examples
     for example in examples:
         scope: dict[str, Any] = {}
-        exec(compile(example, page, "exec"), scope)
+        with one_rank() if "torch.distributed" in example else nullcontext():
+            exec(compile(example, page, "exec"), scope)
         if "make_graphed_callables" in example:
             continue  # it needs a GPU; tests/gpu/test_cuda_graph.py looks at its gradients
         hidden = scope["hidden"] if "hidden" in scope else scope["logits"]
