@@ -19,7 +19,7 @@ class Project:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         torch.set_num_threads(1)
-        settings = {"learning_rate": 1e-2, "optim": "sgd", "max_steps": 3} | settings
+        settings = {"learning_rate": 1e-2, "optim": "sgd", "max_steps": 3, "lr_scheduler_type": "constant"} | settings
         self.folder = tiny_runs.save_run(folder, **settings)
         tiny_models.build("llava", seed=1)[0].save_pretrained(folder / "b")
         lists = (folder / "lists.jsonl").read_text().splitlines(keepends=True)
