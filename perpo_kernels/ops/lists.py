@@ -9,13 +9,17 @@ from torch import Tensor
 from perpo_kernels import backends, checks, layout
 from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import first_derivative_only, no_gradient, operator
-from perpo_kernels.problem import TENSORS, ListProblem, ListResult, accumulation_dtype, unpack_numbers
+from perpo_kernels.problem import ListProblem, ListResult, accumulation_dtype, unpack_numbers
 
 
 def on_device(problem: ListProblem, device: torch.device) -> ListProblem:
     """The problem with every tensor dense and where the log-probs are: a layout may come from the CPU."""
+<<<<<<< HEAD
     tensors: Any = problem[: len(TENSORS)]
     for x in tensors:
+=======
+    for x in problem.pack():
+>>>>>>> w-fast
         if x is not None and (x.device != device or not x.is_contiguous()):
             return problem.each(lambda x: x.to(device, non_blocking=True).contiguous())
     return problem

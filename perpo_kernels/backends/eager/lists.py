@@ -43,7 +43,8 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         result.active.zero_()
         return
     everyone, counts = _candidates(log_probs, p, here, result)
-    d_score = d_log_prob = None
+    d_score: Tensor | None = None
+    d_log_prob: Tensor | None = None
     for lists, place, inside in _blocks(p.cu_lists, bounds[0], n, k):
         score, log_prob, reward = (_at(x, place).view(-1, k) for x in everyone[:3])
         if inside is not None:
