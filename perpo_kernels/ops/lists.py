@@ -14,12 +14,7 @@ from perpo_kernels.problem import ListProblem, ListResult, accumulation_dtype, u
 
 def on_device(problem: ListProblem, device: torch.device) -> ListProblem:
     """The problem with every tensor dense and where the log-probs are: a layout may come from the CPU."""
-<<<<<<< HEAD
-    tensors: Any = problem[: len(TENSORS)]
-    for x in tensors:
-=======
     for x in problem.pack():
->>>>>>> w-fast
         if x is not None and (x.device != device or not x.is_contiguous()):
             return problem.each(lambda x: x.to(device, non_blocking=True).contiguous())
     return problem
