@@ -5,10 +5,14 @@ VENV   ?= .venv
 VERSIONS ?= constraints.txt
 BIN     = $(VENV)/bin
 
-.PHONY: demo test test-versions check bench static-report clean
+.PHONY: demo race test test-versions check bench static-report clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m perpo.demo
+
+# Objectives, rounds and margins side by side (docs/race.md). Hours on one core; a second call goes on.
+race: $(VENV)/ready
+	$(BIN)/python -m perpo.demo.race
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -9,6 +9,7 @@ near the true ones.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import perpo.model.load
 from perpo.cli import main as cli
@@ -280,6 +282,11 @@ def test_a_trainer_of_one_s_own(project: Path, capsys: pytest.CaptureFixture[str
     assert float(iou) > 0.9
 
 
+# Options of torchrun, TensorBoard, pip and vLLM's server.
+OF_OTHERS = {"nproc-per-node", "logdir", "extra-index-url"}
+OF_OTHERS |= {"mm-processor-kwargs", "max-model-len", "reasoning-parser", "chat-template"}
+
+
 def test_the_guide_shows_records_and_messages_as_they_are() -> None:
     text = GUIDE.read_text(encoding="utf-8")
     for block in (block for blocks in sections().values() for block in blocks):
@@ -293,9 +300,10 @@ def test_the_guide_shows_records_and_messages_as_they_are() -> None:
             assert find_task(record.task).reward([""], ["none"], answer=[record.answer], image_size=[(28, 28)]) == [0]
             assert not report.ignored
             assert not report.further
-    used = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) - {"nproc-per-node", "logdir"}
+    used = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) - OF_OTHERS
     known = "".join(help_of(command) for command in cli.COMMANDS)
-    assert {name for name in used if f"--{name} " not in known} == set()
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert {name for name in used - inherited if f"--{name} " not in known} == set()
 
 
 def help_of(command: str) -> str:

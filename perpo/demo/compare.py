@@ -20,7 +20,7 @@ from perpo.data.read import read_records
 from perpo.demo.steps import Job, run
 from perpo.demo.tasks import TASKS
 from perpo.demo.workers import start_worker
-from perpo.evaluation.metrics import AP_THRESHOLD
+from perpo.evaluation.metrics import AP_THRESHOLD, STRICT_THRESHOLD
 
 BEST_OF_K = "best of k"
 
@@ -84,7 +84,11 @@ def _best_of_k(job: Job) -> dict[str, float]:
     best = [max(record.rewards or ()) for record in records]
     if job.task == "ocr":
         return {"edit_similarity": statistics.mean(best), "exact": statistics.mean(float(r == 1) for r in best)}
-    return {"ap50": statistics.mean(float(r > AP_THRESHOLD) for r in best), "mean_iou": statistics.mean(best)}
+    above = {
+        name: statistics.mean(float(r > least) for r in best)
+        for name, least in (("ap50", AP_THRESHOLD), ("ap75", STRICT_THRESHOLD))
+    }
+    return above | {"mean_iou": statistics.mean(best)}
 
 
 def _show(bar: tqdm, job: Job, step: str) -> None:

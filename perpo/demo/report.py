@@ -167,10 +167,13 @@ def draw_chart(path: Path, results: list[Result], recipe: Recipe) -> None:
     """Each metric of each model: bars for means over seeds, whiskers for their standard errors, a dot for each seed."""
     tasks = list(dict.fromkeys(result.task for result in results))
     rows = (SFT, *recipe.objectives, BEST_OF_K)
-    size = (10, (0.6 + 0.45 * len(rows)) * len(tasks) + 0.4)
-    figure, axes = plt.subplots(len(tasks), 2, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    columns = max(len(TASKS[task].metrics) for task in tasks)
+    size = (5 * columns, (0.6 + 0.45 * len(rows)) * len(tasks) + 0.4)
+    figure, axes = plt.subplots(len(tasks), columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
     for line, task in zip(axes, tasks, strict=True):
-        for axis, (name, title) in zip(line, TASKS[task].metrics.items(), strict=True):
+        for axis in line[len(TASKS[task].metrics) :]:
+            axis.set_visible(False)
+        for axis, (name, title) in zip(line, TASKS[task].metrics.items(), strict=False):
             _bars(axis, {model: _values(results, task, model, name) for model in rows})
             axis.set_title(f"{task}: {title}")
     figure.savefig(path, dpi=150)

@@ -44,7 +44,9 @@ def _page_turns(pages: Pictures) -> list[tuple[str, str]]:
 
 
 TASKS = {
-    "grounding": Task("grounding", {"ap50": "AP@50", "mean_iou": "mean IoU"}, 5, make_scenes, _scene_turns),
+    "grounding": Task(
+        "grounding", {"ap50": "AP@50", "ap75": "AP@75", "mean_iou": "mean IoU"}, 5, make_scenes, _scene_turns
+    ),
     "ocr": Task("ocr", {"edit_similarity": "edit similarity", "exact": "exact"}, 9, make_pages, _page_turns),
 }
 

@@ -1,12 +1,12 @@
 """What is measured for each perception task, each metric as terms of every record and a function of their sums.
 
-    grounding         AP@50: share of answers with IoU > 0.5; mean IoU
+    grounding         AP@50, AP@75: share of answers with IoU > 0.5, 0.75; mean IoU
     ocr               edit distance (normalised, lower is better), exact, word F1, precision and recall, BLEU, METEOR
     counting/numeric  share of exact answers; closeness
     exact             share of exact answers
     your own reward   its mean
 
-and for all of them the share of answers that cannot be read. AP@50 is taken over the one answer to each question, as
+and for all of them the share of answers that cannot be read. AP is taken over the one answer to each question, as
 in the PerPO paper: there are no confidences to rank by.
 """
 
@@ -28,7 +28,7 @@ from perpo.rewards.numerals import read_count, read_number
 from perpo.rewards.ocr import edit_similarity, normalise, word_scores
 from perpo.rewards.scoring import Tally, Task, find_task, score_record
 
-AP_THRESHOLD = 0.5
+AP_THRESHOLD, STRICT_THRESHOLD = 0.5, 0.75
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def metrics_of(task: str, bleu_tokenize: str = "13a") -> tuple[list[Metric], dic
     if is_grounding(task):
         metrics = [
             mean_metric("ap50", "AP@50", lambda a: float(_iou(a) > AP_THRESHOLD)),
+            mean_metric("ap75", "AP@75", lambda a: float(_iou(a) > STRICT_THRESHOLD)),
             mean_metric("mean_iou", "mean IoU", _iou),
         ]
         if task.startswith("grounding-giou"):

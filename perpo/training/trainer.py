@@ -179,6 +179,11 @@ class PerPOTrainer(Saving):
             reshard(model)
         return scheduler
 
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The second model that is run at every step."""
+        return self.references.model
+
     def _lists(self, name: str, source: Any, args: PerPOConfig) -> Sequence[Sample] | None:
         return None if source is None else training_lists(name, source, args, self.encoder.sees_images)
 

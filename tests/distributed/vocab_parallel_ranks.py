@@ -187,7 +187,10 @@ def a_label_that_is_ignored_lies_in_the_vocabulary(backend: str) -> None:
 
 @case(("eager",))
 def all_but_certain_labels(backend: str) -> None:
-    """1 − p of 1e-9 is right to its last digits, whichever slice has the label and whichever the rest."""
+    """1 − p of 1e-9 is right to its last digits, whichever slice has the label and whichever the rest.
+
+    The entries of a row cancel to any size, so its error is measured by the largest of them.
+    """
     n_vocab = 8 * dist.get_world_size()
     rows, hidden = cut(n_vocab), torch.eye(n_vocab)
     labels = torch.arange(n_vocab)
@@ -201,7 +204,8 @@ def all_but_certain_labels(backend: str) -> None:
     for name in names:
         truth = mine(exact[name], rows) if name == "weight" else exact[name]
         assert truth.abs().max() < 1e-6
-        torch.testing.assert_close(split[name].double(), truth, rtol=3e-5, atol=1e-15)
+        error = (split[name].double() - truth).abs()
+        assert (error <= 3e-5 * truth.abs().amax(1, keepdim=True)).all()
 
 
 @case(("eager",), ("triton",))

@@ -15,7 +15,7 @@ from perpo.encoding.collator import ListCollator
 from perpo.training.batch_sampler import ListBatchSampler, fill_batches
 from tests.perpo import tiny_runs
 from tests.perpo.run_training import train
-from tests.perpo.training.test_trainer_processes import RUN, TORCHRUN, assert_same, run, trained
+from tests.perpo.training.test_trainer_processes import assert_same, trained, two_ranks
 
 LISTS = st.lists(st.tuples(st.booleans(), st.integers(1, 50)), min_size=1, max_size=60)
 
@@ -130,8 +130,7 @@ def test_two_processes_take_each_row_once_and_equally_many(tmp_path: Path) -> No
     """Three rows: the second process ends with one that was there already, which counts in no loss."""
     options: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.5, "max_steps": -1, "num_train_epochs": 1}
     options |= {"reference": "none", "objective": "simpo", "n_lists": 3, "max_tokens_per_row": 1}
-    two = run([*TORCHRUN, *RUN], tmp_path / "two", ddp_backend="gloo", gradient_accumulation_steps=2, **options)
-    assert two.returncode == 0, two.stderr[-3000:]
+    two_ranks(tmp_path / "two", gradient_accumulation_steps=2, **options)
     train(tmp_path / "one", gradient_accumulation_steps=3, **options)
     (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
     assert_same(ours, theirs)

@@ -94,7 +94,9 @@ def test_in_the_last_step_a_signal_changes_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(signalled[name], value, rtol=0, atol=0, msg=name)
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, SignalIn(2, signal.SIGINT, times=2))
     assert list(tmp_path.glob("checkpoint-*")) == []
