@@ -218,7 +218,12 @@ def test_a_difference_within_twice_its_error_is_called_a_tie() -> None:
     recipe = Recipe(objectives=("dpo", "perpo"))
     values = {"sft": (0.4, 0.4, 0.4), "dpo": (0.5, 0.52, 0.54), "perpo": (0.6, 0.62, 0.65), BEST_OF_K: (0.9, 0.9, 0.9)}
     results = [
-        Result("grounding", seed, model, {"ap50": value, "mean_iou": 0.5 + 0.01 * seed * (model == "dpo")})
+        Result(
+            "grounding",
+            seed,
+            model,
+            {"ap50": value, "ap75": value / 2, "mean_iou": 0.5 + 0.01 * seed * (model == "dpo")},
+        )
         for model, row in values.items()
         for seed, value in enumerate(row)
     ]
