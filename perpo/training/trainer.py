@@ -329,26 +329,37 @@ class PerPOTrainer(Saving):
         if not batch_samples or self.args.world_size == 1:
             return n_lists or None
         n_lists -= batch_samples[-1].n_lists
-        batch_samples[-1], n_last = self._without_filling(batch_samples[-1], self._batches)
+        batch_samples[-1], n_last = self._without_filling(batch_samples[-1], self._batches, self._remainder())
         n_lists += n_last
         gathered = self.accelerator.gather(torch.tensor([[n_lists, self._stop.vote]], device=device))  # [ranks, 2]
         self._stop.count(gathered[:, 1])
         return gathered[:, 0].sum()
 
-    def _without_filling(self, batch: ListBatch, batches: ListBatchSampler | None) -> tuple[ListBatch, int]:
+    def _remainder(self) -> int:
+        """Lists in the last batches of all ranks in a pass over the training data; 0: these are whole, or left out.
+
+        accelerate's own number is lost in the epoch in which a run is resumed.
+        """
+        n_at_once = self.args.train_batch_size * (1 if self.accelerator.split_batches else self.args.world_size)
+        return 0 if self.args.dataloader_drop_last else len(self.train_dataset or ()) % n_at_once
+
+    def _without_filling(
+        self, batch: ListBatch, batches: ListBatchSampler | None, remainder: int
+    ) -> tuple[ListBatch, int]:
         """The batch that the data loader gave last, and how many of its lists are of this pass over the data.
 
         Args:
             batches: what made the batches of the data loader, if not the trainer's own sampler.
+            remainder: how many lists are in the last batches of all ranks.
         """
         state, n_lists = self.accelerator.gradient_state, batch.n_lists
         if not state.end_of_dataloader:
             return batch, n_lists
         if batches is not None:
             return (batch.counting_first(0), 0) if batches.ends_with_filling else (batch, n_lists)
-        if state.remainder <= 0:
+        if remainder <= 0:
             return batch, n_lists
-        n_kept = min(max(state.remainder - self.args.process_index * n_lists, 0), n_lists)
+        n_kept = min(max(remainder - self.args.process_index * n_lists, 0), n_lists)
         return (batch if n_kept == n_lists else batch.counting_first(n_kept)), n_kept
 
     def _prepare_inputs(self, inputs: ListBatch) -> ListBatch:
@@ -375,7 +386,7 @@ class PerPOTrainer(Saving):
     def prediction_step(
         self, model: nn.Module, inputs: ListBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, None, None]:
-        batch, _ = self._without_filling(inputs, self._eval_batches)
+        batch, _ = self._without_filling(inputs, self._eval_batches, self.accelerator.gradient_state.remainder)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch))
         return loss.detach(), None, None
