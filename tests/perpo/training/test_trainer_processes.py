@@ -64,6 +64,21 @@ def test_two_processes_equal_one_that_accumulates(options: dict[str, Any], tmp_p
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
 
 
+def test_a_list_that_fills_up_the_last_batch_counts_in_no_loss_after_a_resume(tmp_path: Path) -> None:
+    """3 lists on 2 ranks, resumed in the middle of the second pass, whose last step has one list and a repeated one."""
+    options = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "n_lists": 3, "reference": "none"}
+    options |= {"objective": "simpo", "save_strategy": "steps", "save_steps": 3}
+    two_ranks(tmp_path / "two", max_steps=3, **options)
+    both = ranks(2, *RUN, str(tmp_path / "two"), json.dumps(options | {"max_steps": 4, "resume": True}))
+    shown = "".join(one.communicate()[1] for one in both)
+    assert [one.returncode for one in both] == [0, 0], shown[-3000:]
+    train(tmp_path / "one", gradient_accumulation_steps=2, max_steps=4, **options)
+    (ours, our_log), (theirs, their_log) = trained(tmp_path / "two"), trained(tmp_path / "one")
+    assert our_log[3]["loss"] == pytest.approx(their_log[3]["loss"], rel=1e-4)
+    assert our_log[3]["loss"] > 0
+    assert_same(ours, theirs)
+
+
 @pytest.mark.slow
 def test_lists_that_fill_up_the_last_batch_count_once(tmp_path: Path) -> None:
     """5 lists in batches of 2 on 2 ranks: in the last step one has a list and a repeated one, the other only such."""
