@@ -14,6 +14,7 @@ two ranges of every token, for kernels with one.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -68,7 +69,8 @@ class PrefixLayout:
         parts: the attentions that make up the whole.
         sight: of each token the start and end of the range that it sees of its prompt, start and end of the range that
             it sees of its answer, and its place, counted along prompt and answer.
-        made: masks by their use; made on first use, and shared by all layers and both passes.
+        made: masks by their use; made on first use, and shared by all layers and both passes. No dict: FSDP2 copies
+            what a module is given, dataclasses and dicts too, to cast the floats in it, and the copies share this.
     """
 
     prompt_lengths: tuple[int, ...]
@@ -76,7 +78,7 @@ class PrefixLayout:
     blocks: tuple[tuple[Range, ...], ...]
     parts: tuple[Part, ...]
     sight: Tensor  # int32 [5, T and up to a multiple of TILE]
-    made: dict[Any, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
+    made: UserDict[Any, Any] = field(default_factory=UserDict, repr=False, compare=False)
 
     @property
     def n_tokens(self) -> int:
@@ -107,7 +109,7 @@ class PrefixLayout:
     def map(self, move: Callable[[Tensor], Tensor]) -> PrefixLayout:
         """`move` of every tensor."""
         parts = [replace(part, cu_queries=move(part.cu_queries), cu_keys=move(part.cu_keys)) for part in self.parts]
-        return replace(self, parts=tuple(parts), sight=move(self.sight))
+        return replace(self, parts=tuple(parts), sight=move(self.sight), made=UserDict())
 
     def seen(self, window: int | None) -> Tensor:  # int32 [4, as many as in sight]
         """The two ranges that each token sees if it sees only `window` places back, itself counted."""

@@ -77,3 +77,9 @@ def assert_same_run(ours: Path, theirs: Path, rel: float = 1e-4) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= 1e-5 * max(1, value.abs().max()), name
+
+
+def assert_alike_in_bf16(ours: Path, theirs: Path) -> None:
+    for name in ("loss", "grad_norm"):
+        expected = [entry[name] for entry in log(theirs) if name in entry]
+        assert [entry[name] for entry in log(ours) if name in entry] == pytest.approx(expected, rel=0.03), name

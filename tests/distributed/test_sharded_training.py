@@ -11,7 +11,7 @@ import pytest
 
 from perpo.cli import main as cli
 
-from .launch import ROOT, assert_same_run, launch
+from .launch import ROOT, assert_alike_in_bf16, assert_same_run, launch
 from .project import FULL, Project, check_sharded
 
 SHARDED = ["--fsdp", "full_shard"]
@@ -21,13 +21,22 @@ def test_two_processes_that_share_the_weights_equal_one(tmp_path: Path) -> None:
     project = Project(tmp_path)
     chosen = {name: project.runs()[name] for name in ("adapters", "all weights")}
     cases: dict[str, Any] = {name: {"argv": project.argv(name, *options, *SHARDED)} for name, options in chosen.items()}
+    bf16 = ["--bf16", "true"]
+    cases["bf16"] = {"argv": project.argv("bf16", *bf16, *SHARDED)}
+    cases["lists"] = {
+        "argv": project.argv("lists", *SHARDED),
+        "of_rank": {"1": ["--train_file", project.file("other.jsonl")]},
+    }
     cases["seed"] = {"argv": project.argv("seed", *SHARDED), "of_rank": {"1": ["--seed", "7"]}}
     found = launch(cases, tmp_path / "launch")
     for name, options in chosen.items():
         check_sharded(name, found)
         assert_same_run(tmp_path / name, project.alone(name, *options))
+    check_sharded("bf16", found)
+    assert_alike_in_bf16(tmp_path / "bf16", project.alone("bf16", *bf16))
     for rank in found:
-        assert rank["seed"]["code"] == 1
+        assert rank["lists"]["code"] == rank["seed"]["code"] == 1
+        assert "different: lists" in rank["lists"]["stderr"]
         assert "different: seed (42 in process 0, 7 in process 1). Start all of them with" in rank["seed"]["stderr"]
 
 
