@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from perpo.demo.race.arms import BETAS, GAMMAS, NOISES, OBJECTIVES, PASSES, READING, ROUNDS, SFT, SIZES, Arm
+from perpo.demo.race.arms import BETAS, GAMMAS, NOISES, OBJECTIVES, PASSES, READING, ROUNDS, SFT, SIZES, Arm, questions
 from perpo.demo.race.results import Interval, Results, markdown, shown
 from perpo.demo.race.rows import Rows
 
@@ -50,11 +50,15 @@ Curve = tuple[str, str, Sequence[Interval]]  # label, colour, a point for each x
 
 def report(folder: Path, rows: Rows, learning_rates: dict[tuple[str, str, int], float]) -> None:
     """Of all rows that there are; what is missing is left out, and the number of seeds is said."""
-    results = Results(folder, rows, learning_rates)
-    parts = [learning_rates_table(results), race_table(results), cost_table(results)]
-    parts += [race_differences(results), reading_table(results), degree_table(results)]
-    for draw in (draw_race, draw_margins, draw_sizes, draw_pairs, draw_passes, draw_betas):
-        parts.append(draw(results, folder / f"{draw.__name__.removeprefix('draw_')}.png"))
+    results, asked = Results(folder, rows, learning_rates), questions(range(1))
+    of = {name: results.of_all(*arms) for name, arms in asked.items()}
+    parts = [learning_rates_table(results), race_table(of["race"]), cost_table(of["race"])]
+    parts += [race_differences(of["race"]), reading_table(of["reading"]), degree_table(of["degree"])]
+    draw_race(of["race"], folder / "race.png")
+    parts += [draw_margins(of["margins"], of["copies"], folder / "margins.png")]
+    parts += [draw_sizes(results.of_all(*asked["size"], *asked["tokens"]), folder / "sizes.png")]
+    parts += [pairs_table(of["pairs"]), draw_passes(of["passes"], folder / "passes.png")]
+    parts += [draw_betas(of["beta"], folder / "betas.png")]
     text = "\n\n".join(part for part in parts if part)
     (folder / "tables.md").write_text(text + "\n")
     print(text)
@@ -74,13 +78,13 @@ def race_table(results: Results) -> str:
     for arm in [replace(PLAIN, objective=SFT)] + [
         replace(PLAIN, objective=o, rounds=r) for o in OBJECTIVES for r in ROUNDS
     ]:
-        if seeds := results.seeds(arm):
+        if results.seeds(arm):
             cells = [shown(results.interval(arm, metric)) for metric in ("ap50", "ap75", "mean_iou")]
             rest = [f"{results.mean(arm, name):.3f}" for name in ("ap95", "gap", "drift")]
             rounds = "" if arm.objective == SFT else str(arm.rounds)
-            lines.append([NAMES[arm.objective], rounds, *cells, *rest, str(len(seeds))])
-    heads = ["objective", "rounds", "AP@50", "AP@75", "mean IoU", "AP@95", "no-image gap", "drift, nats", "seeds"]
-    return "Grounding\n\n" + markdown(heads, lines)
+            lines.append([NAMES[arm.objective], rounds, *cells, *rest])
+    heads = ["objective", "rounds", "AP@50", "AP@75", "mean IoU", "AP@95", "no-image gap", "drift, nats"]
+    return f"Grounding, {results.of_seeds}\n\n" + markdown(heads, lines)
 
 
 def race_differences(results: Results) -> str:
@@ -99,7 +103,7 @@ def race_differences(results: Results) -> str:
             for rounds in ROUNDS[1:]
         ]
     heads = ["difference", "AP@50", "AP@75", "mean IoU", "seeds with more AP@50"]
-    return "Differences\n\n" + markdown(heads, [line for line in lines if line])
+    return f"Differences, {results.of_seeds}\n\n" + markdown(heads, [line for line in lines if line])
 
 
 def cost_table(results: Results) -> str:
@@ -109,19 +113,21 @@ def cost_table(results: Results) -> str:
         if spent:
             lines.append([str(rounds), *(f"{value:.0f}" for value in spent.values())])
     heads = ["rounds", "sampled tokens", "trained tokens", "sampling, s", "training, s"]
-    return "What a run of PerPO costs; one round takes answers that were sampled before\n\n" + markdown(heads, lines)
+    return "What a run of PerPO costs; the first round takes answers that were sampled before\n\n" + markdown(
+        heads, lines
+    )
 
 
 def reading_table(results: Results) -> str:
     base, lines = replace(PLAIN, task="ocr"), []
     for arm in [replace(base, objective=SFT)] + [replace(base, objective=o, rounds=r) for o in READING for r in (1, 4)]:
-        if seeds := results.seeds(arm):
+        if results.seeds(arm):
             cells = [shown(results.interval(arm, metric)) for metric in ("edit_similarity", "exact")]
             rest = [f"{results.mean(arm, name):.3f}" for name in ("gap", "drift")]
             rounds = "" if arm.objective == SFT else str(arm.rounds)
-            lines.append([NAMES[arm.objective], rounds, *cells, *rest, str(len(seeds))])
-    heads = ["objective", "rounds", "edit similarity", "exact", "no-image gap", "drift, nats", "seeds"]
-    return "Reading\n\n" + markdown(heads, lines) if lines else ""
+            lines.append([NAMES[arm.objective], rounds, *cells, *rest])
+    heads = ["objective", "rounds", "edit similarity", "exact", "no-image gap", "drift, nats"]
+    return f"Reading, {results.of_seeds}\n\n" + markdown(heads, lines) if lines else ""
 
 
 def degree_table(results: Results) -> str:
@@ -130,7 +136,7 @@ def degree_table(results: Results) -> str:
         for weight in (0.1, 1.0)
     ]
     lines = [line for line in lines if line]
-    heads = ["awareness of degree", "AP@50", "AP@75", "mean IoU", "seeds with more AP@50"]
+    heads = [f"awareness of degree, {results.of_seeds}", "AP@50", "AP@75", "mean IoU", "seeds with more AP@50"]
     return markdown(heads, lines) if lines else ""
 
 
@@ -145,7 +151,7 @@ def _difference(results: Results, ours: Arm, theirs: Arm, name: str) -> list[str
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def draw_race(results: Results, path: Path) -> str:
+def draw_race(results: Results, path: Path) -> None:
     """Metrics over rounds."""
 
     def curves(metric: str) -> list[Curve]:
@@ -159,10 +165,9 @@ def draw_race(results: Results, path: Path) -> str:
         ]
 
     _draw(path, curves, ROUNDS, "rounds, at the same number of sampled and trained tokens", ("ap50", "ap75"))
-    return ""
 
 
-def draw_margins(results: Results, path: Path) -> str:
+def draw_margins(results: Results, of_copies: Results, path: Path) -> str:
     """γ with truths that are off."""
 
     def curves(metric: str) -> list[Curve]:
@@ -186,10 +191,10 @@ def draw_margins(results: Results, path: Path) -> str:
             cells = [f"{results.mean(arm, metric):.3f}" for arm in arms]
             lines.append([f"{noise:.0%}", *cells, shown(results.difference(arms[3], arms[0], metric), sign=True)])
         copies = [Arm(gamma=gamma, answers="copies") for gamma in GAMMAS]
-        cells = [f"{results.mean(arm, metric):.3f}" for arm in copies]
-        last = shown(results.difference(copies[3], copies[0], metric), sign=True)
+        cells = [f"{of_copies.mean(arm, metric):.3f}" for arm in copies]
+        last = shown(of_copies.difference(copies[3], copies[0], metric), sign=True)
         lines.append(["exact, half of the list copies", *cells, "", "", last])
-        parts.append(f"Margins, {TITLES[metric]}\n\n" + markdown(heads, lines))
+        parts.append(f"Margins, {TITLES[metric]}, {results.of_seeds}\n\n" + markdown(heads, lines))
     return "\n\n".join(parts)
 
 
@@ -213,12 +218,11 @@ def draw_sizes(results: Results, path: Path) -> str:
     for name, colour, points in curves("ap50"):
         del colour
         lines.append([name, *(shown(point) for point in points)])
-    return "List size, AP@50\n\n" + markdown(["", *map(str, SIZES)], lines)
+    return f"List size, AP@50, {results.of_seeds}\n\n" + markdown(["", *map(str, SIZES)], lines)
 
 
-def draw_pairs(results: Results, path: Path) -> str:
+def pairs_table(results: Results) -> str:
     """Which answers are trained on."""
-    del path
     kinds = {"all": "all 16", "best": "the best 8", "worst": "the worst 8", "ends": "the best 4 and the worst 4"}
     lines = []
     for objective in ("perpo", "uniform_pairs"):
@@ -227,7 +231,11 @@ def draw_pairs(results: Results, path: Path) -> str:
             if results.seeds(arm):
                 cells = [shown(results.interval(arm, metric)) for metric in ("ap50", "ap75", "mean_iou")]
                 lines.append([NAMES[objective], words, *cells])
-    return "Which answers\n\n" + markdown(["", "answers", "AP@50", "AP@75", "mean IoU"], lines) if lines else ""
+    return (
+        f"Which answers, {results.of_seeds}\n\n" + markdown(["", "answers", "AP@50", "AP@75", "mean IoU"], lines)
+        if lines
+        else ""
+    )
 
 
 def draw_passes(results: Results, path: Path) -> str:
@@ -246,7 +254,7 @@ def draw_passes(results: Results, path: Path) -> str:
 
     _draw(path, curves, PASSES, "passes over lists sampled once", ("ap50", "ap75"), logarithmic=True)
     lines = [[name, *map(shown, points)] for name, _, points in curves("ap50")]
-    return "Passes, AP@50\n\n" + markdown(["", *map(str, PASSES)], lines)
+    return f"Passes, AP@50, {results.of_seeds}\n\n" + markdown(["", *map(str, PASSES)], lines)
 
 
 def draw_betas(results: Results, path: Path) -> str:
@@ -258,7 +266,7 @@ def draw_betas(results: Results, path: Path) -> str:
 
     _draw(path, curves, BETAS, "β", ("ap50", "ap75"), logarithmic=True)
     lines = [[name, *map(shown, points)] for name, _, points in curves("ap50")]
-    return "β, AP@50\n\n" + markdown(["", *(f"{beta:g}" for beta in BETAS)], lines)
+    return f"β, AP@50, {results.of_seeds}\n\n" + markdown(["", *(f"{beta:g}" for beta in BETAS)], lines)
 
 
 def _draw(

@@ -32,6 +32,17 @@ class Results:
     folder: Path
     rows: Rows
     learning_rates: dict[tuple[str, str, int], float]
+    only: tuple[int, ...] | None = None  # these seeds; None: of each arm all that it was run with
+
+    def of_all(self, *arms: Arm) -> Results:
+        """With the seeds that all of these arms were run with, so that their means are of the same pictures; arms that
+        were not run at all are left out of account."""
+        run = [arm for arm in arms if self.seeds(arm)]
+        return replace(self, only=tuple(self.seeds(*run)) if run else ())
+
+    @property
+    def of_seeds(self) -> str:
+        return f"{len(self._seeds if self.only is None else self.only)} seeds"
 
     def arm(self, arm: Arm) -> Arm:
         """As it was run, with the learning rate of the sweep."""
@@ -42,7 +53,8 @@ class Results:
 
     def seeds(self, *arms: Arm) -> list[int]:
         """Those that all of the arms were run with."""
-        return [s for s in self._seeds if all(self.arm(replace(arm, seed=s)).key in self.rows for arm in arms)]
+        seeds = self._seeds if self.only is None else self.only
+        return [s for s in seeds if all(self.arm(replace(arm, seed=s)).key in self.rows for arm in arms)]
 
     def metrics(self, arm: Arm, seed: int, after: int | None = None) -> dict[str, float]:
         row = self.rows[self.arm(replace(arm, seed=seed)).key]
