@@ -19,6 +19,12 @@ import yaml
 import perpo_kernels
 from perpo.cli import main as cli
 from perpo.demo.compare import BEST_OF_K, Result
+from perpo.demo.race.__main__ import learning_rates
+from perpo.demo.race.arms import Arm
+from perpo.demo.race.arms import questions as race_questions
+from perpo.demo.race.report import NAMES
+from perpo.demo.race.results import Results
+from perpo.demo.race.rows import read_rows
 from perpo.demo.report import mean_and_error
 from perpo.demo.tasks import TASKS, make_records
 from perpo_kernels.objectives import PRESETS, Objective
@@ -232,3 +238,23 @@ def test_contributing_names_what_exists() -> None:
 def test_the_number_of_objectives_is_that_of_the_presets() -> None:
     assert f"the {len(PRESETS) - 1} others of its family" in (DOCS / "README.md").read_text(encoding="utf-8")
     assert dataclasses.asdict(PRESETS["perpo"]()) == dataclasses.asdict(Objective())
+
+
+# ------------------------------------------------------------------------------------------------------------ the race
+
+
+def test_the_tables_of_the_race_are_of_its_rows() -> None:
+    """The page quotes tables of `python -m perpo.demo.race --report`, and their means are those of the rows."""
+    tables = (DOCS / "race" / "tables.md").read_text(encoding="utf-8").splitlines()
+    quoted = [line for line in (DOCS / "race.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert len(quoted) > 20
+    assert [line for line in quoted if line not in tables and "---" not in line] == []
+    rows = read_rows(DOCS / "race")
+    results = Results(DOCS / "race", rows, learning_rates(rows)).of_all(*race_questions(range(1))["race"])
+    (start,) = (i for i, line in enumerate(tables) if line == f"Grounding, {results.of_seeds}")
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[start + 4 : start + 4 + 25]]
+    named = {name: objective for objective, name in NAMES.items()}
+    for objective, rounds, ap50, *_ in shown:
+        arm = Arm(objective=named[objective], rounds=int(rounds or 1))
+        assert ap50.partition(" ")[0] == f"{results.mean(arm, 'ap50'):.3f}"
+    assert len(results.only or ()) >= 3

@@ -187,7 +187,7 @@ def test_the_report_says_what_there_is(
     assert "Reading" not in out
     assert "Grounding, 2 seeds" in out
     assert (tmp_path / "tables.md").read_text().strip() == out.strip()
-    assert {path.name for path in tmp_path.glob("*.png")} == {"race.png", "margins.png", "sizes.png", "betas.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"race.png", "margins.png"}
 
 
 KILLED = """

@@ -230,12 +230,10 @@ def pairs_table(results: Results) -> str:
             arm = Arm(objective=objective, answers=kind)
             if results.seeds(arm):
                 cells = [shown(results.interval(arm, metric)) for metric in ("ap50", "ap75", "mean_iou")]
-                lines.append([NAMES[objective], words, *cells])
-    return (
-        f"Which answers, {results.of_seeds}\n\n" + markdown(["", "answers", "AP@50", "AP@75", "mean IoU"], lines)
-        if lines
-        else ""
-    )
+                less = results.difference(arm, replace(arm, answers="all"), "ap50")
+                lines.append([NAMES[objective], words, *cells, "" if kind == "all" else shown(less, sign=True)])
+    heads = ["", "answers", "AP@50", "AP@75", "mean IoU", "AP@50 less that of all"]
+    return f"Which answers, {results.of_seeds}\n\n{markdown(heads, lines)}" if lines else ""
 
 
 def draw_passes(results: Results, path: Path) -> str:
@@ -280,7 +278,7 @@ def _draw(
     """A panel for each metric, a line with its interval for each curve that has a point."""
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 3.6), layout="constrained")
     for axis, metric in zip(axes, metrics, strict=True):
-        drawn = [curve for curve in curves(metric) if not all(np.isnan(point.value) for point in curve[2])]
+        drawn = [curve for curve in curves(metric) if sum(not np.isnan(point.value) for point in curve[2]) > 1]
         for place, (name, colour, points) in enumerate(drawn):
             _line(axis, xs, points, colour, name, (place - (len(drawn) - 1) / 2) * 0.04, logarithmic)
         axis.set_title(TITLES[metric], loc="left", fontsize=11)
