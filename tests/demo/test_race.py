@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,9 @@ def test_the_report_says_what_there_is(
     assert "Reading" not in out
     assert "Grounding, 2 seeds" in out
     assert (tmp_path / "tables.md").read_text().strip() == out.strip()
+    shutil.rmtree(tmp_path / SCORES)
+    report(tmp_path, read_rows(tmp_path), best)  # of what was packed
+    assert capsys.readouterr().out == out
     assert {path.name for path in tmp_path.glob("*.png")} == {"race.png", "margins.png"}
 
 

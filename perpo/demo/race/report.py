@@ -61,6 +61,7 @@ def report(folder: Path, rows: Rows, learning_rates: dict[tuple[str, str, int], 
     parts += [draw_betas(of["beta"], folder / "betas.png")]
     text = "\n\n".join(part for part in parts if part)
     (folder / "tables.md").write_text(text + "\n")
+    results.pack()
     print(text)
 
 

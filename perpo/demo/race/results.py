@@ -13,8 +13,10 @@ import numpy as np
 from perpo.demo.race.arms import SFT, Arm
 from perpo.demo.race.rows import SCORES, Rows, last_pass
 from perpo.demo.race.run import METRICS, Scores
+from perpo.storage.atomic import atomic_file
 
 DRAWS, SEED = 2000, 0  # of the bootstrap
+PACKED = "scores.npz"
 
 
 class Interval(NamedTuple):
@@ -67,8 +69,10 @@ class Results:
 
     def scores(self, arm: Arm, seed: int, after: int | None = None) -> Scores:
         row = self.rows[self.arm(replace(arm, seed=seed)).key]
-        key, number = row["key"], last_pass(row) if after is None else after
-        return np.load(self.folder / SCORES / f"{key}-{number}.npy")
+        name = f"{row['key']}-{last_pass(row) if after is None else after}"
+        path = self.folder / SCORES / f"{name}.npy"
+        scores: Scores = np.load(path) if path.exists() else self._packed[name]
+        return scores
 
     def mean(self, arm: Arm, metric: str, after: int | None = None) -> float:
         """Over seeds; NaN where there is none."""
@@ -115,6 +119,18 @@ class Results:
             draw = np.random.default_rng([SEED, n, len(known[n])])
             known[n].append((draw.multinomial(n, [1 / n] * n, size=DRAWS) / n).astype(np.float32))
         return known[n][:n_seeds]
+
+    def pack(self) -> None:
+        """All scores that there are, in one file, from which the report can be made again."""
+        new = {path.stem: np.load(path) for path in sorted((self.folder / SCORES).glob("*.npy"))}
+        if new:
+            with atomic_file(self.folder / PACKED) as file:
+                np.savez_compressed(file, **(dict(self._packed) | new))
+
+    @cached_property
+    def _packed(self) -> Any:
+        path = self.folder / PACKED
+        return np.load(path) if path.exists() else {}
 
     @cached_property
     def _seeds(self) -> list[int]:
