@@ -17,7 +17,7 @@ from benchmarks import store
 from perpo.sampling import existing
 from perpo.storage import journal
 
-FEW, MANY = 100, 400
+FEW, MANY = 400, 1600  # of fewer, the boxes of single records tell
 pytestmark = pytest.mark.slow
 
 
