@@ -21,9 +21,8 @@ from perpo.data.read import read_records
 from perpo.data.record import ListRecord
 from perpo.demo.compare import BEST_OF_K, Result, answers
 from perpo.demo.steps import SFT, Job, Recipe
-from perpo.demo.tasks import TASKS
-from perpo.rewards import box_iou, parse_box
-from perpo.rewards.ocr import edit_similarity
+from perpo.demo.tasks import TASKS, reward
+from perpo.rewards import parse_box
 
 TRUTH, BEFORE, AFTER = "#2a9d5c", "#e07b39", "#3b6fd4"
 PICTURED = 12
@@ -100,7 +99,7 @@ def draw_examples(path: Path, job: Job) -> None:
     held_out, _ = read_records(job.folder / "held_out.jsonl", require=("answer",))
     scored: list[Scored] = []
     for record in held_out:
-        before, after_it = (_reward(job.task, text[record.id], record) for text in texts)
+        before, after_it = (reward(job.task, text[record.id], str(record.answer)) for text in texts)
         scored.append((record, before, after_it))
     chosen = sampled(scored)
     figure, axes = plt.subplots(2, PICTURED // 2, figsize=(2.1 * PICTURED / 2, 6.2), layout="constrained")
@@ -134,14 +133,6 @@ def sample_caption(job: Job, scored: Sequence[Scored]) -> str:
         f"{PICKED_BY}), from the largest fall to the largest rise.\nOf all {len(scored)}: mean {REWARDS[job.task]} "
         f"{before:.2f} → {after:.2f}; it rises in {risen}, falls in {fallen}, stays in {len(scored) - risen - fallen}"
     )
-
-
-def _reward(task: str, text: str, record: ListRecord) -> float:
-    if task == "ocr":
-        return edit_similarity(text, str(record.answer))
-    box, truth = parse_box(text), parse_box(str(record.answer))
-    assert truth is not None
-    return 0.0 if box is None else box_iou(box, truth)
 
 
 def _show_boxes(axis: Axes, record: ListRecord, before: str, after: str, ious: Sequence[float]) -> None:

@@ -13,6 +13,8 @@ from perpo.data.record import ListRecord, write_records
 from perpo.demo.digits import Pictures
 from perpo.demo.pages import QUESTION, make_pages, transcripts
 from perpo.demo.scenes import box_text, make_scenes, question
+from perpo.rewards import box_iou, parse_box
+from perpo.rewards.ocr import edit_similarity
 
 SEEDS = {"train": 1_000_000, "validation": 500_000_000, "test": 777_000_000}  # of the pictures; SFT has its own
 
@@ -49,6 +51,15 @@ TASKS = {
     ),
     "ocr": Task("ocr", {"edit_similarity": "edit similarity", "exact": "exact"}, 9, make_pages, _page_turns),
 }
+
+
+def reward(task: str, text: str, truth: str) -> float:
+    """IoU or edit similarity of an answer; 0 for one that cannot be read."""
+    if task == "ocr":
+        return edit_similarity(text, truth)
+    box, true_box = parse_box(text), parse_box(truth)
+    assert true_box is not None
+    return 0.0 if box is None else box_iou(box, true_box)
 
 
 def make_records(task: Task, count: int, split: str, seed: int, folder: Path, name: str) -> Path:

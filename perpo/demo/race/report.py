@@ -137,8 +137,8 @@ def degree_table(results: Results) -> str:
         for weight in (0.1, 1.0)
     ]
     lines = [line for line in lines if line]
-    heads = [f"awareness of degree, {results.of_seeds}", "AP@50", "AP@75", "mean IoU", "seeds with more AP@50"]
-    return markdown(heads, lines) if lines else ""
+    heads = ["", "AP@50", "AP@75", "mean IoU", "seeds with more AP@50"]
+    return f"Awareness of degree, {results.of_seeds}\n\n{markdown(heads, lines)}" if lines else ""
 
 
 def _difference(results: Results, ours: Arm, theirs: Arm, name: str) -> list[str]:

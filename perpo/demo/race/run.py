@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import time
@@ -22,11 +23,11 @@ from perpo.data.record import ListRecord
 from perpo.demo.model import SHIPPED
 from perpo.demo.race.arms import SFT, Arm
 from perpo.demo.scenes import box_text
-from perpo.demo.tasks import SEEDS, TASKS
+from perpo.demo.tasks import SEEDS, TASKS, reward
 from perpo.encoding.encoder import Encoder
 from perpo.evaluation.answers import blanked
-from perpo.rewards import box_iou, parse_box
-from perpo.rewards.ocr import edit_similarity
+from perpo.evaluation.metrics import AP_THRESHOLD, STRICT_THRESHOLD
+from perpo.rewards import parse_box
 from perpo.rewards.scoring import Tally, score_record
 from perpo.sampling.sampler import Question, Sampling
 from perpo.sampling.with_transformers import TransformersSampler, left_padded
@@ -229,10 +230,11 @@ def train(
     outcomes: list[Outcome],
 ) -> None:
     """A round of `passes` over the lists; the reference is the model that the round begins with."""
+    settings = ("learning_rate", *inspect.signature(PRESETS[arm.objective]).parameters)
     given: dict[str, Any] = {
         name: value
         for name in ("learning_rate", "beta", "gamma")
-        if (value := getattr(arm, name)) is not None and name in ("learning_rate", *_settings(arm.objective))
+        if (value := getattr(arm, name)) is not None and name in settings
     }
     started = time.process_time()
     measuring = Measure(arm, outcomes)
@@ -261,11 +263,6 @@ def train(
     once = sum(prompt + sum(tokens(text) for text in record.responses) for record in lists)
     spent.trained_tokens += arm.passes * once
     spent.training += time.process_time() - started - measuring.seconds
-
-
-def _settings(objective: str) -> tuple[str, ...]:
-    preset: Callable[..., Any] = PRESETS[objective]
-    return preset.__code__.co_varnames[: preset.__code__.co_argcount]
 
 
 # --------------------------------------------------------------------------------------------------------- the measure
@@ -304,15 +301,7 @@ def greedy(aligned: nn.Module, task: str, asked: Sequence[ListRecord]) -> list[s
 
 
 def rewards(task: str, asked: Sequence[ListRecord], texts: Sequence[str]) -> Scores:
-    return np.array([_reward(task, text, str(r.answer)) for r, text in zip(asked, texts, strict=True)], np.float32)
-
-
-def _reward(task: str, text: str, truth: str) -> float:
-    if task == "ocr":
-        return edit_similarity(text, truth)
-    box, true_box = parse_box(text), parse_box(truth)
-    assert true_box is not None
-    return 0.0 if box is None else box_iou(box, true_box)
+    return np.array([reward(task, text, str(r.answer)) for r, text in zip(asked, texts, strict=True)], np.float32)
 
 
 def summary(task: str, scores: Scores) -> dict[str, float]:
@@ -322,8 +311,8 @@ def summary(task: str, scores: Scores) -> dict[str, float]:
 
 METRICS: dict[str, dict[str, Callable[[Scores], Any]]] = {
     "grounding": {
-        "ap50": lambda iou: iou > 0.5,
-        "ap75": lambda iou: iou > 0.75,
+        "ap50": lambda iou: iou > AP_THRESHOLD,
+        "ap75": lambda iou: iou > STRICT_THRESHOLD,
         "ap95": lambda iou: iou > 0.95,
         "mean_iou": lambda iou: iou,
     },
