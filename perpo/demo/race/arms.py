@@ -13,7 +13,6 @@ SFT = "sft"
 SWEPT = (5e-5, 1e-4, 2e-4, 4e-4)  # and further ones where the best is the first or the last of them
 VALIDATION_SEED = 100
 OBJECTIVES = ("perpo", "uniform_pairs", "dpo", "grpo", "dr_grpo", "gspo")
-READING = ("perpo", "dpo", "grpo")  # the objectives in reading, which takes twice as long
 ROUNDS = (1, 2, 4, 8)
 SIZES = (2, 4, 8, 16, 32)
 GAMMAS = (0.0, 0.5, 1.0, 2.0)
@@ -84,7 +83,7 @@ def sweep(tasks: Sequence[str]) -> list[Arm]:
     return [
         Arm(task, VALIDATION_SEED, objective, rounds, learning_rate=rate, split="validation", held_out=1000)
         for task in tasks
-        for objective in (OBJECTIVES if task == "grounding" else READING)
+        for objective in OBJECTIVES
         for rounds in (1, 4)
         for rate in SWEPT
     ]
@@ -100,28 +99,16 @@ def questions(seeds: Sequence[int]) -> dict[str, list[Arm]]:
         return arms
 
     plain, probed = Arm(), Arm(probes=True)
-    few = [seed for seed in seeds if seed < 3]
     return {
         "race": each(replace(probed, objective=SFT)) + each(probed, objective=OBJECTIVES, rounds=ROUNDS),
         "margins": each(plain, gamma=GAMMAS, noise=NOISES) + each(plain, objective=("dpo", "grpo"), noise=NOISES),
         "size": each(plain, objective=("perpo", "dpo"), k=SIZES),
         "pairs": each(plain, objective=("perpo", "uniform_pairs"), answers=("all", "best", "worst", "ends")),
         "reading": each(replace(probed, task="ocr", objective=SFT))
-        + each(replace(probed, task="ocr"), objective=READING, rounds=(1, 4)),
+        + each(replace(probed, task="ocr"), objective=OBJECTIVES, rounds=(1, 4)),
         "copies": each(replace(plain, answers="copies"), gamma=GAMMAS),
         "degree": each(plain, degree_weight=(0.0, 0.1, 1.0)),
-        "passes": [
-            arm
-            for arm in each(
-                replace(plain, passes=PASSES[-1], measured=PASSES), objective=("perpo", "dpo", "grpo", "gspo")
-            )
-            if arm.seed in few
-        ],
-        "beta": [arm for arm in each(plain, objective=("perpo", "dpo"), beta=BETAS) if arm.seed in few],
-        "tokens": [
-            arm
-            for size in SIZES
-            for arm in each(replace(plain, k=size, pictures=4096 // size))
-            if arm.seed in few and size != 16
-        ],
+        "passes": each(replace(plain, passes=PASSES[-1], measured=PASSES), objective=("perpo", "dpo", "grpo", "gspo")),
+        "beta": each(plain, objective=("perpo", "dpo"), beta=BETAS),
+        "tokens": [arm for k in SIZES for arm in each(replace(plain, k=k, pictures=4096 // k)) if k != 16],
     }

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from perpo.demo.race.arms import BETAS, GAMMAS, NOISES, OBJECTIVES, PASSES, READING, ROUNDS, SFT, SIZES, Arm, questions
+from perpo.demo.race.arms import BETAS, GAMMAS, NOISES, OBJECTIVES, PASSES, ROUNDS, SFT, SIZES, Arm, questions
 from perpo.demo.race.results import Interval, Results, markdown, shown
 from perpo.demo.race.rows import Rows
 
@@ -121,7 +121,9 @@ def cost_table(results: Results) -> str:
 
 def reading_table(results: Results) -> str:
     base, lines = replace(PLAIN, task="ocr"), []
-    for arm in [replace(base, objective=SFT)] + [replace(base, objective=o, rounds=r) for o in READING for r in (1, 4)]:
+    for arm in [replace(base, objective=SFT)] + [
+        replace(base, objective=o, rounds=r) for o in OBJECTIVES for r in (1, 4)
+    ]:
         if results.seeds(arm):
             cells = [shown(results.interval(arm, metric)) for metric in ("edit_similarity", "exact")]
             rest = [f"{results.mean(arm, name):.3f}" for name in ("gap", "drift")]
