@@ -15,6 +15,7 @@ from perpo_kernels.objectives import Objective
 from perpo_kernels.ops import linear, vocab_parallel
 from perpo_kernels.ops import lists as list_ops
 from perpo_kernels.ops import logits as token_ops
+from perpo_kernels.ops.equal_lists import equal_list_loss
 from perpo_kernels.problem import ListProblem, LogitMap, accumulation_dtype, packed
 from perpo_kernels.vocab_slices import Group, Slice, take_slice, whole
 
@@ -172,6 +173,11 @@ def perpo_loss(
         >>> loss.backward(); logp.grad.sum().abs() < 1e-7
         tensor(True)
     """
+    target = checks.objective(objective, beta, gamma)
+    if cu_lists is valid is lengths is pair_weights is flip_probs is list_weights is delta is None:
+        loss = equal_list_loss(log_probs, rewards, ref_log_probs, target, reduction, backend)
+        if loss is not None:
+            return loss
     checks.sequences(log_probs, cu_lists)
     k = 0
     if cu_lists is None:
@@ -187,7 +193,7 @@ def perpo_loss(
         flip_probs=flip_probs,
         list_weights=list_weights,
         delta=delta,
-        objective=checks.objective(objective, beta, gamma),
+        objective=target,
     )
     shape = log_probs.shape
     checks.candidates(problem, shape, f"have the shape of log_probs, {list(shape)}", log_probs.device)

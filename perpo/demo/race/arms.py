@@ -106,6 +106,7 @@ def questions(seeds: Sequence[int]) -> dict[str, list[Arm]]:
         "pairs": each(plain, objective=("perpo", "uniform_pairs"), answers=("all", "best", "worst", "ends")),
         "reading": each(replace(probed, task="ocr", objective=SFT))
         + each(replace(probed, task="ocr"), objective=OBJECTIVES, rounds=(1, 4)),
+        "rates": each(replace(probed, task="ocr", rounds=4), learning_rate=SWEPT),
         "copies": each(replace(plain, answers="copies"), gamma=GAMMAS),
         "degree": each(plain, degree_weight=(0.0, 0.1, 1.0)),
         "passes": each(replace(plain, passes=PASSES[-1], measured=PASSES), objective=("perpo", "dpo", "grpo", "gspo")),

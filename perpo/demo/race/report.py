@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from perpo.demo.race.arms import BETAS, GAMMAS, NOISES, OBJECTIVES, PASSES, ROUNDS, SFT, SIZES, Arm, questions
+from perpo.demo.race.arms import BETAS, GAMMAS, NOISES, OBJECTIVES, PASSES, ROUNDS, SFT, SIZES, SWEPT, Arm, questions
 from perpo.demo.race.results import Interval, Results, markdown, shown
 from perpo.demo.race.rows import Rows
 
@@ -53,7 +53,8 @@ def report(folder: Path, rows: Rows, learning_rates: dict[tuple[str, str, int], 
     results, asked = Results(folder, rows, learning_rates), questions(range(1))
     of = {name: results.of_all(*arms) for name, arms in asked.items()}
     parts = [learning_rates_table(results), race_table(of["race"]), cost_table(of["race"])]
-    parts += [race_differences(of["race"]), reading_table(of["reading"]), degree_table(of["degree"])]
+    parts += [race_differences(of["race"]), reading_table(of["reading"])]
+    parts += [rates_table(of["rates"]), degree_table(of["degree"])]
     draw_race(of["race"], folder / "race.png")
     parts += [draw_margins(of["margins"], of["copies"], folder / "margins.png")]
     parts += [draw_sizes(results.of_all(*asked["size"], *asked["tokens"]), folder / "sizes.png")]
@@ -131,6 +132,18 @@ def reading_table(results: Results) -> str:
             lines.append([NAMES[arm.objective], rounds, *cells, *rest])
     heads = ["objective", "rounds", "edit similarity", "exact", "no-image gap", "drift, nats"]
     return f"Reading, {results.of_seeds}\n\n" + markdown(heads, lines) if lines else ""
+
+
+def rates_table(results: Results) -> str:
+    """Whether the rate that one seed's validation pictures chose is the best of four rounds in reading."""
+    lines = []
+    for rate in SWEPT:
+        arm = replace(PLAIN, task="ocr", rounds=4, learning_rate=rate)
+        if results.seeds(arm):
+            cells = [shown(results.interval(arm, metric)) for metric in ("edit_similarity", "exact")]
+            lines.append([f"{rate:g}", *cells])
+    heads = ["rate", "edit similarity", "exact"]
+    return f"Rates of PerPO's four rounds in reading, {results.of_seeds}\n\n" + markdown(heads, lines) if lines else ""
 
 
 def degree_table(results: Results) -> str:

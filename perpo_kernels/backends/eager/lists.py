@@ -199,10 +199,8 @@ def lists_of_k(
     """[n, k] candidates -> loss [n], ∂loss/∂s [n, k], ∂loss/∂(Σ log π) [n, k] or None, whether active [n]."""
     o = objective
     dtype = c.score.dtype
-    pairs_alone = o.list_term == o.pointwise == "none" and not o.nll
-    if pairs_alone and o.pair_scale == 1 and _takes_share_powers(c, o):  # PerPO and its like, in few operators
-        weight, spread = _share_powers(c.reward, o)
-        loss, slope = _weighted(weight, None, _ahead(c.score * o.beta, o.offset), c.flip_prob, o)
+    if c.tame and is_like_perpo(o):
+        loss, slope, spread = like_perpo(c.score, c.reward, c.flip_prob, o)
         return loss, slope.mul_(o.beta), None, spread.view(-1) > 0
     member = None if c.tame else ~c.reward.isnan()
     highest = (c.reward if c.tame else c.reward.nan_to_num(nan=-torch.inf)).amax(-1, keepdim=True)
@@ -222,7 +220,7 @@ def lists_of_k(
 
     if o.pairs != "none":
         add(o.pair_scale, *_pair_term(c, _ahead(z, o.offset), given, highest, lowest, o))
-    if c.tame and pairs_alone:  # a list without a pair has loss 0 already
+    if c.tame and o.list_term == o.pointwise == "none" and not o.nll:  # a list without a pair has loss 0 already
         (loss, slope), *_ = terms
         return loss, slope.mul_(o.beta), None, active
     if member is None:
@@ -256,6 +254,22 @@ def lists_of_k(
     return loss.where(active, 0.0), (o.beta * slope).where(on, 0.0), likelihood, active
 
 
+def is_like_perpo(o: Objective) -> bool:
+    """Whether the loss is that of pairs alone, with weights that `_share_powers` gives: few operators."""
+    return _has_share_powers(o) and o.list_term == o.pointwise == "none" and not o.nll and o.pair_scale == 1
+
+
+def like_perpo(score: Tensor, reward: Tensor, flip_prob: Tensor | None, o: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """[n, k] of tame numbers -> loss [n], ∂loss/∂(βs) [n, k], range of the rewards [n, 1, 1].
+
+    Of a NaN, an infinite number, or two whose difference is infinite, the loss is not finite: the difference of a
+    number from itself, or the range, is NaN then.
+    """
+    weight, spread = _share_powers(reward, o)
+    loss, slope = _weighted(weight, None, _ahead(score * o.beta, o.offset), flip_prob, o)
+    return loss, slope, spread
+
+
 def _ahead(z: Tensor, offset: float) -> Tensor:
     """[n, i, j]: z_i − z_j − offset."""
     d = z.unsqueeze(-1) - z.unsqueeze(-2)
@@ -271,7 +285,7 @@ def _pair_term(
     o: Objective,
 ) -> tuple[Tensor, Tensor]:
     """Σ w_ij ℓ(d_ij) [n] and its slope in z [n, k]. Outside of the pairs w is 0, and ℓ is finite."""
-    if _takes_share_powers(c, o):
+    if c.tame and _has_share_powers(o):
         return _weighted(_share_powers(c.reward, o)[0], None, d, c.flip_prob, o)
     if given is not None:
         pair = given > 0
@@ -296,9 +310,9 @@ def _pair_term(
     return _weighted(weight, pair, d, c.flip_prob, o)
 
 
-def _takes_share_powers(c: Candidates, o: Objective) -> bool:
+def _has_share_powers(o: Objective) -> bool:
     over_list = (o.pairs, o.weight, o.normalize) == ("all", "power", "list")
-    return c.tame and over_list and o.gamma >= FAST_GAMMA and not o.log_margin
+    return over_list and o.gamma >= FAST_GAMMA and not o.log_margin
 
 
 def _share_powers(reward: Tensor, o: Objective) -> tuple[Tensor, Tensor]:
