@@ -18,7 +18,7 @@ import pytest
 from perpo.data.record import ListRecord
 from perpo.demo.race import results as results_module
 from perpo.demo.race import rows as rows_module
-from perpo.demo.race.__main__ import beyond, learning_rates, tuned_arm
+from perpo.demo.race.__main__ import beyond, finalists, learning_rates, tuned_arm
 from perpo.demo.race.arms import SFT, Arm, questions, sweep
 from perpo.demo.race.report import report
 from perpo.demo.race.results import Results
@@ -67,6 +67,22 @@ def test_a_best_rate_at_the_end_of_the_sweep_is_not_the_end_of_it(best: float, m
         for arm in arms
     }
     assert beyond(arms, rows) == ([] if more is None else [replace(arms[0], learning_rate=more)])
+
+
+def test_the_two_best_rates_are_tried_with_more_seeds() -> None:
+    arms = [arm for arm in sweep(["ocr"]) if (arm.objective, arm.rounds) == ("dpo", 4)]
+    of_first = dict(zip([5e-5, 1e-4, 2e-4, 4e-4], [0.1, 0.6, 0.5, 0.2], strict=True))
+    rows = {
+        arm.key: {"arm": arm.named(), "metrics": {"1": {"edit_similarity": of_first[arm.learning_rate or 0]}}}
+        for arm in arms
+    }
+    more = finalists(arms, rows)
+    assert {(arm.learning_rate, arm.seed) for arm in more} == {(r, s) for r in (1e-4, 2e-4) for s in (101, 102)}
+    assert learning_rates(rows) == {("ocr", "dpo", 4): 1e-4}
+    for arm in more:  # the other seeds know better
+        value = 0.7 if arm.learning_rate == 2e-4 else 0.1
+        rows[arm.key] = {"arm": arm.named(), "metrics": {"1": {"edit_similarity": value}}}
+    assert learning_rates(rows) == {("ocr", "dpo", 4): 2e-4}
 
 
 def test_a_truth_that_is_off_is_off_by_that_much_and_only_for_the_rewards() -> None:

@@ -12,9 +12,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from perpo.demo.model import SHIPPED, WEIGHTS
-from perpo.demo.race.arms import SFT, SWEPT, Arm, questions, sweep
+from perpo.demo.race.arms import SFT, SWEPT, VALIDATION_SEEDS, Arm, questions, sweep
 from perpo.demo.race.rows import ROWS, Rows, last_metrics, read_rows, run_all
 from perpo.demo.race.run import METRICS
 from perpo.storage import identity
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         while more := [] if options.quick else beyond(tuned, read_rows(folder)):
             tuned += more
             run_all("more learning rates", more, folder, options.workers)
+        run_all("the best learning rates, more seeds", finalists(tuned, read_rows(folder)), folder, options.workers)
         best = learning_rates(read_rows(folder))
         for name, arms in asked.items():
             run_all(name, [tuned_arm(arm, best) for arm in arms], folder, options.workers)
@@ -60,17 +62,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report(folder, rows, learning_rates(rows))
 
 
-def learning_rates(rows: Rows) -> dict[tuple[str, str, int], float]:
-    """(task, objective, rounds) -> the rate of the sweep with the best first metric."""
-    found: dict[tuple[str, str, int], tuple[float, float]] = {}
+Kind = tuple[str, str, int]  # task, objective, rounds
+
+
+def of_rates(rows: Rows) -> dict[Kind, dict[float, list[float]]]:
+    """The first metric on validation pictures, by rate and seed."""
+    found: dict[Kind, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows.values():
         arm = Arm.of_row(row["arm"])
-        if arm.split != "validation" or arm.learning_rate is None:
-            continue
-        value = last_metrics(row)[next(iter(METRICS[arm.task]))]
-        kind = arm.task, arm.objective, arm.rounds
-        found[kind] = max(found.get(kind, (-1.0, 0.0)), (value, arm.learning_rate))
-    return {kind: rate for kind, (_, rate) in found.items()}
+        if arm.split == "validation" and arm.learning_rate is not None:
+            value = last_metrics(row)[next(iter(METRICS[arm.task]))]
+            found[arm.task, arm.objective, arm.rounds][arm.learning_rate].append(value)
+    return found
+
+
+def learning_rates(rows: Rows) -> dict[Kind, float]:
+    """The rate with the best mean, of those that were run with the most seeds."""
+    best = {}
+    for kind, of_rate in of_rates(rows).items():
+        most = max(map(len, of_rate.values()))
+        means = {rate: fmean(values) for rate, values in of_rate.items() if len(values) == most}
+        best[kind] = max(sorted(means), key=lambda rate: means[rate])
+    return best
+
+
+def finalists(tuned: Sequence[Arm], rows: Rows) -> list[Arm]:
+    """The two best rates of each kind, with the other seeds: what one seed tells apart may be chance."""
+    first = of_rates({arm.key: rows[arm.key] for arm in tuned})
+    return [
+        replace(arm, seed=seed)
+        for arm in tuned
+        for of_rate in [first[arm.task, arm.objective, arm.rounds]]
+        if arm.learning_rate in sorted(of_rate, key=lambda rate: of_rate[rate])[-2:]
+        for seed in VALIDATION_SEEDS[1:]
+    ]
 
 
 def beyond(tuned: Sequence[Arm], rows: Rows) -> list[Arm]:

@@ -11,7 +11,7 @@ from perpo_kernels.objectives import PRESETS
 
 SFT = "sft"
 SWEPT = (5e-5, 1e-4, 2e-4, 4e-4)  # and further ones where the best is the first or the last of them
-VALIDATION_SEED = 100
+VALIDATION_SEEDS = (100, 101, 102)  # all rates with the first, the two best with all
 OBJECTIVES = ("perpo", "uniform_pairs", "dpo", "grpo", "dr_grpo", "gspo")
 ROUNDS = (1, 2, 4, 8)
 SIZES = (2, 4, 8, 16, 32)
@@ -79,9 +79,9 @@ class Arm:
 
 
 def sweep(tasks: Sequence[str]) -> list[Arm]:
-    """Every objective with every learning rate on validation pictures, for one round and for four."""
+    """Every objective with every learning rate on validation pictures, for one round and for four, with one seed."""
     return [
-        Arm(task, VALIDATION_SEED, objective, rounds, learning_rate=rate, split="validation", held_out=1000)
+        Arm(task, VALIDATION_SEEDS[0], objective, rounds, learning_rate=rate, split="validation", held_out=1000)
         for task in tasks
         for objective in OBJECTIVES
         for rounds in (1, 4)
