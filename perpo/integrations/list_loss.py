@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from perpo.encoding.batch import ListBatch
 from perpo.integrations.padded import packed_token_weights, padded_batch
-from perpo.model.language_head import HeadCall, LanguageHead, check_once, head_log_probs, perpo_output, through_head
+from perpo.model.head_check import check_once
+from perpo.model.language_head import HeadCall, LanguageHead, head_log_probs, perpo_output, through_head
 from perpo_kernels import LinearPerPOOutput
 from perpo_kernels.objectives import Objective
 

@@ -25,14 +25,8 @@ from perpo.encoding.batch import ListBatch
 from perpo.encoding.collator import ListCollator, Sample
 from perpo.encoding.encoder import Encoder
 from perpo.model import sharing
-from perpo.model.language_head import (
-    LanguageHead,
-    accept_rows,
-    causal_lm,
-    check_language_head,
-    perpo_output,
-    through_head,
-)
+from perpo.model.head_check import check_language_head
+from perpo.model.language_head import LanguageHead, accept_rows, causal_lm, perpo_output, through_head
 from perpo.model.trainable import keep_in_fp32, n_elements, set_precision
 from perpo.training import degree, sharing_check
 from perpo.training.batch_sampler import ListBatchSampler, batch_sampler

@@ -15,7 +15,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from perpo.encoding.batch import collate_lists
 from perpo.encoding.encoder import Encoder
 from perpo.encoding.frame import cropped, pads_to_square, seen_size
-from perpo.model.language_head import check_language_head, response_hidden_states, sequence_log_probs, token_log_probs
+from perpo.model.head_check import check_language_head
+from perpo.model.language_head import response_hidden_states, sequence_log_probs, token_log_probs
 
 from .. import tiny_models
 

@@ -19,13 +19,8 @@ from transformers import (
 
 from perpo.encoding.batch import ListBatch, collate_lists
 from perpo.encoding.encoder import Encoder
-from perpo.model.language_head import (
-    causal_lm,
-    check_language_head,
-    response_hidden_states,
-    sequence_log_probs,
-    token_log_probs,
-)
+from perpo.model.head_check import check_language_head
+from perpo.model.language_head import causal_lm, response_hidden_states, sequence_log_probs, token_log_probs
 
 from .. import tiny_models, tiny_runs
 
