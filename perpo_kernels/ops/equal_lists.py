@@ -29,7 +29,9 @@ def equal_list_loss(
 ) -> Tensor | None:
     """The loss, a scalar or [G] for reduction="none"; or None: what does not fit, or not here, goes by the operator."""
     constants = (rewards,) if ref_log_probs is None else (rewards, ref_log_probs)
-    if is_observed(log_probs, *constants) or not _fit(log_probs, *constants):
+    if not _is_dense_here(log_probs) or is_observed(log_probs, *constants) or log_probs.dim() != 2:
+        return None
+    if not all(_is_dense_here(x) and x.shape == log_probs.shape and not x.requires_grad for x in constants):
         return None
     if o.length_normalized or o.nll_per_token or o.flips or o.pairs == "given":
         return None
@@ -62,16 +64,8 @@ def equal_list_loss(
     return _Solved.apply(log_probs, (value, slope)) if log_probs.requires_grad else value
 
 
-def _fit(log_probs: Tensor, *constants: Tensor) -> bool:
-    """Whether these are what they should be, and lie here."""
-    if not _is_dense(log_probs) or log_probs.dim() != 2:
-        return False
-    shape = log_probs.shape
-    return all(_is_dense(x) and x.shape == shape and not x.requires_grad for x in constants)
-
-
-def _is_dense(x: Tensor) -> bool:
-    return isinstance(x, Tensor) and x.dtype in FLOATS and x.layout is torch.strided and x.device.type == "cpu"
+def _is_dense_here(x: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.device.type == "cpu" and x.dtype in FLOATS and x.layout is torch.strided
 
 
 class _Solved(torch.autograd.Function):
