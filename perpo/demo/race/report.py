@@ -54,7 +54,7 @@ def report(folder: Path, rows: Rows, learning_rates: dict[tuple[str, str, int], 
     of = {name: results.of_all(*arms) for name, arms in asked.items()}
     parts = [learning_rates_table(results), race_table(of["race"]), cost_table(of["race"])]
     parts += [race_differences(of["race"]), reading_table(of["reading"])]
-    parts += [rates_table(of["rates"]), degree_table(of["degree"])]
+    parts += [reading_differences(of["reading"]), rates_table(of["rates"]), degree_table(of["degree"])]
     draw_race(of["race"], folder / "race.png")
     parts += [draw_margins(of["margins"], of["copies"], folder / "margins.png")]
     parts += [draw_sizes(results.of_all(*asked["size"], *asked["tokens"]), folder / "sizes.png")]
@@ -134,6 +134,23 @@ def reading_table(results: Results) -> str:
     return f"Reading, {results.of_seeds}\n\n" + markdown(heads, lines) if lines else ""
 
 
+def reading_differences(results: Results) -> str:
+    """PerPO less each other at the same rounds; four rounds less one of the same objective."""
+    base, lines = replace(PLAIN, task="ocr"), []
+    for rounds in (1, 4):
+        ours = replace(base, rounds=rounds)
+        lines += [
+            _difference(results, ours, replace(ours, objective=o), f"PerPO − {NAMES[o]}, {rounds} rounds")
+            for o in OBJECTIVES[1:]
+        ]
+    for objective in OBJECTIVES:
+        one = replace(base, objective=objective)
+        lines.append(_difference(results, replace(one, rounds=4), one, f"{NAMES[objective]}, 4 rounds − one"))
+    lines = [line for line in lines if line]
+    heads = ["in reading", "edit similarity", "exact", "seeds with more edit similarity"]
+    return f"Differences in reading, {results.of_seeds}\n\n{markdown(heads, lines)}" if lines else ""
+
+
 def rates_table(results: Results) -> str:
     """Whether the rate that one seed's validation pictures chose is the best of four rounds in reading."""
     lines = []
@@ -159,8 +176,9 @@ def degree_table(results: Results) -> str:
 def _difference(results: Results, ours: Arm, theirs: Arm, name: str) -> list[str]:
     if not results.seeds(ours, theirs):
         return []
-    better, n = results.signs(ours, theirs, "ap50")
-    cells = [shown(results.difference(ours, theirs, metric), sign=True) for metric in ("ap50", "ap75", "mean_iou")]
+    metrics = ("ap50", "ap75", "mean_iou") if ours.task == "grounding" else ("edit_similarity", "exact")
+    better, n = results.signs(ours, theirs, metrics[0])
+    cells = [shown(results.difference(ours, theirs, metric), sign=True) for metric in metrics]
     return [name, *cells, f"{better} of {n}"]
 
 
