@@ -79,7 +79,7 @@ class _Solved(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         first_derivative_only("list_loss")
         (slope,) = ctx.saved_tensors
         return (slope * (grad.unsqueeze(-1) if grad.dim() else grad)).to(ctx.dtype), None
