@@ -35,7 +35,7 @@ def equal_list_loss(
         return None
     if o.length_normalized or o.nll_per_token or o.flips or o.pairs == "given":
         return None
-    if not o.reference if ref_log_probs is not None else o.pointwise == "clipped":
+    if (o.pointwise == "clipped" and ref_log_probs is None) or (ref_log_probs is not None and not o.reference):
         return None
     n_lists, k = log_probs.shape
     dtype = accumulation_dtype(log_probs.dtype)

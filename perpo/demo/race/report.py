@@ -44,6 +44,7 @@ TITLES = {
     "edit_similarity": "edit similarity",
     "exact": "exact",
 }
+COMPARED = {"grounding": ("ap50", "ap75", "mean_iou"), "ocr": ("edit_similarity", "exact")}
 PLAIN = Arm()
 Curve = tuple[str, str, Sequence[Interval]]  # label, colour, a point for each x
 
@@ -53,8 +54,12 @@ def report(folder: Path, rows: Rows, learning_rates: dict[tuple[str, str, int], 
     results, asked = Results(folder, rows, learning_rates), questions(range(1))
     of = {name: results.of_all(*arms) for name, arms in asked.items()}
     parts = [learning_rates_table(results), race_table(of["race"]), cost_table(of["race"])]
-    parts += [race_differences(of["race"]), reading_table(of["reading"])]
-    parts += [reading_differences(of["reading"]), rates_table(of["rates"]), degree_table(of["degree"])]
+    parts += [differences_table(of["race"], "Differences", "grounding", ROUNDS), reading_table(of["reading"])]
+    parts += [
+        differences_table(of["reading"], "Differences in reading", "ocr", (1, 4)),
+        rates_table(of["rates"]),
+        degree_table(of["degree"]),
+    ]
     draw_race(of["race"], folder / "race.png")
     parts += [draw_margins(of["margins"], of["copies"], folder / "margins.png")]
     parts += [draw_sizes(results.of_all(*asked["size"], *asked["tokens"]), folder / "sizes.png")]
@@ -89,23 +94,19 @@ def race_table(results: Results) -> str:
     return f"Grounding, {results.of_seeds}\n\n" + markdown(heads, lines)
 
 
-def race_differences(results: Results) -> str:
+def differences_table(results: Results, title: str, task: str, rounds: Sequence[int]) -> str:
     """PerPO less each other at the same rounds; rounds less one round of the same objective."""
-    lines = []
-    for rounds in ROUNDS:
-        ours = replace(PLAIN, rounds=rounds)
-        lines += [
-            _difference(results, ours, replace(ours, objective=o), f"PerPO − {NAMES[o]}, {rounds} rounds")
-            for o in OBJECTIVES[1:]
-        ]
+    base, pairs = replace(PLAIN, task=task), []
+    for n in rounds:
+        ours = replace(base, rounds=n)
+        pairs += [(ours, replace(ours, objective=o), f"PerPO − {NAMES[o]}, {n} rounds") for o in OBJECTIVES[1:]]
     for objective in OBJECTIVES:
-        one = replace(PLAIN, objective=objective)
-        lines += [
-            _difference(results, replace(one, rounds=rounds), one, f"{NAMES[objective]}, {rounds} rounds − one")
-            for rounds in ROUNDS[1:]
-        ]
-    heads = ["difference", "AP@50", "AP@75", "mean IoU", "seeds with more AP@50"]
-    return f"Differences, {results.of_seeds}\n\n" + markdown(heads, [line for line in lines if line])
+        one = replace(base, objective=objective)
+        pairs += [(replace(one, rounds=n), one, f"{NAMES[objective]}, {n} rounds − one") for n in rounds[1:]]
+    lines = [line for pair in pairs if (line := _difference(results, *pair))]
+    metrics = [TITLES[metric] for metric in COMPARED[task]]
+    heads = ["difference", *metrics, f"seeds with more {metrics[0]}"]
+    return f"{title}, {results.of_seeds}\n\n{markdown(heads, lines)}" if lines else ""
 
 
 def cost_table(results: Results) -> str:
@@ -134,23 +135,6 @@ def reading_table(results: Results) -> str:
     return f"Reading, {results.of_seeds}\n\n" + markdown(heads, lines) if lines else ""
 
 
-def reading_differences(results: Results) -> str:
-    """PerPO less each other at the same rounds; four rounds less one of the same objective."""
-    base, lines = replace(PLAIN, task="ocr"), []
-    for rounds in (1, 4):
-        ours = replace(base, rounds=rounds)
-        lines += [
-            _difference(results, ours, replace(ours, objective=o), f"PerPO − {NAMES[o]}, {rounds} rounds")
-            for o in OBJECTIVES[1:]
-        ]
-    for objective in OBJECTIVES:
-        one = replace(base, objective=objective)
-        lines.append(_difference(results, replace(one, rounds=4), one, f"{NAMES[objective]}, 4 rounds − one"))
-    lines = [line for line in lines if line]
-    heads = ["in reading", "edit similarity", "exact", "seeds with more edit similarity"]
-    return f"Differences in reading, {results.of_seeds}\n\n{markdown(heads, lines)}" if lines else ""
-
-
 def rates_table(results: Results) -> str:
     """Whether the rate that one seed's validation pictures chose is the best of four rounds in reading."""
     lines = []
@@ -176,7 +160,7 @@ def degree_table(results: Results) -> str:
 def _difference(results: Results, ours: Arm, theirs: Arm, name: str) -> list[str]:
     if not results.seeds(ours, theirs):
         return []
-    metrics = ("ap50", "ap75", "mean_iou") if ours.task == "grounding" else ("edit_similarity", "exact")
+    metrics = COMPARED[ours.task]
     better, n = results.signs(ours, theirs, metrics[0])
     cells = [shown(results.difference(ours, theirs, metric), sign=True) for metric in metrics]
     return [name, *cells, f"{better} of {n}"]
