@@ -166,7 +166,7 @@ def compile_for(gpu: GPUTarget, call: Callable[[], Any]) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(common, "WARP_SIZE", gpu.warp_size))
         stack.enter_context(mock.patch.object(common, "DIVISION", "ptx" if gpu.backend == "cuda" else "ieee"))
-        stack.enter_context(mock.patch.object(common, "REGISTERS", 64 if gpu.backend == "cuda" else None))
+        stack.enter_context(mock.patch.object(common, "LIMITS_REGISTERS", gpu.backend == "cuda"))
         for kernel in kernel_objects():
             stack.enter_context(mock.patch.object(kernel, "run", instead(kernel)))
         call()

@@ -57,6 +57,16 @@ def test_rewards_whose_range_leaves_fp32(any_backend, device, high, low):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("top", [4.2e-45, 7e-42, 1.5e-38, 3e38])
+def test_weights_are_shares_of_the_range_at_any_size_of_rewards(any_backend, device, top):
+    """Also where rewards are subnormal numbers: 4.2e-45 is three of the smallest."""
+    scores, rewards = torch.tensor([[-1.0, -2.0, -4.0]]), torch.tensor([[top, 0.0, top / 3]])
+    loss, gradient = solve(scores.tolist(), rewards.tolist(), any_backend, device)
+    like, gradient_like = solve(scores.tolist(), (rewards.double() / rewards.double().max()).tolist(), "eager", device)
+    assert loss.item() == pytest.approx(like.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, gradient_like, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("gamma", [60.0, 1e4, 1e9, 1e12, 1e38])
 def test_any_finite_gamma_is_best_against_worst_in_the_limit(any_backend, device, gamma):
     """1.089 · fl(1 / 1.089) < 1 in fp32: a range that is not exactly one must not vanish under a large power."""

@@ -28,7 +28,8 @@ VECTORS = 2  # of each thread in a step along a row, in flight at once; with 4, 
 THREADS = 256  # of a program
 ROW_BYTES = 256  # of a row that is summed up, for each thread: a row past 64 KiB gets MAX_THREADS
 MAX_THREADS = 512
-REGISTERS = None if torch.version.hip else 64  # at most, of a thread that sums a row up; AMD's compiler takes no limit
+REGISTERS: int | None = 64  # at most, of a thread that sums a row up
+LIMITS_REGISTERS = torch.version.hip is None  # AMD's compiler takes no limit
 MULTIPROCESSOR_THREADS = 1024  # that run at once, of 64 registers each
 L2_PERCENT = 80  # of L2, for rows that wait there for their second sweep; 0: as many as run (`rows_at_once`)
 # Of L2: what is swept again is to stay, what is read or written for the last time is to go. "" is no hint.
@@ -224,7 +225,15 @@ def _row_meta(
     block = min(threads * vectors * vec, triton.next_power_of_2(n_vocab))
     num_warps = max(1, min(threads, block // vec) // warp_size)
     meta = {"EDGES": edges, "BLOCK": block, "VEC": vec, "num_warps": num_warps}
-    return meta if registers is None else meta | {"maxnreg": registers}
+    return meta | register_limit(registers)
+
+
+def register_limit(registers: int | None) -> dict[str, int]:
+    """Of a thread, as an option of a launch.
+
+    Without one, ptxas chooses how many, and may spill a few to bring more programs onto a multiprocessor (12.9 does).
+    """
+    return {"maxnreg": registers} if registers and LIMITS_REGISTERS else {}
 
 
 def rows_at_once(n_rows: int, row_bytes: int, threads: int, device: torch.device) -> int:

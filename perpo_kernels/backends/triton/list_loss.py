@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perpo_kernels.backends.triton.common import launch
+from perpo_kernels.backends.triton.common import launch, register_limit
 from perpo_kernels.backends.triton.list_scores import (
     candidate_scores,
     ranks_and_denominators,
@@ -43,6 +43,7 @@ MAX_TILE = 64  # candidates per step
 PAIR_TILE = 1024  # pairs per step: four per thread
 TOKEN_TILE = 2048  # tokens per step, of all candidates of the tile together
 NUM_WARPS = 8
+REGISTERS = 128  # of a thread, at most: all that two programs on a multiprocessor can have
 SCRATCH_ROWS = 5  # slopes of the pair term, 1 / lengths, ranks, Plackett–Luce denominators and slopes
 
 
@@ -153,8 +154,10 @@ def list_loss_kernel(
         ranks_and_denominators(scores, keys, ranks, denominators, begin, end, beta, RANKS, LUCE, K)
         tl.debug_barrier()
 
-    # Differences of halves stay finite for every finite reward, and a correctly rounded quotient of equals is 1.
-    half_spread = tl.where(highest > lowest, 0.5 * highest - 0.5 * lowest, 0.5)
+    # Differences of halves stay finite for the greatest rewards, those of the smallest are exact as they are; and a
+    # correctly rounded quotient of equals is 1.
+    part = tl.where(tl.maximum(highest, -lowest) < 1e38, 1.0, 0.5)
+    spread = tl.where(highest > lowest, part * highest - part * lowest, 1.0)
     # Sums are kept apart for each lane until the list ends: no thread waits for another between tiles.
     norms = tl.zeros([K, J], tl.float32)
     link_sums = tl.zeros([K, J], tl.float32)
@@ -220,11 +223,11 @@ def list_loss_kernel(
                 better = in_pair_set(key_i[:, None], key_j[None, :], highest, lowest, PAIRS)
                 worse = in_pair_set(key_j[None, :], key_i[:, None], highest, lowest, PAIRS)
                 pair = better | worse
-                half_gap = tl.where(pair, tl.abs(0.5 * key_i[:, None] - 0.5 * key_j[None, :]), half_spread)
-                gap = tl.div_rn(half_gap, tl.zeros([K, J], tl.float32) + half_spread)
+                distance = tl.where(pair, tl.abs(part * key_i[:, None] - part * key_j[None, :]), spread)
+                gap = tl.div_rn(distance, tl.zeros([K, J], tl.float32) + spread)
                 d = tl.where(better, ahead, tl.where(worse, -ahead, 0.0)) - offset  # the better minus the worse
                 if LOG_MARGIN:
-                    d -= log_margin * tl.log(2.0 * half_gap)
+                    d -= log_margin * tl.log(distance * (1.0 / part))
                 rank_i = 0.0
                 rank_j = 0.0
                 if RANKS:
@@ -267,13 +270,13 @@ def list_loss_kernel(
     else:
         scale = 1.0
         if (WEIGHT == "power") and (PAIRS != "given"):
-            scale = tl.exp2(gamma * tl.log2(2.0 * half_spread))  # weights were powers of gaps in multiples of the range
+            scale = tl.exp2(gamma * tl.log2(spread / part))  # weights were powers of gaps in multiples of the range
         if NORMALIZE == "pairs":
             scale = scale / tl.maximum(n_pairs, 1)
 
     scale *= pair_scale
     if ADVANTAGES:
-        mean, unit, n_members = reward_moments(keys, begin, end, lowest, half_spread, ADVANTAGE == "standardized", K)
+        mean, unit, n_members = reward_moments(keys, begin, end, lowest, spread, part, ADVANTAGE == "standardized", K)
     reward_shift = 0.0
     if delta is not None:
         reward_shift = tl.load(delta).to(tl.float32)
@@ -315,7 +318,7 @@ def list_loss_kernel(
                 c += pointwise_scale * pull
             if ADVANTAGES:
                 per_member = pointwise_scale / tl.maximum(n_members, 1)
-                advantage = tl.where(member, (reward_place(key, lowest, half_spread) - mean) * unit, 0.0)
+                advantage = tl.where(member, (reward_place(key, lowest, spread, part) - mean) * unit, 0.0)
                 if POINTWISE == "clipped":
                     score = tl.where(member, tl.load(scores + i, mask=here, other=0.0), 0.0)
                     gain, pull = clipped_term(score, advantage, clip_low, clip_high)
@@ -414,4 +417,5 @@ def list_loss(log_probs: Tensor, problem: ListProblem, result: ListResult) -> No
         J=min(tile, PAIR_TILE // tile),
         R=1 if p.cu_seqlens is None else TOKEN_TILE // tile,
         num_warps=NUM_WARPS,
+        **register_limit(REGISTERS),
     )

@@ -100,22 +100,22 @@ def ranks_and_denominators(
 
 
 @triton.jit
-def reward_moments(keys, begin, end, lowest, half_spread, STANDARDIZED: tl.constexpr, K: tl.constexpr):
+def reward_moments(keys, begin, end, lowest, spread, part, STANDARDIZED: tl.constexpr, K: tl.constexpr):
     """(mean, unit, number of members): A = (place − mean) · unit, with a reward's `place` in [0, 1] of the list's."""
     slot = tl.arange(0, K)
     total = 0.0
     n = 0
     for start in range(begin, end, K):
         key = tl.load(keys + start + slot, mask=start + slot < end, other=float("nan"))
-        total += tl.sum(tl.where(key == key, reward_place(key, lowest, half_spread), 0.0), axis=0)
+        total += tl.sum(tl.where(key == key, reward_place(key, lowest, spread, part), 0.0), axis=0)
         n += tl.sum((key == key).to(tl.int32), axis=0)
     mean = total / tl.maximum(n, 1)
-    unit = 2.0 * half_spread
+    unit = spread / part
     if STANDARDIZED:
         squares = 0.0
         for start in range(begin, end, K):
             key = tl.load(keys + start + slot, mask=start + slot < end, other=float("nan"))
-            off = tl.where(key == key, reward_place(key, lowest, half_spread) - mean, 0.0)
+            off = tl.where(key == key, reward_place(key, lowest, spread, part) - mean, 0.0)
             squares += tl.sum(off * off, axis=0)
         variance = squares / tl.maximum(n - 1, 1)
         unit = tl.where(variance > 0, 1.0 / tl.sqrt(tl.where(variance > 0, variance, 1.0)), 0.0)
@@ -123,6 +123,6 @@ def reward_moments(keys, begin, end, lowest, half_spread, STANDARDIZED: tl.const
 
 
 @triton.jit
-def reward_place(key, lowest, half_spread):
-    """(r − min r) / (max r − min r), of halves, which stay finite."""
-    return (0.5 * key - 0.5 * lowest) / half_spread
+def reward_place(key, lowest, spread, part):
+    """(r − min r) / (max r − min r), of halves where `part` is 0.5: the differences stay finite."""
+    return (part * key - part * lowest) / spread
