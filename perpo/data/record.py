@@ -216,7 +216,9 @@ def _apart_in_fp32(rewards: tuple[float, ...]) -> tuple[float, ...]:
     before, before_fp32 = -math.inf, np.float32(-math.inf)
     for i in sorted(range(len(rewards)), key=lambda i: rewards[i]):
         differs = rewards[i] - before > 1e-12 * abs(rewards[i])
-        if differs and np.float32(rewards[i]) <= before_fp32:
+        if not differs and np.float32(rewards[i]) < before_fp32:
+            apart[i] = float(before_fp32)  # equal to one that was moved
+        elif differs and np.float32(rewards[i]) <= before_fp32:
             apart[i] = float(np.nextafter(before_fp32, np.float32(math.inf)))
             if abs(apart[i] - rewards[i]) > 1e-3 * (high - low):
                 raise FieldError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from perpo.data.read import RecordError, read_records
@@ -78,6 +79,24 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path, records: list[List
     read, report = read_records(path)
     assert read == records
     assert (report.n_records, report.n_bad) == (len(records), 0)
+
+
+CLOSE = [0.0, -0.0, -2.5e-274, 5e-324, 1e-46, 1.4e-45, 0.1, 0.1 + 3e-16, 0.1 + 1e-10, 0.1 + 2e-10, 1.0, 1 + 1e-13, -1.0]
+
+
+@given(st.lists(st.sampled_from(CLOSE), min_size=2, max_size=5))
+@example([0.0, 0.0, 1.0, -2.5e-274])
+def test_rewards_keep_their_order_in_fp32_and_their_ties(rewards: list[float]) -> None:
+    """Those that would else be equal in fp32 are moved apart, and what was equal to one that moves goes with it."""
+    rewards = [*rewards, 9.0]  # steps of fp32 are small against the range
+    kept = ListRecord("a", None, "?", "", "", ("",) * len(rewards), rewards).rewards
+    assert kept is not None
+    for i, j in itertools.permutations(range(len(rewards)), 2):
+        if rewards[i] == rewards[j]:
+            assert kept[i] == kept[j]
+        elif rewards[j] - rewards[i] > 1e-12 * abs(rewards[j]):
+            assert np.float32(kept[i]) < np.float32(kept[j])
+    assert ListRecord("a", None, "?", "", "", ("",) * len(kept), kept).rewards == kept
 
 
 def test_strange_characters_survive_jsonl(tmp_path: Path) -> None:
