@@ -8,6 +8,8 @@ the data are compared with a row for each candidate before anything is trained.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from transformers.utils import logging
 from perpo.encoding.batch import ListBatch
 from perpo.encoding.positions import PromptPositions
 from perpo.model.language_head import causal_lm, token_log_probs
-from perpo.prefix import attention, flex_attention, states
+from perpo.prefix import attention, flash_impl, flex_attention, states
 
 logger = logging.get_logger(__name__)
 
@@ -166,19 +168,24 @@ def _softcap(core: Any) -> float | None:
 def check_exact(model: nn.Module, packed: ListBatch, separate: ListBatch) -> None:
     """Compare the token log-probs of the same lists in one packed row and in a row for each candidate.
 
-    Every rank has to call it, with batches on its device. Without gradients, in evaluation mode.
+    Every rank has to call it, with batches on its device. Without gradients, in evaluation mode. Separate rows run on
+    PyTorch's own flash attention; if another is active (`perpo.prefix.flash_impl`), it is compared too.
 
     Raises:
         SharingNotExact: they differ by more than rounding.
+        ValueError: the flash attention that is active gives other numbers than PyTorch's own.
     """
+    core = causal_lm(model)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            ours, expected = token_log_probs(model, packed), token_log_probs(model, separate)
+            with flash_impl.own_kernels():
+                expected = token_log_probs(model, separate)
+            with _compared(core):
+                ours = token_log_probs(model, packed)
     finally:
         model.train(was_training)
-    core = causal_lm(model)
     error = _rms(ours - expected)
     allowed = TOLERANCE[_coarsest(core.dtype, ours.device)]
     if not error <= allowed:
@@ -186,6 +193,23 @@ def check_exact(model: nn.Module, packed: ListBatch, separate: ListBatch) -> Non
             f"prefix_sharing: {type(core).__name__} gives other log-probs when image and prompt are shared between "
             f"candidates (rms difference {error:.2g}, allowed {allowed:g}); use prefix_sharing='off' and please report "
             "the model class"
+        )
+
+
+@contextmanager
+def _compared(core: Any) -> Iterator[None]:
+    """Inside, attention over shared prompts compares the flash attention that is active, if any, with PyTorch's own."""
+    name = flash_impl.active()
+    if name is None:
+        yield
+        return
+    comparison = flash_impl.Comparison()
+    with attention.flash_calls(comparison):
+        yield
+    if not comparison.seen:
+        logger.warning(
+            f"{name} is the active flash attention, but {type(core).__name__} takes none in its attention over shared "
+            "prompts (docs/shared_prefix.md says what does)"
         )
 
 

@@ -86,6 +86,20 @@ def packed_forward(core: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
+_before_flash: Callable[[Callable[..., Tensor], Tensor, Tensor], None] | None = None
+
+
+@contextmanager
+def flash_calls(see: Callable[[Callable[..., Tensor], Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside, `see(attend, query, key)` runs before every attention that takes flash kernels."""
+    global _before_flash
+    _before_flash = see
+    try:
+        yield
+    finally:
+        _before_flash = None
+
+
 def prefix_attention(
     query: Tensor,  # [1, heads, T, D]
     key: Tensor,  # [1, key heads, T, D]
@@ -118,6 +132,8 @@ def prefix_attention(
         window = None
     plain = softcap is None and window is None
     if device == "meta" or (plain and flash_attention.supports(query)):
+        if _before_flash is not None:
+            _before_flash(lambda q, k, v: _PrefixAttention.apply(q, k, v, layout, scale), query, key)
         return _PrefixAttention.apply(query, key, value, layout, scale)
     if flex_attention.supports(query):
         return flex_attention.attention(query, key, value, layout, scale, softcap, window)

@@ -2,8 +2,8 @@
 
 What may pass (no connection, a timeout, 429, 500, a body that is no JSON or holds no answer) is asked again, after
 longer and longer waits. What stays is an error: `ServerError` ends the run, a ValueError is about one question.
-httpx comes with huggingface_hub; the `openai` package would add five more, and retries neither a body that is no JSON
-nor one without answers.
+httpx alone: the `openai` package would add five more, and retries neither a body that is no JSON nor one without
+answers.
 """
 
 from __future__ import annotations

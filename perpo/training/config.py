@@ -144,6 +144,14 @@ class PerPOConfig(TrainingArguments):
             "choices": list(SHARING),
         },
     )
+    flash_attention_impl: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another flash attention in the place of PyTorch's own, by its name in "
+            "torch.nn.attention.list_flash_attention_impls(): FA4 (flash-attn-4; Hopper, Blackwell). It needs shared "
+            "prompts on a GPU, and is compared with PyTorch's own before the first step."
+        },
+    )
     max_chunk_bytes: int | None = field(
         default=None,
         metadata={

@@ -28,6 +28,7 @@ from perpo.model import sharing
 from perpo.model.head_check import check_language_head
 from perpo.model.language_head import LanguageHead, accept_rows, causal_lm, perpo_output, through_head
 from perpo.model.trainable import keep_in_fp32, n_elements, set_precision
+from perpo.prefix import flash_impl
 from perpo.training import degree, sharing_check
 from perpo.training.batch_sampler import ListBatchSampler, batch_sampler
 from perpo.training.card import Provenance
@@ -112,6 +113,8 @@ class PerPOTrainer(Saving):
         )
         positions = sharing.prepare(model, args.prefix_sharing, args.device)
         self._sharing_unchecked = positions is not None
+        if args.flash_attention_impl is not None:
+            flash_impl.activate(args.flash_attention_impl, args.device, shared=positions is not None)
         self._evaluated: Any = None
         self.provenance = Provenance(str(train_dataset) if isinstance(train_dataset, str | Path) else "")
         self._batches: ListBatchSampler | None = None

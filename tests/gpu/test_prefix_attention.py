@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import attention as switch
 from torch.profiler import ProfilerActivity, profile
 
-from perpo.prefix import flash_attention, flex_attention
+from perpo.prefix import flash_attention, flash_impl, flex_attention
 from perpo.prefix.attention import masked_prefix_attention, prefix_attention
 from perpo.prefix.layout import prefix_layout
 
@@ -60,6 +61,20 @@ def test_outputs_and_gradients_are_the_definitions(device, dtype, dim, blocks):
 def test_answers_of_one_token_are_not_taken_for_grouped_heads(device):
     assert_as_good_as_the_definition(prefix_layout([40, 9], [[1] * 5, [1]]), torch.bfloat16, 64, device)
     assert_as_good_as_the_definition(prefix_layout([40, 9], [[1], [1]]), torch.bfloat16, 64, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_flash_attention_4_gives_the_definitions_too(device, dtype, dim):
+    pytest.importorskip("flash_attn.cute.interface", reason="flash-attn-4 is not installed")
+    if torch.cuda.get_device_capability() not in [(9, 0), (10, 0)]:
+        pytest.skip("flash-attn-4 is for Hopper and Blackwell")
+    layout = prefix_layout([n for n, _ in LISTS], [answers for _, answers in LISTS], BLOCKS)
+    flash_impl.activate("FA4", torch.device(device), shared=True)
+    try:
+        assert_as_good_as_the_definition(layout, dtype, dim, device)
+    finally:
+        switch.restore_flash_attention_impl()
 
 
 @pytest.mark.flex

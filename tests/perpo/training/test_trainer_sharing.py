@@ -73,3 +73,10 @@ def test_lists_with_and_without_an_image_are_each_checked_and_trained_alone(tmp_
     run = tiny_runs.trainer("qwen2_5_vl", tmp_path, data=mixed, max_steps=2, per_device_train_batch_size=1)
     run.train()
     assert run.state.global_step == 2
+
+
+def test_another_flash_attention_is_refused_where_it_would_do_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"flash_attention_impl='FA4': .*this is a 'cpu' device"):
+        tiny_runs.trainer("llava", tmp_path, prefix_sharing="on", flash_attention_impl="FA4")
+    with pytest.raises(ValueError, match=r"flash_attention_impl='FA4': .*prompts are not shared here"):
+        tiny_runs.trainer("llava", tmp_path, prefix_sharing="off", flash_attention_impl="FA4")
