@@ -36,7 +36,6 @@ TASKS = {
     "from_logits": "Log-probs from logits",
     "list_loss": "List loss",
     "shared_prefix": "Attention over a shared prompt",
-    "host_time": "Host",
 }
 PASSES = {
     "reference": "no gradient",
@@ -88,10 +87,9 @@ def styles_of(peers: Iterable[str]) -> dict[str, Style]:
 
 def floors(rows: Iterable[Row]) -> Any:
     """Floor over time, 1 being the floor: one line of points per case, one point per peer."""
+    others = ("stage", "tune", "host_time")  # the floor of host time is a launch that does nothing
     timed = [
-        row
-        for row in rows
-        if row["ratio_to_floor"] and row["peer"] != FLOOR and not row["question"].startswith(("stage", "tune"))
+        row for row in rows if row["ratio_to_floor"] and row["peer"] != FLOOR and not row["question"].startswith(others)
     ]
     if not timed:
         return None
@@ -144,7 +142,11 @@ def memory(rows: Iterable[Row]) -> Any:
             if points:
                 look = {"color": style.color, "linestyle": style.dashes, "linewidth": style.width}
                 label = "\n= ".join(drawn[peer])
-                axes.plot(*zip(*points, strict=True), marker=style.marker, markersize=5, label=label, alpha=0.9, **look)
+                markers = {
+                    "marker": style.marker,
+                    "markersize": 4 if peer == OURS else 7,
+                }  # another's shows behind ours
+                axes.plot(*zip(*points, strict=True), **markers, label=label, alpha=0.9, **look)
         at = sorted({row["shapes"][curve] for row in here})
         axes.set_xticks(at, [f"{x:,}" for x in at], fontsize=8)
         axes.set_xlabel(AXES.get(curve, curve))
