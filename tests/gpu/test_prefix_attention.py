@@ -67,8 +67,8 @@ def test_answers_of_one_token_are_not_taken_for_grouped_heads(device):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_flash_attention_4_gives_the_definitions_too(device, dtype, dim):
     pytest.importorskip("flash_attn.cute.interface", reason="flash-attn-4 is not installed")
-    if torch.cuda.get_device_capability() not in [(9, 0), (10, 0)]:
-        pytest.skip("flash-attn-4 is for Hopper and Blackwell")
+    if torch.cuda.get_device_capability() not in [(9, 0), (10, 0)] or torch.__version__ < (2, 14):
+        pytest.skip("flash-attn-4 is for Hopper and Blackwell, through PyTorch 2.14 and newer")
     layout = prefix_layout([n for n, _ in LISTS], [answers for _, answers in LISTS], BLOCKS)
     flash_impl.activate("FA4", torch.device(device), shared=True)
     try:
