@@ -72,6 +72,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # Triton's types would be reported as leaked
+
+
 def setting_of(config: pytest.Config) -> Setting:
     return Setting.of(config.getoption("--size"), config.getoption("--full"))
 
