@@ -152,6 +152,7 @@ def races_of(
     bases = [case for case in safe if case.name in (OURS, FLOOR)]
     held: list[tuple[Race, Callable[[Case], bool]]] = [(race(safe), lambda case: True)]
     for case in risky:
+        # For the type checker: lambda with a default.
         held.append((race([*(base.again() for base in bases), case]), lambda c, case=case: c is case))  # type: ignore[misc]
     return held
 

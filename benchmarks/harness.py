@@ -188,6 +188,7 @@ class Race:
     def inspect(self) -> None:
         """Run every case once, untimed; what it returns, a dict, is written into its row."""
         for case in self.cases:
+            # For the type checker: lambda with a default.
             self._guarded(case, lambda case=case: case.extra.update(case.run()))  # type: ignore[misc]
 
     def count_memory(self) -> None:

@@ -140,13 +140,10 @@ def memory(rows: Iterable[Row]) -> Any:
                 (row["shapes"][curve], row["peak_extra_bytes"] / 2**20) for row in here if row["peer"] == peer
             )
             if points:
-                look = {"color": style.color, "linestyle": style.dashes, "linewidth": style.width}
+                look: dict[str, Any] = {"color": style.color, "linestyle": style.dashes, "linewidth": style.width}
                 label = "\n= ".join(drawn[peer])
-                markers = {
-                    "marker": style.marker,
-                    "markersize": 4 if peer == OURS else 7,
-                }  # another's shows behind ours
-                axes.plot(*zip(*points, strict=True), **markers, label=label, alpha=0.9, **look)
+                look |= {"marker": style.marker, "markersize": 4 if peer == OURS else 7}  # another's shows behind ours
+                axes.plot(*zip(*points, strict=True), label=label, alpha=0.9, **look)
         at = sorted({row["shapes"][curve] for row in here})
         axes.set_xticks(at, [f"{x:,}" for x in at], fontsize=8)
         axes.set_xlabel(AXES.get(curve, curve))

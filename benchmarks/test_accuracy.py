@@ -94,6 +94,7 @@ def errors(found: Results, exact: Results) -> dict[str, float]:
 
 def rounding(exact: Results, dtype: torch.dtype) -> Results:
     tokens, loss, *grads = exact
+    # For the type checker: of two or three.
     return (tokens.float(), loss.float(), *(None if x is None else x.to(dtype) for x in grads))  # type: ignore[return-value]
 
 
@@ -144,5 +145,6 @@ def test_accuracy(benchmark: Any, inspect: Any, setting: Setting, precision: str
             _, reason = peers.load(peer, setting.device)
             reason = reason or peers.compiles_elsewhere(peer, setting.size, True, "")
             run = (lambda: ()) if reason else of_peer(peer, p)
+            # For the type checker: one of two functions.
             cases.append(case(peer.name + note, run, problem=reason, risky=peer.risky))  # type: ignore[arg-type]
     inspect("accuracy", f"{precision}, {logits} logits", cases, {**shapes(head, lists), "logits": logits}, dtype)

@@ -51,6 +51,7 @@ def test_generation(benchmark: Any, compare: Any, setting: Setting, prefix: Pref
 
     def sampler(share_prompt: bool, n_tokens: int) -> Any:
         sampling = Sampling(max_new_tokens=n_tokens)
+        # For the type checker: renders and encodes, which is all that is asked of it.
         return TransformersSampler(model, FixedEncoder(prompt), sampling, share_prompt=share_prompt)  # type: ignore[arg-type]
 
     def case(name: str, share_prompt: bool, k: int, n_tokens: int, **extra: Any) -> Case:

@@ -44,7 +44,7 @@ def main(n_lists: int = 64) -> list[float]:
     )
     model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **SIZES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loader = DataLoader(make_lists(n_lists), batch_size=4, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    loader = DataLoader(make_lists(n_lists), batch_size=4, shuffle=True, collate_fn=collate)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     losses = []

@@ -34,8 +34,8 @@ def main(n_lists: int = 64, **options: object) -> dict[str, float]:
     """Train for two passes; returns what was logged last."""
     lightning.seed_everything(0)
     module = PerPOModule(LlamaForCausalLM(LlamaConfig(vocab_size=20, **SIZES)))
-    loader = DataLoader(make_lists(n_lists), batch_size=4, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
-    trainer = lightning.Trainer(max_epochs=2, logger=False, enable_checkpointing=False, **options)  # type: ignore[arg-type]
+    loader = DataLoader(make_lists(n_lists), batch_size=4, shuffle=True, collate_fn=collate)
+    trainer = lightning.Trainer(max_epochs=2, logger=False, enable_checkpointing=False, **options)
     trainer.fit(module, loader)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 

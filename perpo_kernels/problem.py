@@ -110,7 +110,7 @@ class ListProblem(NamedTuple):
 
     def pack(self) -> list[Tensor | None]:
         """The tensors, in the order of the fields; `unpack` gives the problem back."""
-        return list(self[: len(TENSORS)])  # type: ignore[arg-type]
+        return list(self[: len(TENSORS)])  # type: ignore[arg-type]  # tensors come first
 
     @staticmethod
     def unpack(

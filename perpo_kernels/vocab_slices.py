@@ -69,7 +69,7 @@ def take_slice(
     if _is_dtensor(weight):
         process_group, rows = _sharded(weight, process_group, rows)
         hidden, bias = _replicated(hidden, weight), _with_the_weight(bias, weight)
-        weight = weight.to_local()  # type: ignore[attr-defined]
+        weight = weight.to_local()  # type: ignore[attr-defined]  # a DTensor
     assert process_group is not None
     rank, n_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
     if rank < 0:

@@ -73,7 +73,7 @@ class Python:
             time.sleep(0.01)
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)  # type: ignore[arg-type]
+        os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

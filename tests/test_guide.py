@@ -170,7 +170,7 @@ def make_readable(path: Path) -> None:
     size_of = Encoder(tiny_qwen.Processor.from_pretrained(NAME, max_pixels=802816)).seen_size
 
     def columns(record: ListRecord) -> dict[str, Any]:
-        return {"image_size": size_of(open_image(record.image, "images").size)}  # type: ignore[arg-type]
+        return {"image_size": size_of(open_image(record.image, "images").size)}
 
     def say(record: ListRecord) -> str:
         boxes = [_near(box, draw) for box in record.answer]

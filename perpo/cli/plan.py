@@ -76,7 +76,7 @@ class PlanConfig:
 class PlannedData(DataConfig):
     """As `perpo train` has it, but no lists are read, so none need be there."""
 
-    train_file: str | None = field(  # type: ignore[assignment]
+    train_file: str | None = field(  # type: ignore[assignment]  # wider than in its base, on purpose
         default=None, metadata={"help": "Not read; so that the file of `perpo train` can be given as it is."}
     )
 

@@ -119,6 +119,7 @@ class ListRecord:
     ) -> Self:
         """The record with other responses; rewards, log-probs etc. of the old ones are dropped."""
         known = {"rewards": rewards, "complete": None if complete is None or all(complete) else complete}
+        # For the type checker: fields by name.
         return replace(self, responses=tuple(responses), **(dict.fromkeys(_PER_RESPONSE) | known))  # type: ignore[arg-type]
 
     def picked(self, places: Sequence[int]) -> Self:
@@ -175,6 +176,7 @@ def _check_prompt(prompt: Any) -> None:
 
 
 def _weight(value: Any) -> float:
+    # For the type checker: Real compares.
     known = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= _LARGEST_FP32  # type: ignore[operator]
     if not known:  # NaN compares false
         raise FieldError(
@@ -193,6 +195,7 @@ def _numbers(name: str, values: Any, k: int) -> tuple[float, ...]:
     if _NUMBER.issuperset(map(type, values)) and all(map(math.isfinite, values)):  # the common case, fast
         return tuple(values)
     for i, value in enumerate(values):
+        # For the type checker: Real compares.
         finite = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= _LARGEST  # type: ignore[operator]
         if not finite:  # NaN compares false
             raise FieldError(name, f"item {i} must be a finite number, got {shown(value)}")

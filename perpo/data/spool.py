@@ -78,7 +78,7 @@ class Spool(Sequence[T], Generic[T]):
             return NotImplemented
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # as a list has it
 
     def __repr__(self) -> str:
         return f"<{len(self)} items on disk>"
@@ -88,7 +88,7 @@ class _File:
     """The file of some spools, and what it cannot hold. It is read at places, so processes and threads can share it."""
 
     def __init__(self) -> None:
-        self.file: IO[bytes] = tempfile.TemporaryFile(dir=_folder(), buffering=0)  # noqa: SIM115
+        self.file: IO[bytes] = tempfile.TemporaryFile(dir=_folder(), buffering=0)  # noqa: SIM115 - closed with the object
         self.lock = threading.Lock()
         self.size = 0  # of what was written
         self.pending = bytearray()
@@ -117,7 +117,7 @@ class _File:
         if len(data) != end - start:
             raise OSError(f"{_folder()}: a temporary file with records was cut off")
         unpickler = pickle.Unpickler(io.BytesIO(data))
-        unpickler.persistent_load = self.held.__getitem__  # type: ignore[method-assign]
+        unpickler.persistent_load = self.held.__getitem__  # type: ignore[method-assign]  # meant to be replaced
         return unpickler.load()
 
     def flush(self) -> None:
@@ -201,7 +201,7 @@ class _Holding(pickle.Pickler):
     def packed(cls, item: Any, held: Callable[[Any], int | None]) -> bytes:
         buffer = io.BytesIO()
         pickler = cls(buffer, pickle.HIGHEST_PROTOCOL)
-        pickler.persistent_id = held  # type: ignore[method-assign]
+        pickler.persistent_id = held  # type: ignore[method-assign]  # meant to be replaced
         pickler.dump(item)
         return buffer.getvalue()
 

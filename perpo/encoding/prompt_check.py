@@ -54,6 +54,7 @@ class PromptCheck:
             self._own.encoder.prompt(record.prompt, image)
 
     def _check(self, record: ListRecord, image: Image.Image | None) -> None:
+        # For the type checker: a prompt was checked as the record was made.
         text = self.encoder.render(record.prompt, image is not None)  # type: ignore[arg-type]
         if image is not None:
             self.encoder.check_frame(image.size)
@@ -63,6 +64,7 @@ class PromptCheck:
             if token in written:
                 raise ValueError(f"prompt: {token!r} stands for a video, and records have none; remove it")
         if odd or self._counts or any(token in written for token in self._special):
+            # For the type checker: a prompt was checked as the record was made.
             encoded = self.encoder.prompt(record.prompt, image)  # type: ignore[arg-type]
             self.encoder.response_limit(encoded["input_ids"].shape[1])
         else:

@@ -130,7 +130,7 @@ def _evaluate(config: EvaluationConfig) -> Evaluation:
             notices += remarks
         metrics, left_out = metrics_of(task, config.bleu_tokenize)
         options = {"draws": config.resamples, "confidence": config.confidence, "seed": config.seed}
-        found = figures(answers, metrics, **options)  # type: ignore[arg-type]
+        found = figures(answers, metrics, **options)  # type: ignore[arg-type]  # each has its type
         evaluated.append(TaskEvaluation(task, members, answers, metrics, left_out, found))
     evaluation = Evaluation(config, sources, identities, evaluated, notices)
     with atomic_file(output / FIGURES) as file:

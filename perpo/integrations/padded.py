@@ -110,6 +110,7 @@ def padded_batch(
         labels=packed.labels.to(device),
         cu_seqlens=packed.cu_seqlens,
         cu_lists=lists,
+        # For the type checker: what is not None gives a tensor.
         rewards=torch.zeros(n_rows, device=device) if rewards is None else known("rewards", rewards),  # type: ignore[arg-type]
         ref_log_probs=known("ref_log_probs", ref_log_probs),
         flip_probs=known("flip_probs", flip_probs),

@@ -130,11 +130,13 @@ class ListLossMixin:
         known = {name: inputs.get(name) for name in OF_LISTS}
         if known["ref_log_probs"] is None:
             logger.warning_once("rows without ref_log_probs: the loss has no reference model")
+        # For the type checker: what the collator made.
         out = list_loss(model, body, **known, reduction="sum", **self.list_options)  # type: ignore[arg-type]
         n_lists = len(out.active)
         if num_items_in_batch is None:
             loss = out.loss / n_lists
         else:  # the ranks' gradients are averaged, so each gives its share times their number
+            # For the type checker: of Trainer.
             loss = out.loss * self.accelerator.num_processes / num_items_in_batch  # type: ignore[attr-defined]
         if model.training:
             self._n_batches += 1
@@ -147,10 +149,11 @@ class ListLossMixin:
         n_lists = sum(len(batch["cu_lists"]) - 1 for batch in batch_samples)
         if not batch_samples:
             return None
+        # For the type checker: of Trainer.
         return self.accelerator.gather(torch.tensor([n_lists], device=device)).sum()  # type: ignore[attr-defined]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._n_batches:
             logs = {name: (value / self._n_batches).item() for name, value in self._sums.items()} | logs
             self._sums, self._n_batches = {}, 0
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]  # of Trainer

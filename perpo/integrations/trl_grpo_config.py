@@ -11,7 +11,7 @@ from perpo.training.objective import named_objective
 from perpo_kernels.objectives import PRESETS, Objective
 
 require_trl()
-from trl import GRPOConfig  # noqa: E402
+from trl import GRPOConfig  # noqa: E402 - needs trl
 
 REFERENCES = ("sampler", "model", "none")
 

@@ -178,12 +178,12 @@ def _forward_like(plain: Callable[..., Any], core: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _forward(self, unbound, *args, **kwargs)
 
-    forward.__signature__ = signature.replace(parameters=[this, *named])  # type: ignore[attr-defined]
-    forward.takes_response_rows = True  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=[this, *named])  # type: ignore[attr-defined]  # on a function
+    forward.takes_response_rows = True  # type: ignore[attr-defined]  # on a function
     # accelerate follows __wrapped__ when it takes its own wrappers off. It must not take this off as well, if it is
     # within them; it cannot leave it on if it is around them.
     if "_original_forward" in core.__dict__:
-        forward.__wrapped__ = unbound  # type: ignore[attr-defined]
+        forward.__wrapped__ = unbound  # type: ignore[attr-defined]  # on a function
     return forward
 
 

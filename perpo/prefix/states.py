@@ -100,8 +100,8 @@ def _forward_like(plain: Callable[..., Any], cache_name: Any) -> Callable[..., A
 
         return _over_row(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layout, run)
 
-    forward.__signature__ = inspect.signature(unbound)  # type: ignore[attr-defined]
-    forward.takes_layout = True  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(unbound)  # type: ignore[attr-defined]  # on a function
+    forward.takes_layout = True  # type: ignore[attr-defined]  # on a function
     return forward
 
 

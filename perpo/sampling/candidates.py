@@ -294,6 +294,7 @@ class _Worker:
             except ImageError as error:
                 unopened.append((record, None, error))
             else:
+                # For the type checker: a prompt was checked as the record was made.
                 asked.append((record, Question(record.id, record.prompt, image)))  # type: ignore[arg-type]
         return [*self._answered(asked), *unopened]
 

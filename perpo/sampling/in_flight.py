@@ -41,7 +41,7 @@ class InFlight(Generic[Given, Got]):
         self.pending -= 1
         if error is not None:
             raise error
-        return got  # type: ignore[return-value]
+        return got  # type: ignore[return-value]  # without an error there is one
 
     def _call(self, given: Given) -> None:
         try:

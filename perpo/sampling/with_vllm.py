@@ -211,7 +211,7 @@ def _rank(adapter: Path) -> int:
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        other = [name for name in file.keys() if not _LANGUAGE.fullmatch(name)]  # noqa: SIM118
+        other = [name for name in file.keys() if not _LANGUAGE.fullmatch(name)]  # noqa: SIM118 - no mapping
     if config.get("use_dora"):
         other = ["DoRA"]
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])

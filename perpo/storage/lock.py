@@ -17,7 +17,7 @@ from typing import IO, Self
 try:
     import fcntl
 except ImportError:  # Windows: no lock there
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module or None
 
 _open: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 _held: set[Path] = set()  # by `held`, in this process

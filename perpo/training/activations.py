@@ -124,7 +124,7 @@ class _Autocast:
         self.cached: dict[int, Tensor] = {}
         for layer in module.modules():
             if isinstance(layer, nn.Linear):
-                layer.forward = partial(self._linear, layer)  # type: ignore[method-assign]
+                layer.forward = partial(self._linear, layer)  # type: ignore[method-assign]  # of this object alone
 
     def _linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         bias = None if layer.bias is None else self._cast(layer.bias)

@@ -100,7 +100,7 @@ def _count_tokens(trainer: Any, samples: Sequence[Sample]) -> list[int]:
     args = trainer.args
     rank, n_ranks = args.process_index, args.world_size
     loader: DataLoader[Any] = DataLoader(
-        samples[rank::n_ranks],  # type: ignore[arg-type]
+        samples[rank::n_ranks],  # type: ignore[arg-type]  # a sequence is all that it needs
         batch_size=1,
         collate_fn=trainer.data_collator,
         num_workers=args.dataloader_num_workers,

@@ -38,7 +38,7 @@ def of_all(n_processes: int, mine: Callable[[], list[Any]]) -> list[Any]:
         made, error = [], failed
     parts = gather_object([(made, None if error is None else reason_of(error))])
     if error is not None:
-        error.known_to_all = True  # type: ignore[attr-defined]
+        error.known_to_all = True  # type: ignore[attr-defined]  # read by the same module
         raise error
     raise_first([message for _, message in parts])
     return [one for part, _ in parts for one in part]

@@ -83,6 +83,7 @@ def _only_what_is_used(record: ListRecord, args: PerPOConfig) -> ListRecord:
     unused = [] if args.list_objective.flips else ["flip_probs"]
     unused += ["ref_log_probs"] if args.reference == "none" else []
     given = [name for name in unused if getattr(record, name) is not None]
+    # For the type checker: fields by name.
     return dataclasses.replace(record, **dict.fromkeys(given)) if given else record  # type: ignore[arg-type]
 
 

@@ -199,7 +199,7 @@ class Precomputed:
     def _log_probs(self, records: Sequence[ListRecord]) -> Iterator[list[float]]:
         """One list at a time."""
         loader: DataLoader[ListBatch] = DataLoader(
-            records,  # type: ignore[arg-type]
+            records,  # type: ignore[arg-type]  # a sequence is all that it needs
             batch_size=1,
             collate_fn=self.collate,
             num_workers=self.args.dataloader_num_workers,

@@ -57,7 +57,7 @@ class Operator:
                 ctx.direct = True
                 return output
 
-        Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
+        Direct.backward = staticmethod(backward)  # type: ignore[method-assign]  # as the operator has it
         self.direct = Direct
 
     def __call__(self, *args: Any) -> Any:

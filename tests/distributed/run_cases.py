@@ -56,15 +56,15 @@ def main(cases: dict[str, Any], folder: Path, environment: dict[str, Any]) -> No
     """
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    PerPOTrainer.train = note_trainer(PerPOTrainer.train)  # type: ignore[method-assign]
+    PerPOTrainer.train = note_trainer(PerPOTrainer.train)
     rank = os.environ["RANK"]
     found = {}
     sys.stderr = (folder / f"{rank}.stderr").open("w", buffering=1)
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        import deepspeed  # noqa: F401
+        import deepspeed  # noqa: F401 - whether it is there
 
         # It would compile C++ for collectives in shared memory, which gloo can do.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     for name, case in cases.items():
         start = time.monotonic()
         found[name] = run([*case["argv"], *case.get("of_rank", {}).get(rank, [])])

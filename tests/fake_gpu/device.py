@@ -251,4 +251,4 @@ def move(model: nn.Module, device: str = "cuda", dtype: torch.dtype | None = Non
         for tensors in (module._parameters, module._buffers):
             for name, x in tensors.items():
                 if x is not None:
-                    tensors[name] = new(x)  # type: ignore[assignment]
+                    tensors[name] = new(x)

@@ -151,7 +151,7 @@ def trainer_on_gpu(family: str, folder: Path) -> PerPOTrainer:
     trainer = PerPOTrainer(model, config, tiny_runs.records(), processor, peft_config=adapters)
     trainer.check_sharing(trainer.model)
     trainer.args.__dict__["_setup_devices"] = torch.device("cuda", 0)
-    trainer.compute_loss_context_manager = lambda: torch.autocast("cuda", dtype=torch.bfloat16)  # type: ignore[method-assign]
+    trainer.compute_loss_context_manager = lambda: torch.autocast("cuda", dtype=torch.bfloat16)
     return trainer
 
 

@@ -20,7 +20,7 @@ import perpo.model.load
 from tests.perpo import tiny_models
 
 
-class Processor(tiny_models._without_video(Qwen2_5_VLProcessor)):  # type: ignore[misc]
+class Processor(tiny_models._without_video(Qwen2_5_VLProcessor)):
     """Saved as its parts."""
 
     def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
@@ -45,7 +45,7 @@ def save(folder: Path) -> None:
 
 def install() -> None:
     """Let every command of this process load its processor so."""
-    perpo.model.load.AutoProcessor = Processor  # type: ignore[attr-defined]
+    perpo.model.load.AutoProcessor = Processor
 
 
 if __name__ == "__main__":

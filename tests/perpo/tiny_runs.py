@@ -35,7 +35,7 @@ def save_run(folder: Path, **settings: Any) -> Path:
     processor.save_pretrained(folder / "model")
     lists = []
     for record in records():
-        record.image.save(folder / f"{record.id}.png")  # type: ignore[union-attr]
+        record.image.save(folder / f"{record.id}.png")
         lists.append(ListRecord(record.id, f"{record.id}.png", record.prompt, "", "", record.responses, record.rewards))
     write_records(lists, folder / "lists.jsonl")
     defaults: dict[str, Any] = {

@@ -31,5 +31,5 @@ def ids_of(made: TransformersSampler, questions: Sequence[Question], n: int) -> 
         stop = next((i for i, token in enumerate(ids) if token in made.encoder.end_ids), len(ids))
         return json.dumps(ids[: stop + 1])
 
-    made.encoder.decode = decode  # type: ignore[method-assign]
+    made.encoder.decode = decode
     return [[json.loads(answer.text) for answer in answers] for answers in made.sample(questions, n)]

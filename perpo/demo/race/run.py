@@ -76,7 +76,7 @@ def encoder() -> Encoder:
             known[key] = image, encode(prompt, image)  # the image is kept, so that its id is not given to another
         return dict(known[key][1])
 
-    made.prompt = remembered  # type: ignore[method-assign]
+    made.prompt = remembered  # type: ignore[method-assign]  # of this object alone
     return made
 
 
@@ -196,6 +196,7 @@ def _copied(text: str, seed: int) -> str:
 
 
 def _question(record: ListRecord) -> Question:
+    # For the type checker: the race's images are opened.
     return Question(record.id, str(record.prompt), record.image)  # type: ignore[arg-type]
 
 
@@ -259,6 +260,7 @@ def train(
         )
         trainer = PerPOTrainer(aligned, args, lists, AutoProcessor.from_pretrained(SHIPPED), callbacks=[measuring])
         trainer.train()
+    # For the type checker: the race's images are opened.
     prompt = encoder().prompt(str(lists[0].prompt), lists[0].image)["input_ids"].shape[1]  # type: ignore[arg-type]
     once = sum(prompt + sum(tokens(text) for text in record.responses) for record in lists)
     spent.trained_tokens += arm.passes * once
@@ -287,6 +289,7 @@ def measure(aligned: nn.Module, arm: Arm, after: int) -> Outcome:
 def blank_records(task: str, count: int, split: str, seed: int) -> list[ListRecord]:
     """The first held-out pictures of an arm, each in its mean colour."""
     few = records(task, count, split, seed)[:GAP_PICTURES]
+    # For the type checker: the race's images are opened.
     return [replace(record, image=blanked(record.image)) for record in few]  # type: ignore[arg-type]
 
 
@@ -330,6 +333,7 @@ def drift(aligned: nn.Module, asked: Sequence[ListRecord], texts: Sequence[str])
     for start in range(0, len(asked), AT_ONCE):
         rows = []
         for record, text in zip(asked[start : start + AT_ONCE], texts[start : start + AT_ONCE], strict=False):
+            # For the type checker: the race's images are opened.
             inputs = encoder().prompt(str(record.prompt), record.image)  # type: ignore[arg-type]
             answer = torch.tensor([[*encoder().tokenizer(text).input_ids, end]])
             rows.append((inputs, answer))

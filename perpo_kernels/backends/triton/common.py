@@ -199,7 +199,7 @@ def row_launch(logits: Tensor, summed: bool = False) -> RowLaunch:
     stride_outer, stride_inner = (0, logits.stride(0)) if logits.dim() == 2 else logits.stride()[:2]
     vec = VECTOR_BYTES // logits.element_size()
     edges = (n_vocab | stride_outer | stride_inner) % vec != 0
-    row_bytes, registers = (ROW_BYTES, REGISTERS) if summed else (None, None)
+    row_bytes, registers = (ROW_BYTES, REGISTERS if LIMITS_REGISTERS else None) if summed else (None, None)
     constants = VECTORS, row_bytes, registers, THREADS, MAX_THREADS, WARP_SIZE
     meta = _row_meta(n_vocab, logits.element_size(), edges, *constants)
     return RowLaunch(n_outer * n_inner, (n_inner, stride_outer, stride_inner), meta)

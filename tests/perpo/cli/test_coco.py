@@ -112,7 +112,7 @@ def test_a_sentence_asks_for_its_one_object(tmp_path: Path) -> None:
 )
 def test_bad_refs_are_named_with_their_ids_or_counted(ref: dict[str, Any], message: str, tmp_path: Path) -> None:
     refs = [{"ref_id": 3, "ann_id": 2} | ref, {"ann_id": 1, "sentences": ["good"]}]
-    twice: Callable[[Any], object] = lambda content: content["annotations"][4].update(id=4)  # noqa: E731
+    twice: Callable[[Any], object] = lambda content: content["annotations"][4].update(id=4)  # noqa: E731 - one of several in a table
     with pytest.raises(AnnotationError, match=message):
         list(file(tmp_path, twice).referring(refs, ALL))
     coco = file(tmp_path, twice, skip_bad=True)

@@ -291,11 +291,11 @@ def test_bad_settings_are_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm", None)
     try:
         code = run(project, *arguments)
     except SystemExit as error:
-        code = error.code  # type: ignore[assignment]
+        code = error.code
     error_shown = capsys.readouterr().err
     assert message in error_shown
     assert code in (1, 2)

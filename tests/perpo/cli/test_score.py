@@ -67,7 +67,7 @@ def test_answers_from_anywhere_become_lists(records: Path, tmp_path: Path, capsy
 
 def test_responses_in_a_file_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [{"id": name, "prompt": "Read.", "answer": "ab", "task": "exact"} for name in ("a", "7", "c")]
-    asked[1]["id"] = 7  # type: ignore[assignment]
+    asked[1]["id"] = 7
     records = save(tmp_path / "records.jsonl", asked)
     answers = save(
         tmp_path / "answers.jsonl",
@@ -107,7 +107,7 @@ def test_responses_that_cannot_be_taken_are_named(
 ) -> None:
     asked = [{"id": "a", "prompt": "Read.", "answer": "ab", "task": "exact"}]
     if rows[0] == {"id": "own", "response": "x"}:
-        asked.append({"id": "own", "prompt": "Read.", "answer": "ab", "responses": ["c"]})  # type: ignore[dict-item]
+        asked.append({"id": "own", "prompt": "Read.", "answer": "ab", "responses": ["c"]})
     given = [
         "--records",
         save(tmp_path / "records.jsonl", asked),
@@ -243,6 +243,6 @@ def test_bad_settings_are_named(
     try:
         code = score("--records", records, "--output", tmp_path / "lists.jsonl", "--task", "ocr", *arguments)
     except SystemExit as stop:
-        code = stop.code  # type: ignore[assignment]
+        code = stop.code
     assert code in (1, 2)
     assert message in capsys.readouterr().err

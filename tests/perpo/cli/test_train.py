@@ -72,7 +72,7 @@ def test_where_no_image_can_be_read_there_is_nothing_to_leave_out(project: Path,
 def test_what_a_worker_cannot_encode_is_one_line(tmp_path: Path) -> None:
     """Here found too late: only the command looks at all images first."""
     first, *rest = tiny_runs.records()
-    first.image.save(tmp_path / "a.png")  # type: ignore[union-attr]
+    first.image.save(tmp_path / "a.png")
     damage(tmp_path / "a.png")
     bad = ListRecord("bad", "a.png", first.prompt, responses=first.responses, rewards=first.rewards)
     options = {"reference": "none", "prefix_sharing": "off", "dataloader_num_workers": 1, "max_steps": 4}

@@ -32,7 +32,7 @@ def record(**fields: object) -> ListRecord:
         "responses": ("x", "y"),
         "rewards": (1.0, 1 / 3),
     }
-    return ListRecord(**(given | fields))  # type: ignore[arg-type]
+    return ListRecord(**(given | fields))
 
 
 def test_parquet_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_lists_of_one_image_are_taken_and_of_several_refused() -> None:
         with pytest.raises(RecordError, match="row 2: images: holds 2 images, but a record has one"):
             read_records(one)
         records, report = read_records(one, skip_bad=True)
-        assert [open_image(record.image).size for record in records] == [(4, 2), (2, 4)]  # type: ignore[arg-type]
+        assert [open_image(record.image).size for record in records] == [(4, 2), (2, 4)]
         assert (report.n_bad, report.n_without_image) == (1, 0)
     assert isinstance(read_records(source, skip_bad=True)[0][0].image, RowImage)
 

@@ -88,7 +88,7 @@ def test_records_come_from_a_data_set_by_name(streaming: bool, lists: list[tuple
     assert lists == [("me/boxes", None, "train", "v1", streaming)]
     assert [record.rewards for record in records] == [record.rewards for record in tiny_runs.records()]
     assert isinstance(records[0].image, RowImage) is not streaming  # else it stays in the data set
-    assert open_image(records[0].image).size == (28, 40)  # type: ignore[arg-type]
+    assert open_image(records[0].image).size == (28, 40)
     assert report.source == "hf://me/boxes@v1:train" + "?streaming" * streaming
 
 

@@ -90,7 +90,7 @@ def test_names_of_objects_are_written_and_boxes_are_not_guessed() -> None:
         "objects": {"ref": ["the dog", "dog"], "bbox": []},
     }
     (record,), _ = read_records([row])
-    assert record.prompt[0]["content"][1]["text"] == "Where is the dog?"  # type: ignore[index]
+    assert record.prompt[0]["content"][1]["text"] == "Where is the dog?"
     assert record.responses == ("The dog is here", "there")
     assert record.columns["objects"]["ref"] == ["the dog", "dog"]
     with pytest.raises(RecordError, match=r"objects: the text has a place <bbox>, which each model family fills"):
@@ -152,5 +152,5 @@ def test_the_picture_is_encoded_where_the_place_was() -> None:
     encoder = Encoder(tiny_models.build("llava")[1])
     row = SWIFT | {"messages": [{"role": "user", "content": "Here: <image> Where?"}, *SWIFT["messages"][1:]]}
     (record,), _ = read_records([row])
-    rendered = encoder.render(record.prompt, True)  # type: ignore[arg-type]
+    rendered = encoder.render(record.prompt, True)
     assert rendered.index("Here: ") < rendered.index("<image>") < rendered.index(" Where?")

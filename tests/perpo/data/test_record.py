@@ -413,10 +413,10 @@ def test_whatever_goes_wrong_with_a_record_can_be_skipped() -> None:
 
 
 def test_records_cannot_be_made_bad_or_changed() -> None:
-    record = ListRecord("a", None, "?", responses=["x", "y"], rewards=[1, 2])  # type: ignore[arg-type]
+    record = ListRecord("a", None, "?", responses=["x", "y"], rewards=[1, 2])
     assert (record.responses, record.rewards) == (("x", "y"), (1.0, 2.0))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        record.id = "b"  # type: ignore[misc]
+        record.id = "b"
     with pytest.raises(FieldError, match="rewards: item 1"):
         dataclasses.replace(record, rewards=(1.0, math.nan))
 

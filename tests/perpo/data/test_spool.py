@@ -74,7 +74,7 @@ def test_images_in_memory_and_what_cannot_be_pickled_stay_as_they_are() -> None:
     made.append(record(3, answer=lambda: 3))
     spool = Spool(made)
     assert spool[0].image is spool[1].image is image
-    assert spool[2].image.dataset is source  # type: ignore[union-attr]
+    assert spool[2].image.dataset is source
     assert spool[3] is made[3]
     assert len(spool._file.held) == 3
 

@@ -333,7 +333,7 @@ def test_a_processor_that_crops_what_boxes_are_measured_in_is_refused() -> None:
     with pytest.raises(ValueError, match="crops a picture of 28×56 to its centre"):
         encoder.seen_size((28, 56))
     encoder.prompt("Where?", Image.new("RGB", (28, 28)))
-    setting = json.loads(re.search(r"processor_options (\{.*\}) shows", str(error.value))[1])  # type: ignore[index]
+    setting = json.loads(re.search(r"processor_options (\{.*\}) shows", str(error.value))[1])
     for name, value in setting.items():
         setattr(processor.image_processor, name, value)
     pictures = [Image.new("RGB", (56, 28)) for _ in range(2)]

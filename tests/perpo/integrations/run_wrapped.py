@@ -86,7 +86,7 @@ def check_zero_3() -> None:
     import deepspeed
 
     # It would compile C++ for collectives in shared memory.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     whole, data = model_of("llama").float(), batch(seed=dist.get_rank())
     settings = {
         "train_micro_batch_size_per_gpu": 1,

@@ -162,7 +162,7 @@ def test_lists_with_images_train_as_records_do(as_dataset: bool, tmp_path: Path)
     """With cached reference log-probs, which DPOTrainer refuses for images."""
     data: Any = datasets.Dataset.from_list(lists()) if as_dataset else lists()
     runner = trainer(tmp_path / "rows", data, "llava", precompute_ref_log_probs=True)
-    assert [record.k for record in runner.train_dataset or ()] == [3, 2, 3, 2]  # type: ignore[union-attr]
+    assert [record.k for record in runner.train_dataset or ()] == [3, 2, 3, 2]
     got = losses(runner)
     assert list((tmp_path / "rows" / "reference").glob("part-*.jsonl"))
     records = trainer(tmp_path / "records", tiny_runs.records(), "llava")
@@ -173,7 +173,7 @@ def test_lists_with_images_train_as_records_do(as_dataset: bool, tmp_path: Path)
 def test_pairs_with_an_image_column(tmp_path: Path) -> None:
     rows = [row | {"image": tiny_models.picture(seed=i)} for i, row in enumerate(DIALOGUES)]
     runner = trainer(tmp_path, datasets.Dataset.from_list(rows), "qwen2_5_vl")
-    assert [record.rewards for record in runner.train_dataset or ()] == [(1.0, 0.0)] * 4  # type: ignore[union-attr]
+    assert [record.rewards for record in runner.train_dataset or ()] == [(1.0, 0.0)] * 4
     assert losses(runner)[0] == pytest.approx(0.6931, abs=1e-4)
 
 
@@ -369,13 +369,13 @@ def test_arguments_that_are_not_supported_say_what_to_do(tmp_path: Path) -> None
         with pytest.raises(ValueError, match=f"^{name}: "):
             ListDPOTrainer(model, args=args, **common, **{name: object()})
     with pytest.raises(TypeError, match=r"^model must be a model or the name of one, got NoneType"):
-        ListDPOTrainer(None, args=args, **common)  # type: ignore[arg-type]
+        ListDPOTrainer(None, args=args, **common)
     with pytest.raises(
         TypeError, match="ref_model must be a model or None; ref_model_name_or_path takes a name, got s"
     ):
-        ListDPOTrainer(model, "gpt2", args, **common)  # type: ignore[arg-type]
+        ListDPOTrainer(model, "gpt2", args, **common)
     with pytest.raises(TypeError, match=r"args must be a ListDPOConfig, .* got PerPOConfig"):
-        ListDPOTrainer(model, args=PerPOConfig(str(tmp_path), use_cpu=True), **common)  # type: ignore[arg-type]
+        ListDPOTrainer(model, args=PerPOConfig(str(tmp_path), use_cpu=True), **common)
     with pytest.raises(ValueError, match="processing_class: the model does not say where it comes from"):
         ListDPOTrainer(model, args=args, train_dataset=DIALOGUES)
     with_dtype = ListDPOConfig(**settings(tmp_path, model_init_kwargs={"dtype": "auto"}))

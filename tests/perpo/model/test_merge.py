@@ -48,7 +48,7 @@ def same(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype, **t
     assert found.keys() == weights.keys()
     for name, parameter in found.items():
         assert parameter.dtype == dtype
-        torch.testing.assert_close(parameter.detach(), weights[name].detach().to(dtype), **tolerance)  # type: ignore[arg-type]
+        torch.testing.assert_close(parameter.detach(), weights[name].detach().to(dtype), **tolerance)
 
 
 def test_the_sum_is_in_fp32_and_is_rounded_once_to_the_base_s_type(run: Path, tmp_path: Path) -> None:

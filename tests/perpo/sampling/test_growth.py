@@ -26,7 +26,7 @@ def work(function: Callable[[], object]) -> tuple[int, int]:
     profile = cProfile.Profile()
     before = transferred()
     profile.runcall(function)
-    return pstats.Stats(profile).total_calls, transferred() - before  # type: ignore[attr-defined]
+    return pstats.Stats(profile).total_calls, transferred() - before
 
 
 def transferred() -> int:

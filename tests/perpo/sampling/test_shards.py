@@ -135,7 +135,7 @@ def test_a_full_disk_says_so_and_keeps_what_was_finished(
 
     def fill(shards: Shards, *args: Any, **options: Any) -> None:
         begin(shards, *args, **options)
-        shards._file = Full(shards._file)  # type: ignore[assignment]
+        shards._file = Full(shards._file)
 
     begin = Shards.__init__
     with monkeypatch.context() as patch:

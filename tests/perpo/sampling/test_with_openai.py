@@ -458,7 +458,7 @@ def test_after_an_error_the_answers_in_flight_are_kept(server: ChatServer, tmp_p
             ready.set()
             raise
 
-    made.sample = released  # type: ignore[method-assign]
+    made.sample = released
     with pytest.raises(ValueError, match="status 400"):
         run(tmp_path, made)
     kept = (tmp_path / "out.jsonl.parts" / "shard-00000.jsonl").read_bytes().splitlines()

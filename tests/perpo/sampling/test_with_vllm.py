@@ -78,7 +78,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     model, processor = tiny_models.build("llava")
     made = StandIn(Encoder.for_model(processor, model))
     for name in ("vllm", "vllm.exceptions", "vllm.platforms", "vllm.lora.request"):
-        monkeypatch.setitem(sys.modules, name, made)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, name, made)
     return made
 
 
@@ -157,7 +157,7 @@ def test_a_prompt_beyond_the_limit_is_refused_as_by_transformers(vllm: StandIn) 
 
 
 def test_without_vllm_the_message_says_what_to_install(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r"pip install 'perpo\[vllm\]'"):
         VllmSampler("some/model", vllm.encoder, Sampling())
 

@@ -64,7 +64,7 @@ def test_a_checkpoint_that_does_not_fit_says_what_to_go_on_from(
 ) -> None:
     lists = []
     for record in tiny_runs.records():
-        record.image.save(tmp_path / f"{record.id}.png")  # type: ignore[union-attr]
+        record.image.save(tmp_path / f"{record.id}.png")
         lists.append(ListRecord(record.id, f"{record.id}.png", record.prompt, "", "", record.responses, record.rewards))
     write_records(lists, tmp_path / "lists.jsonl")
     options = {"model_name_or_path": str(model), "train_file": str(tmp_path / "lists.jsonl")}

@@ -108,8 +108,8 @@ def test_ranks_have_one_shift_between_them() -> None:
             one.add(*torch.tensor(sums))
         total = sum(rank.pending for rank in ranks)
         for rank in ranks:
-            rank.update(SimpleNamespace(reduce=lambda pending, how, total=total: total))  # type: ignore[arg-type]
-        one.update(SimpleNamespace(reduce=lambda pending, how: pending))  # type: ignore[arg-type]
+            rank.update(SimpleNamespace(reduce=lambda pending, how, total=total: total))
+        one.update(SimpleNamespace(reduce=lambda pending, how: pending))
         assert ranks[0].value == ranks[1].value == one.value
     assert one.value.item() == pytest.approx(5 / 12)
 

@@ -326,7 +326,7 @@ def test_cut_responses_are_counted_and_equal_ones_form_no_pair(tmp_path: Path, m
     log = runner.state.log_history[0]
     assert (log["responses/cut"], log["lists/active"]) == (0.75, 1.0)
     assert heard[0].startswith("3 of 4 responses of a batch have more than max_response_length=5 tokens")
-    alike = dataclasses.replace(record, responses=texts[:3], rewards=record.rewards[:3])  # type: ignore[index]
+    alike = dataclasses.replace(record, responses=texts[:3], rewards=record.rewards[:3])
     runner = tiny_runs.trainer("llava", tmp_path / "b", data=[alike], reference="none", max_response_length=5)
     runner.train()
     assert (runner.state.log_history[0]["lists/active"], runner.state.log_history[0]["loss"]) == (0.0, 0.0)
